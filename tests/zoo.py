@@ -1,0 +1,31 @@
+"""torchvision next to a CPU build of torch: its operators are declared before it is imported."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+_LIBRARY: Any = None
+
+
+def torchvision_models() -> ModuleType:
+    """`torchvision.models`, or a skip with the reason where it is not installed.
+
+    The wheel on PyPI is built for CUDA; beside a CPU torch its extension cannot load and the import
+    fails on the missing `torchvision::nms`. Declaring the two operators it looks for is enough.
+    """
+    global _LIBRARY
+    pytest.importorskip("torch")
+    import torch
+
+    if _LIBRARY is None and not hasattr(torch.ops.torchvision, "nms"):
+        _LIBRARY = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        return importlib.import_module("torchvision.models")
+    except ModuleNotFoundError:
+        pytest.skip("torchvision is not installed (pip install 'edgeprune[zoo]')")
