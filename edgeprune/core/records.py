@@ -543,7 +543,10 @@ class NumericError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The evidence. Its JSON keys are stable."""
+    """The evidence. Its JSON keys are stable.
+
+    samples: raw latencies on the board, one `Samples` per round, under "dense" and "compact".
+    """
 
     artifact_sha256: str
     target: str
@@ -556,6 +559,7 @@ class Report:
     checks: tuple[Check, ...]
     conditions: Conditions
     provenance: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, tuple[Samples, ...]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
