@@ -1,0 +1,322 @@
+"""What a network costs as a function of its widths: latency, memory, bytes, MACs.
+
+Every axis size is affine in the widths (`Extent`), so parameters, MACs and activation bytes are
+polynomials in the widths. They are kept as polynomials, because the solvers need the terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.core.records import (
+    Cost,
+    Extent,
+    FloatArray,
+    Graph,
+    Kernel,
+    Node,
+    Profile,
+    Quantity,
+    Table,
+    Widths,
+)
+
+FLOAT_BYTES = 4
+"""Activations are float32."""
+
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+PRODUCTS = frozenset({"matmul", "bmm", "mm"})
+
+IN_PLACE = frozenset(
+    ("batch_norm", "prelu", "softplus", "clip", "abs", "neg", "exp", "sqrt", "tanh", "gelu", "selu", "celu", "mish")
+    + ("relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_")
+    + ("silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_")
+    + ("clamp", "clamp_", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow")
+)
+"""Operations that write over an input that nobody reads again, or that fuse into its producer."""
+
+Polynomial = dict[tuple[str, ...], float]
+"""Sum of coefficient x product of widths: {(): 3.0, ("a",): 2.0, ("a", "b"): 9.0}; names sorted."""
+
+
+# --- polynomials ---------------------------------------------------------------------------------
+
+
+def extent_polynomial(extent: Extent) -> Polynomial:
+    """One axis size as a polynomial of degree <= 1."""
+    result: Polynomial = {(): float(extent.fixed)} if extent.fixed else {}
+    for name, count in extent.groups:
+        result[(name,)] = result.get((name,), 0.0) + count
+    return result
+
+
+def multiply(left: Polynomial, right: Polynomial) -> Polynomial:
+    """Product of two polynomials."""
+    result: Polynomial = {}
+    for a, x in left.items():
+        for b, y in right.items():
+            key = tuple(sorted(a + b))
+            result[key] = result.get(key, 0.0) + x * y
+    return result
+
+
+def add(polynomials: Iterable[Polynomial]) -> Polynomial:
+    """Sum of polynomials."""
+    result: Polynomial = {}
+    for polynomial in polynomials:
+        for key, value in polynomial.items():
+            result[key] = result.get(key, 0.0) + value
+    return result
+
+
+def volume(extents: Iterable[Extent], factor: float = 1.0) -> Polynomial:
+    """Number of elements of a tensor with these axis sizes, times `factor`."""
+    result: Polynomial = {(): factor}
+    for extent in extents:
+        result = multiply(result, extent_polynomial(extent))
+    return result
+
+
+def evaluate(polynomial: Polynomial, widths: Widths, units: Widths) -> int:
+    """Value for `widths`; `units` gives the full width of groups not in `widths`."""
+    return round(sum(c * prod(widths.get(name, units[name]) for name in key) for key, c in polynomial.items()))
+
+
+# --- parameters, MACs, bytes ---------------------------------------------------------------------
+
+
+def count_parameters(graph: Graph, widths: Widths) -> int:
+    """Trainable parameters of the network at `widths`."""
+    numel = add(volume(p.extents) for p in graph.parameters if p.trainable)
+    return evaluate(numel, widths, graph.units)
+
+
+def mac_polynomial(graph: Graph) -> Polynomial:
+    """Multiply-accumulates of convolutions, linears and matrix products on the example input.
+
+    A weight is used once per output position (per input position when transposed), so a layer costs
+    positions x elements of its weight, grouped or not.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    parameters = {p.name: p for p in graph.parameters}
+    terms: list[Polynomial] = []
+    for node in graph.nodes:
+        if node.op in PRODUCTS and node.inputs:
+            inner = nodes[node.inputs[0]].out_extents[-1]
+            terms.append(volume((*node.out_extents, inner)))
+            continue
+        if not node.parameters or node.parameters[0] not in parameters:
+            continue
+        weight = parameters[node.parameters[0]]
+        if node.op in CONVOLUTIONS or node.op in TRANSPOSED:
+            source = node if node.op in CONVOLUTIONS else nodes[node.inputs[0]]
+            rank = len(weight.shape) - 2
+            positions = (*source.out_extents[: -rank - 1], *source.out_extents[-rank:])
+        elif node.op == "linear":
+            positions = node.out_extents[:-1]
+        else:
+            continue
+        terms.append(volume((*positions, *weight.extents)))
+    return add(terms)
+
+
+def count_macs(graph: Graph, widths: Widths) -> int:
+    """Multiply-accumulates of one forward pass on the example input."""
+    return evaluate(mac_polynomial(graph), widths, graph.units)
+
+
+def artifact_polynomial(graph: Graph) -> Polynomial:
+    """Bytes of the weights in an exported file.
+
+    A batch norm that directly follows a convolution is folded into it by the exporter: its four
+    vectors vanish and the convolution has a bias.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    readers = _readers(graph)
+    parameters = {p.name: p for p in graph.parameters}
+    stored: dict[str, Polynomial] = {}
+    for node in graph.nodes:
+        producer = nodes.get(node.inputs[0]) if node.inputs else None
+        if (
+            node.op == "batch_norm"
+            and producer is not None
+            and producer.op in CONVOLUTIONS | TRANSPOSED
+            and readers[producer.name] == [node.name]
+        ):
+            if len(producer.parameters) < 2:
+                stored[f"{producer.name} bias"] = volume(node.out_extents[1:2], FLOAT_BYTES)
+            continue
+        for name in node.parameters:
+            if name in parameters:
+                stored[name] = volume(parameters[name].extents, parameters[name].element_bytes)
+    return add(stored.values())
+
+
+def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int) -> int:
+    """Size of the exported file: its weights at `widths`, and the rest of the dense file as it is.
+
+    dense_bytes: size of the dense artifact, as measured.
+    """
+    weights = artifact_polynomial(graph)
+    dense = evaluate(weights, graph.units, graph.units)
+    return max(dense_bytes - dense, 0) + evaluate(weights, widths, graph.units)
+
+
+# --- activation memory ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStep:
+    """Bytes that live while one node runs: its inputs, its output and all that is read later."""
+
+    node: str
+    bytes: Polynomial
+
+
+def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
+    """Live activation bytes at each node, in execution order.
+
+    Buffers as ONNX Runtime's planner has them: views share their input's buffer; an elementwise
+    node writes over an input of its own size that dies there (a fused conv + norm + activation has
+    one output); model inputs are the caller's and are never overwritten; a buffer is free after its
+    last reader. The runtime's own scratch space and fragmentation are not included.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    last_read = {node.name: index for index, node in enumerate(graph.nodes)}
+    for index, node in enumerate(graph.nodes):
+        for name in node.inputs:
+            last_read[name] = index
+    for name in graph.outputs:
+        last_read[name] = len(graph.nodes)
+
+    owner: dict[str, str] = {}
+    size: dict[str, Polynomial] = {}
+    dies: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        source = _shared_buffer(node, nodes, owner, dies, index)
+        if source is not None:
+            owner[node.name] = source
+            dies[source] = max(dies[source], last_read[node.name])
+        else:
+            owner[node.name] = node.name
+            size[node.name] = volume(node.out_extents, FLOAT_BYTES)
+            dies[node.name] = last_read[node.name]
+
+    born = {name: index for index, name in enumerate(nodes)}
+    return tuple(
+        MemoryStep(
+            node=node.name,
+            bytes=add(size[name] for name in size if born[name] <= index <= dies[name]),
+        )
+        for index, node in enumerate(graph.nodes)
+    )
+
+
+def peak_memory_bytes(graph: Graph, widths: Widths) -> int:
+    """Largest sum of live activations at `widths`."""
+    return max((evaluate(step.bytes, widths, graph.units) for step in memory_steps(graph)), default=0)
+
+
+def _readers(graph: Graph) -> dict[str, list[str]]:
+    """Per node the names of the nodes that read it."""
+    result: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
+    for node in graph.nodes:
+        for name in node.inputs:
+            result[name].append(node.name)
+    return result
+
+
+def _shared_buffer(
+    node: Node, nodes: dict[str, Node], owner: dict[str, str], dies: dict[str, int], index: int
+) -> str | None:
+    """The buffer that the node's output lives in without a new allocation, or None."""
+    if (node.view or not node.out_shape) and node.inputs:
+        return owner[node.inputs[0]]
+    if node.op in IN_PLACE:
+        for name in node.inputs:
+            buffer = owner[name]
+            same_size = nodes[buffer].out_extents and volume(nodes[buffer].out_extents) == volume(node.out_extents)
+            if dies[buffer] <= index and same_size and nodes[buffer].op != "input":
+                return buffer
+    return None
+
+
+# --- latency -------------------------------------------------------------------------------------
+
+
+@overload
+def kernel_latency(table: Table, cin: int, cout: int) -> float: ...
+@overload
+def kernel_latency(table: Table, cin: npt.ArrayLike, cout: npt.ArrayLike) -> FloatArray: ...
+def kernel_latency(table: Table, cin: npt.ArrayLike, cout: npt.ArrayLike) -> float | FloatArray:
+    """Seconds of one kernel for channel counts (broadcast against each other).
+
+    A size is first rounded up to the tile (it computes the whole tile), then interpolated linearly
+    between grid points. Outside the grid the nearest grid point counts below, and the last segment's
+    slope above. cin is ignored where the table has no input axis.
+    """
+    rows, row_weight = _locate(table.in_sizes, np.asarray(cin), table.tile_in)
+    columns, column_weight = _locate(table.out_sizes, np.asarray(cout), table.tile_out)
+    t = table.latency_s
+    next_row, next_column = np.minimum(rows + 1, t.shape[0] - 1), np.minimum(columns + 1, t.shape[1] - 1)
+    low = t[rows, columns] * (1 - column_weight) + t[rows, next_column] * column_weight
+    high = t[next_row, columns] * (1 - column_weight) + t[next_row, next_column] * column_weight
+    result = np.maximum(low * (1 - row_weight) + high * row_weight, 0.0)
+    return float(result) if result.ndim == 0 else result
+
+
+def _locate(
+    grid: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], tile: int
+) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    """Index of the grid point at or below each size, and the share of the next one."""
+    if len(grid) == 1:
+        return np.zeros(sizes.shape, dtype=np.intp), np.zeros(sizes.shape)
+    rounded = -(-sizes // tile) * tile
+    # the last grid point may be a full width that is no multiple of the tile
+    sizes = np.where(sizes <= grid[-1], np.minimum(rounded, grid[-1]), rounded)
+    index = np.clip(np.searchsorted(grid, sizes, side="right") - 1, 0, len(grid) - 2)
+    share = (sizes - grid[index]) / (grid[index + 1] - grid[index])
+    return index, np.maximum(share, 0.0)
+
+
+def kernel_sizes(kernel: Kernel, widths: Widths, units: Widths) -> tuple[int, int]:
+    """(input, output) channels of a kernel; input 0 where only one size matters."""
+    cin = kernel.in_extent.size(widths, units) if kernel.in_extent is not None else 0
+    return cin, kernel.out_extent.size(widths, units)
+
+
+def predict_latency(graph: Graph, widths: Widths, profile: Profile) -> float:
+    """Whole-model seconds: the sum over kernels plus the time outside any kernel."""
+    tables = {table.signature: table for table in profile.tables}
+    total = profile.overhead_s
+    for kernel in profile.kernels:
+        total += kernel_latency(tables[kernel.signature], *kernel_sizes(kernel, widths, graph.units))
+    return total
+
+
+def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -> Cost:
+    """Everything that can be said without running the network.
+
+    Latency and artifact size need a profile. The latency's interval is the largest relative error
+    of the profile on configurations it was not fitted to; without held-out ones it has no width.
+    """
+    latency = size = None
+    if profile is not None:
+        seconds = predict_latency(graph, widths, profile)
+        error = profile.held_out.max if profile.held_out is not None else 0.0
+        latency = Quantity(median=seconds, low=seconds * max(1 - error, 0.0), high=seconds * (1 + error))
+        size = artifact_bytes(graph, widths, profile.dense_bytes)
+    return Cost(
+        latency_s=latency,
+        peak_memory_bytes=peak_memory_bytes(graph, widths),
+        artifact_bytes=size,
+        parameters=count_parameters(graph, widths),
+        macs=count_macs(graph, widths),
+    )
