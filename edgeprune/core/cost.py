@@ -34,12 +34,13 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 PRODUCTS = frozenset({"matmul", "bmm", "mm"})
 
-IN_PLACE = frozenset(
-    ("batch_norm", "prelu", "softplus", "clip", "abs", "neg", "exp", "sqrt", "tanh", "gelu", "selu", "celu", "mish")
-    + ("relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_")
-    + ("silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_")
-    + ("clamp", "clamp_", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow")
-)
+# fmt: off
+IN_PLACE = frozenset((
+    "abs", "add", "batch_norm", "celu", "clamp", "clip", "div", "elu", "exp", "gelu", "hardsigmoid", "hardswish",
+    "hardtanh", "leaky_relu", "mish", "mul", "neg", "pow", "prelu", "relu", "relu6", "selu", "sigmoid", "silu",
+    "softplus", "sqrt", "sub", "tanh",
+))
+# fmt: on
 """Operations that write over an input that nobody reads again, or that fuse into its producer."""
 
 Polynomial = dict[tuple[str, ...], float]
@@ -239,7 +240,7 @@ def _shared_buffer(
     """The buffer that the node's output lives in without a new allocation, or None."""
     if (node.view or not node.out_shape) and node.inputs:
         return owner[node.inputs[0]]
-    if node.op in IN_PLACE:
+    if node.op.removesuffix("_") in IN_PLACE:
         for name in node.inputs:
             buffer = owner[name]
             same_size = nodes[buffer].out_extents and volume(nodes[buffer].out_extents) == volume(node.out_extents)
