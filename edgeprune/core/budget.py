@@ -1,0 +1,122 @@
+"""Budgets as people write them ("12ms", "0.5x", "8MiB", "30mJ"), and numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeprune.core.errors import UsageError
+from edgeprune.core.records import Budget, Cost
+
+Kind = Literal["time", "bytes", "energy"]
+
+UNITS: dict[Kind, dict[str, float]] = {
+    "time": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
+    "bytes": {
+        **{"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9},
+        **{"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30},
+    },
+    "energy": {"j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6},
+}
+
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ%]*)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit as it was asked for: SI units, or a share of what the dense model takes."""
+
+    value: float
+    relative: bool
+
+    def absolute(self, dense: float) -> float:
+        """In SI units; dense: what the dense model takes."""
+        return self.value * dense if self.relative else self.value
+
+
+def parse_limit(text: str, kind: Kind) -> Limit:
+    """Read "12ms", "0.5x" or "50%".
+
+    raises: UsageError when it is no number, has no unit or the wrong one, or is not above zero.
+    """
+    known = ", ".join([*UNITS[kind], "x"])
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise UsageError(f"budget '{text}' is not a number with a unit; write one of {known}, such as '0.5x'")
+    value, unit = float(match[1]), match[2].lower()
+    if value <= 0:
+        raise UsageError(f"budget '{text}' must be above zero")
+    if unit in ("x", "%"):
+        return Limit(value / 100 if unit == "%" else value, relative=True)
+    if unit not in UNITS[kind]:
+        raise UsageError(f"budget '{text}' is no {kind} budget; write the number with one of {known}")
+    return Limit(value * UNITS[kind][unit], relative=False)
+
+
+def make_budget(
+    dense: Cost,
+    *,
+    latency: str | None = None,
+    memory: str | None = None,
+    size: str | None = None,
+    energy: str | None = None,
+    statistic: Literal["median", "p95"] = "median",
+) -> Budget:
+    """Absolute limits from what was asked for.
+
+    dense: what the dense model takes; needed for limits that are relative to it.
+    raises: UsageError for text that cannot be read, no limit at all, or a relative limit on
+            something that was not measured.
+    """
+    asked: dict[str, tuple[str | None, Kind, float | None]] = {
+        "latency": (latency, "time", dense.latency_s.median if dense.latency_s else None),
+        "memory": (memory, "bytes", dense.peak_memory_bytes),
+        "size": (size, "bytes", dense.artifact_bytes),
+        "energy": (energy, "energy", dense.energy_j.median if dense.energy_j else None),
+    }
+    limits: dict[str, float] = {}
+    for name, (text, kind, reference) in asked.items():
+        if text is None:
+            continue
+        limit = parse_limit(text, kind)
+        if limit.relative and reference is None:
+            raise UsageError(f"{name} '{text}' is relative to the dense model, whose {name} was not measured")
+        limits[name] = limit.absolute(reference or 0.0)
+    if not limits:
+        raise UsageError("no budget given; ask for at least one of latency, memory, size or energy")
+    return Budget(
+        latency_s=limits.get("latency"),
+        peak_memory_bytes=int(limits["memory"]) if "memory" in limits else None,
+        artifact_bytes=int(limits["size"]) if "size" in limits else None,
+        energy_j=limits.get("energy"),
+        statistic=statistic,
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits: 1.23 s, 45.6 ms, 789 us."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def format_bytes(count: float) -> str:
+    """Three significant digits in binary units: 1.23 MiB, 45.6 KiB, 12 B."""
+    for unit, scale in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_energy(joules: float) -> str:
+    """Three significant digits: 1.2 J, 30 mJ."""
+    return f"{joules:.3g} J" if joules >= 1 else f"{joules * 1e3:.3g} mJ"
+
+
+def format_amount(name: str, value: float) -> str:
+    """The value of a `Budget` field, such as "latency_s", for people."""
+    if name.endswith("_s"):
+        return format_seconds(value)
+    return format_energy(value) if name.endswith("_j") else format_bytes(value)
