@@ -1,0 +1,53 @@
+"""Entry point: runs the command line and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+INTERRUPTED = 130
+INTERNAL_ERROR = 70
+
+
+def main() -> NoReturn:
+    """Run `edgeprune` with sys.argv and exit with 0, 1 unmet, 2 usage, 3 device or 4 model/data."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    from edgeprune.core.errors import EdgepruneError
+
+    debug = os.environ.get("EDGEPRUNE_DEBUG") == "1"
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        debug = True
+    if not debug:
+        # torch and onnxscript warn about their own deprecations; nothing a user can act on.
+        warnings.simplefilter("ignore")
+    from edgeprune.cli import run_command
+
+    try:
+        return run_command()
+    except EdgepruneError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk, the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`edgeprune trace | head`); keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"internal error: {type(error).__name__}: {error}\nThis is a bug in edgeprune: please report it with the output of the same command and --debug.", file=sys.stderr)
+        return INTERNAL_ERROR
+
+
+if __name__ == "__main__":
+    main()

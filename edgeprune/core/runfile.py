@@ -1,0 +1,122 @@
+"""`edgeprune.toml`: one file that describes a whole run. The keys are listed in the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from edgeprune.core.errors import UsageError
+from edgeprune.core.records import ModelSpec
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the run file; an unknown key is an error, so that a typo cannot be ignored."""
+
+
+class ModelSection(_Section):
+    """Where the trained model comes from (see `ModelSpec`)."""
+
+    factory: str | None = None
+    file: str | None = None
+    weights: str | None = None
+    inputs: tuple[tuple[int, ...], ...] = ()
+
+
+class DataSection(_Section):
+    """`path.py:fn`, `pkg.mod:fn` or an `.npz`."""
+
+    source: str
+
+
+class TargetSection(_Section):
+    """The board: an entry of the inventory, with the runtime's settings for this run."""
+
+    name: str
+    runtime: str = "onnxruntime"
+    threads: int = 1
+
+
+class BudgetSection(_Section):
+    """Limits as text: `12 ms`, `0.5x` of the dense model, `2 MiB`, `30 mJ`."""
+
+    latency: str | None = None
+    memory: str | None = None
+    size: str | None = None
+    energy: str | None = None
+
+
+class ProfileSection(_Section):
+    """How much board time the latency tables may take."""
+
+    configurations: int = 32
+    held_out: int = 8
+    rounds: int = 3
+    seconds: float = 0.1
+
+
+class PruneSection(_Section):
+    """How importance is measured and widths are chosen."""
+
+    criterion: str = "taylor"
+    solver: str = "milp"
+    levels: int = 16
+    curves: bool = True
+    compensate: bool = True
+    allow_inexact: bool = False
+    batches: int = 8
+
+
+class RecoverSection(_Section):
+    """How the compact model is trained after pruning; epochs = 0 leaves it as it is."""
+
+    epochs: int = 5
+    lr: float = 0.02
+    distil: bool = True
+
+
+class OutputSection(_Section):
+    """Where everything is written."""
+
+    dir: str
+
+
+class RunFile(_Section):
+    """A whole run. Paths in it are relative to the folder the file stands in."""
+
+    model: ModelSection
+    data: DataSection
+    target: TargetSection
+    budget: BudgetSection
+    output: OutputSection
+    profile: ProfileSection = ProfileSection()
+    prune: PruneSection = PruneSection()
+    recover: RecoverSection = RecoverSection()
+    seed: int = 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model section as a record."""
+        return ModelSpec(**msgspec.structs.asdict(self.model))
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Read and check `edgeprune.toml`.
+
+    raises: UsageError naming the key that is wrong.
+    """
+    try:
+        run = msgspec.toml.decode(path.read_bytes(), type=RunFile)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no {path}; write one (keys: README, 'The run file') or try `edgeprune demo`") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    if (run.model.factory is None) == (run.model.file is None):
+        raise UsageError(f"{path}: [model] needs either factory or file")
+    if not any(msgspec.structs.astuple(run.budget)):
+        raise UsageError(f"{path}: [budget] is empty; give at least one of latency, memory, size, energy")
+    return run

@@ -1,0 +1,96 @@
+"""A run's folder: which stages are done, from what, and a log. A killed run goes on from here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from edgeprune.core.errors import RecordError, UsageError
+from edgeprune.core.store import sha256_bytes, sha256_file, write_atomic
+
+LEDGER = "stages.json"
+
+
+class RunFolder:
+    """Stages that are skipped when their inputs and outputs are what they were.
+
+    path: the folder; made when it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, so that two runs do not write into one another.
+
+        raises: UsageError when another process holds it or the folder cannot be written.
+        """
+        with self._open_lock() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"another edgeprune is running in {self.path}; wait for it or choose another output directory") from error
+            yield
+
+    def _open_lock(self) -> IO[str]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.path}: {error.strerror}; choose another output directory") from error
+
+    def stage(self, name: str, made_from: Sequence[Any], files: Sequence[str], make: Callable[[], None]) -> None:
+        """Run a stage unless its files are there, unaltered, and made from the same things.
+
+        made_from: plain values that decide the result. files: what it writes, relative to the folder.
+        """
+        key = sha256_bytes(json.dumps(list(made_from), sort_keys=True, default=str).encode())
+        ledger = self._read_ledger()
+        entry = ledger.get(name, {})
+        if entry.get("made_from") == key and self._unaltered(entry.get("files", {}), files):
+            self.log(f"{name}: already done")
+            return
+        started = time.monotonic()
+        self.log(f"{name}: started")
+        make()
+        self.log(f"{name}: done in {time.monotonic() - started:.1f} s")
+        ledger = self._read_ledger()
+        ledger[name] = {"made_from": key, "files": {file: sha256_file(self.path / file) for file in files}}
+        write_atomic(self.path / LEDGER, json.dumps(ledger, indent=1).encode())
+
+    def done(self, name: str, made_from: Sequence[Any]) -> bool:
+        """Whether a stage would be skipped."""
+        key = sha256_bytes(json.dumps(list(made_from), sort_keys=True, default=str).encode())
+        entry = self._read_ledger().get(name, {})
+        return entry.get("made_from") == key and self._unaltered(entry.get("files", {}), list(entry.get("files", {})))
+
+    def _unaltered(self, digests: dict[str, str], files: Sequence[str]) -> bool:
+        return digests.keys() == set(files) and all(
+            (self.path / file).is_file() and sha256_file(self.path / file) == digest for file, digest in digests.items()
+        )
+
+    def _read_ledger(self) -> dict[str, Any]:
+        try:
+            ledger = json.loads((self.path / LEDGER).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, OSError) as error:
+            raise RecordError(f"{self.path / LEDGER} cannot be read ({error}); delete it to start the run again") from error
+        if not isinstance(ledger, dict):
+            raise RecordError(f"{self.path / LEDGER} is not ours; delete it to start the run again")
+        return ledger
+
+    def log(self, text: str) -> None:
+        """Append a line with the time to run.log; a log that cannot be written stops nothing."""
+        with contextlib.suppress(OSError), (self.path / "run.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
