@@ -1,0 +1,1 @@
+"""Compensation: what is repaired from calibration examples alone, without labels or training."""

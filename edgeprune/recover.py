@@ -1,0 +1,375 @@
+"""Train a compact model until it is good again: cross-entropy, distillation from the dense model, or both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.core.errors import DataError, RecordError
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.store import write_atomic
+
+Batches = Iterable[tuple[Any, Tensor]]
+WARM_UP_SHARE = 0.05
+"""Share of all steps over which the learning rate rises to its peak."""
+
+
+class Data(Protocol):
+    """What recovery reads of a data source; `load.Data` is one."""
+
+    @property
+    def train(self) -> Batches | None: ...
+    @property
+    def calibration(self) -> Batches | None: ...
+    @property
+    def test(self) -> Batches | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What decides the outcome of a recovery, so that a checkpoint of another one is not resumed."""
+
+    epochs: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    distil_weight: float
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverResult:
+    """What training did.
+
+    accuracy_before, accuracy_after: top-1 on the test batches, None without them.
+    losses: mean training loss of each epoch. epochs: how many were trained.
+    note: why training stopped early or was undone, or "".
+    """
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    losses: tuple[float, ...]
+    epochs: int
+    autocast: bool
+    note: str = ""
+
+
+@torch.no_grad()
+def evaluate_accuracy(module: nn.Module, batches: Batches) -> float:
+    """Top-1 accuracy in [0, 1], in eval mode; the module's mode is restored.
+
+    raises: DataError when the batches are empty or do not fit a classifier.
+    """
+    training, right, count = module.training, 0, 0
+    module.eval()
+    device = _device(module)
+    try:
+        for inputs, targets in batches:
+            logits = module(*_inputs(inputs, device))
+            _check_targets(logits, targets)
+            right += int((logits.argmax(dim=1).cpu() == targets.cpu()).sum())
+            count += len(targets)
+    finally:
+        module.train(training)
+    if not count:
+        raise DataError("there are no test examples to measure accuracy on")
+    return right / count
+
+
+def recover_accuracy(
+    module: nn.Module,
+    data: Data,
+    *,
+    teacher: nn.Module | None = None,
+    epochs: int = 5,
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    distil_weight: float = 0.5,
+    temperature: float = 2.0,
+    autocast: bool | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+    seed: int = 0,
+) -> RecoverResult:
+    """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
+
+    data:          train batches (augmentation is theirs), calibration batches to judge by, test batches.
+    teacher:       the dense model; adds distillation (Hinton et al., 2015, arXiv:1503.02531).
+    epochs:        >= 0. lr: peak. distil_weight: [0, 1], share of the distillation loss.
+    temperature:   > 0, of the softened outputs.
+    autocast:      bfloat16 where True; None times a few steps both ways and takes the faster.
+    checkpoint:    file written after each epoch; training goes on from it, with the same outcome as
+                   if it had never stopped (batches drawn with the global generators, or with a
+                   `set_epoch` method, are drawn again alike).
+    returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or an outcome
+                   worse on the calibration batches than the start, keeps the best epoch and says so.
+    raises:        DataError without training data or labels; RecordError for a damaged checkpoint.
+    """
+    if data.train is None:
+        raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
+    settings = Settings(epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                        distil_weight=distil_weight if teacher is not None else 0.0, temperature=temperature, seed=seed)  # fmt: skip
+    trainer = _Trainer(module, data, teacher, settings, autocast, checkpoint)
+    resumed = trainer.resume()
+    if not resumed:
+        trainer.begin()
+    for epoch in range(trainer.epoch, epochs):
+        if trainer.note:
+            break
+        trainer.train_epoch(epoch, progress)
+        trainer.save()
+    return trainer.finish()
+
+
+class _Trainer:
+    """One recovery: the module, its optimiser, and what is needed to go on after a kill."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Data,
+        teacher: nn.Module | None,
+        settings: Settings,
+        autocast: bool | None,
+        checkpoint: Path | None,
+    ) -> None:
+        assert data.train is not None
+        self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
+        self.teacher = None if teacher is None else teacher.eval()
+        self.train = data.train
+        self.device = _device(module)
+        self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.SGD(
+            self.parameters.values(), lr=settings.lr, momentum=settings.momentum,
+            weight_decay=settings.weight_decay, nesterov=settings.momentum > 0,
+        )  # fmt: skip
+        self.given_autocast = autocast
+        self.autocast = bool(autocast)
+        self.epoch, self.steps, self.note = 0, 0, ""
+        self.losses: list[float] = []
+        self.before: float | None = None
+        self.judged: list[float] = []
+        self.best: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
+        self._judge()
+        if self.settings.epochs and self.given_autocast is None:
+            with _seeded(self.settings.seed):
+                self.autocast = self._autocast_is_faster()
+
+    def train_epoch(self, epoch: int, progress: Progress) -> None:
+        settings, total, count = self.settings, 0.0, 0
+        self.module.train()
+        with _seeded(settings.seed + 1 + epoch):
+            if hasattr(self.train, "set_epoch"):
+                self.train.set_epoch(epoch)
+            for step, (inputs, targets) in enumerate(self.train):
+                if epoch and step >= self.steps:
+                    break  # the schedule is laid out for the first epoch's number of steps
+                self._set_rate(epoch, step)
+                loss = self._step(inputs, targets)
+                if not math.isfinite(loss):
+                    self.note = f"training diverged (loss {loss} in epoch {epoch + 1}); try a lower learning rate"
+                    break
+                total, count = total + loss, count + 1
+                progress(f"recover: epoch {epoch + 1} of {settings.epochs}", epoch * max(self.steps, step + 1) + step + 1,
+                         settings.epochs * self.steps)  # fmt: skip
+        if not count and not self.note:
+            raise DataError(f"the training data gave no batches in epoch {epoch + 1}; it must be iterable again and again")
+        self.steps = self.steps or count
+        self.epoch = epoch + 1
+        if count:
+            self.losses.append(total / count)
+        if not self.note:
+            self._judge()
+
+    def _step(self, inputs: Any, targets: Tensor) -> float:
+        tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = self.module(*tensors)
+        _check_targets(logits, targets)
+        logits = logits.float()
+        share = self.settings.distil_weight
+        loss = logits.new_zeros(())
+        if share < 1:
+            loss = loss + (1 - share) * functional.cross_entropy(logits, targets)
+        if share > 0 and self.teacher is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                wanted = self.teacher(*tensors).float()
+            loss = loss + share * _distillation(logits, wanted, self.settings.temperature)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        return value
+
+    def _set_rate(self, epoch: int, step: int) -> None:
+        # The first epoch's length is not known until it has been seen, unless the batches have one.
+        if not self.steps:
+            self.steps = len(self.train) if hasattr(self.train, "__len__") else 0
+        done = epoch + (step / self.steps if self.steps else 0.0)
+        position = done / self.settings.epochs
+        rising = min(1.0, (position + 1 / max(self.steps * self.settings.epochs, 100)) / WARM_UP_SHARE)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * rising * 0.5 * (1 + math.cos(math.pi * position))
+
+    def _autocast_is_faster(self, steps: int = 3) -> bool:
+        """Time a few steps in both precisions on a copy; the second fastest of each counts."""
+        batch = next(iter(self.train), None)
+        if batch is None:
+            return False
+        inputs, targets = _inputs(batch[0], self.device), batch[1].to(self.device)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        trial = copy.deepcopy(self.module).train()
+        for _ in range(steps):
+            for enabled in times:
+                start = time.perf_counter()
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+                    logits = trial(*inputs)
+                _check_targets(logits, targets)
+                functional.cross_entropy(logits.float(), targets).backward()  # type: ignore[no-untyped-call]
+                float(logits.detach().flatten()[0])  # waits for an accelerator
+                times[enabled].append(time.perf_counter() - start)
+        return sorted(times[True])[1] < sorted(times[False])[1]
+
+    def _judge(self) -> None:
+        """Remember this state if none before was better on the calibration batches (else the training loss)."""
+        if self.data.calibration is not None:
+            judged = _mean_loss(self.module, self.data.calibration, self.device)
+        else:
+            judged = self.losses[-1] if self.losses else math.inf
+        self.judged.append(judged)
+        if judged <= min(self.judged) or not self.best:
+            self.best = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
+
+    def finish(self) -> RecoverResult:
+        worse = len(self.judged) > 1 and not self.judged[-1] <= self.judged[0]
+        if worse and not self.note:
+            self.note = "training made the model worse on the calibration examples; kept the best epoch"
+        if self.note:
+            self.module.load_state_dict(self.best)
+        self.module.eval()
+        after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
+        return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
+                             epochs=self.epoch, autocast=self.autocast, note=self.note)  # fmt: skip
+
+    # --- checkpoint: tensors and JSON in one safetensors file, no code ---
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"model/{key}": value for key, value in self.module.state_dict().items()}
+        tensors |= {f"best/{key}": value for key, value in self.best.items()}
+        for name, parameter in self.parameters.items():
+            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                tensors[f"momentum/{name}"] = buffer
+        facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
+                 "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
+                 "autocast": self.autocast}  # fmt: skip
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+        write_atomic(self.checkpoint, save(tensors, metadata={"recover": json.dumps(facts)}))
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint if it is one of this recovery. raises: RecordError when damaged."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return False
+        try:
+            with safetensors.safe_open(self.checkpoint, framework="pt") as file:  # type: ignore[no-untyped-call]
+                facts = json.loads((file.metadata() or {})["recover"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if facts["settings"] != asdict(self.settings):
+                return False
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}}
+            for key, value in tensors.items():
+                part, name = key.split("/", 1)
+                parts[part][name] = value.to(self.device)
+            own = {key: value.shape for key, value in self.module.state_dict().items()}
+            if {key: value.shape for key, value in parts["model"].items()} != own:
+                return False  # of other widths
+            self.module.load_state_dict(parts["model"])
+            for name, value in parts["momentum"].items():
+                self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
+            self.best = parts["best"]
+            self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
+            self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]
+            self.before, self.autocast = facts["before"], bool(facts["autocast"])
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise RecordError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
+        return True
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _mean_loss(module: nn.Module, batches: Batches, device: torch.device) -> float:
+    module.eval()
+    total, count = 0.0, 0
+    for inputs, targets in batches:
+        logits = module(*_inputs(inputs, device))
+        _check_targets(logits, targets)
+        total += float(functional.cross_entropy(logits.float(), targets.to(device), reduction="sum"))
+        count += len(targets)
+    value = total / count if count else math.inf
+    return value if math.isfinite(value) else math.inf
+
+
+def _distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / temperature, dim=1),
+        functional.log_softmax(wanted / temperature, dim=1), reduction="batchmean", log_target=True,
+    )  # fmt: skip
+    return divergence * temperature**2
+
+
+def _inputs(inputs: Any, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in (inputs if isinstance(inputs, tuple | list) else (inputs,)))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _check_targets(logits: Any, targets: Tensor) -> None:
+    """raises: DataError unless the outputs are (n, classes) and the targets n labels below that."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"accuracy needs a classifier with outputs (n, classes); this model gives {shape}")
+    if targets.is_floating_point() or targets.shape != logits.shape[:1]:
+        raise DataError(f"targets are {targets.dtype} of shape {list(targets.shape)}, expected {len(logits)} labels")
+    if int(targets.max()) >= logits.shape[1] or int(targets.min()) < 0:
+        raise DataError(f"the data has the label {int(targets.max())}, the model only {logits.shape[1]} classes")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators for a while, so that an epoch draws the same after a resume."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
