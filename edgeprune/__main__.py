@@ -45,7 +45,8 @@ def _run() -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"internal error: {type(error).__name__}: {error}\nThis is a bug in edgeprune: please report it with the output of the same command and --debug.", file=sys.stderr)
+        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a bug in edgeprune: please report it with what --debug prints.", file=sys.stderr)
         return INTERNAL_ERROR
 
 

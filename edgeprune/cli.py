@@ -153,7 +153,9 @@ def list_boards(as_json: AsJson = False) -> None:
 @targets_app.command("check")
 def check_board(
     name: str,
-    trust: Annotated[bool, typer.Option("--trust", help="remember the host key of a board seen for the first time")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="remember the host key of a board seen for the first time")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Connect and print the board's facts, and what is missing."""
@@ -180,8 +182,12 @@ def setup_board(
 
 @app.command()
 def trace(
-    model: Model, weights: Weights = None, shapes: Input = None, allow_inexact: Inexact = False,
-    out: Out = None, as_json: AsJson = False,
+    model: Model,
+    weights: Weights = None,
+    shapes: Input = None,
+    allow_inexact: Inexact = False,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """What can be pruned, what is frozen and why."""
     from edgeprune.core.store import write_record
@@ -196,9 +202,16 @@ def trace(
 
 @app.command()
 def profile(
-    model: Model, target: TargetName, out: Annotated[Path, typer.Option("--out", "-o")],
-    weights: Weights = None, shapes: Input = None, allow_inexact: Inexact = False, threads: int = 1,
-    configurations: int = 32, rounds: int = 3, as_json: AsJson = False,
+    model: Model,
+    target: TargetName,
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    weights: Weights = None,
+    shapes: Input = None,
+    allow_inexact: Inexact = False,
+    threads: int = 1,
+    configurations: int = 32,
+    rounds: int = 3,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
     from edgeprune.pipeline import connect, describe_profile
@@ -208,15 +221,20 @@ def profile(
     module, inputs = load(model, weights, shapes)
     graph = trace_graph(module, inputs, allow_inexact=allow_inexact)
     with bars() as progress, connect(target, threads=threads, progress=progress) as session:
-        made = profile_target(module, inputs, graph, session, path=out, configurations=configurations,
-                              rounds=rounds, progress=progress)
+        made = profile_target(
+            module, inputs, graph, session, path=out, configurations=configurations, rounds=rounds, progress=progress
+        )
     show(made, as_json, describe_profile(made))
 
 
 @app.command()
 def score(
-    model: Model, data: Annotated[str, typer.Option("--data")], out: Annotated[Path, typer.Option("--out", "-o")],
-    weights: Weights = None, shapes: Input = None, allow_inexact: Inexact = False,
+    model: Model,
+    data: Annotated[str, typer.Option("--data")],
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    weights: Weights = None,
+    shapes: Input = None,
+    allow_inexact: Inexact = False,
     criterion: Annotated[str, typer.Option(help="name, or name:option=value")] = "taylor",
     curves: Annotated[bool, typer.Option(help="measure the loss of each group at a few widths")] = True,
 ) -> None:
@@ -231,21 +249,31 @@ def score(
     name, _, options = criterion.partition(":")
     calibration = load_data(data, Path.cwd()).require("calibration")
     with bars() as progress:
-        importance = score_groups(module, inputs, graph, calibration, criterion=name, options=options, curves=curves,
-                                  progress=progress)
+        importance = score_groups(
+            module, inputs, graph, calibration, criterion=name, options=options, curves=curves, progress=progress
+        )
     write_record(out, importance)
     print(f"{len(importance.scores)} groups scored by {criterion}: {out}")
 
 
 @app.command()
 def plan(
-    model: Model, profile: Annotated[Path, typer.Option(help="from `edgeprune profile`")],
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="from `edgeprune profile`")],
     importance: Annotated[Path, typer.Option(help="from `edgeprune score`")],
     out: Annotated[Path, typer.Option("--out", "-o")],
-    weights: Weights = None, shapes: Input = None, allow_inexact: Inexact = False,
-    latency: Latency = None, memory: Memory = None, size: Size = None, energy: Energy = None,
+    weights: Weights = None,
+    shapes: Input = None,
+    allow_inexact: Inexact = False,
+    latency: Latency = None,
+    memory: Memory = None,
+    size: Size = None,
+    energy: Energy = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
-    threads: int = 1, solver: str = "milp", levels: int = 16, as_json: AsJson = False,
+    threads: int = 1,
+    solver: str = "milp",
+    levels: int = 16,
+    as_json: AsJson = False,
 ) -> None:
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.records import Importance
@@ -263,17 +291,32 @@ def plan(
             chosen = plan_on_paper(graph, tables, scores, budget, solver=solver, levels=levels)
         else:
             with connect(target, threads=threads, progress=progress) as session:
-                chosen = plan_on_board(module, inputs, graph, tables, scores, budget, session, profile,
-                                       solver=solver, levels=levels, progress=progress)
+                chosen = plan_on_board(
+                    module,
+                    inputs,
+                    graph,
+                    tables,
+                    scores,
+                    budget,
+                    session,
+                    profile,
+                    solver=solver,
+                    levels=levels,
+                    progress=progress,
+                )
     write_record(out, chosen)
     show(chosen, as_json, describe_plan(graph, chosen))
 
 
 @app.command()
 def compact(
-    model: Model, plan: Annotated[Path, typer.Option(help="from `edgeprune plan`")],
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="from `edgeprune plan`")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for compact.pt2 and compact.safetensors")],
-    weights: Weights = None, shapes: Input = None, allow_inexact: Inexact = False, data: Source = None,
+    weights: Weights = None,
+    shapes: Input = None,
+    allow_inexact: Inexact = False,
+    data: Source = None,
 ) -> None:
     """Cut the model to a plan; with --data its consumers are refitted on the calibration batches."""
     from edgeprune.compact import save_compact
@@ -294,8 +337,13 @@ def compact(
 
 @app.command()
 def recover(
-    model: Model, data: Annotated[str, typer.Option("--data")], out: Annotated[Path, typer.Option("--out", "-o")],
-    weights: Weights = None, shapes: Input = None, epochs: int = 5, lr: float = 0.02,
+    model: Model,
+    data: Annotated[str, typer.Option("--data")],
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    weights: Weights = None,
+    shapes: Input = None,
+    epochs: int = 5,
+    lr: float = 0.02,
     teacher: Annotated[str | None, typer.Option(help="distil from this model as well")] = None,
     teacher_weights: Weights = None,
 ) -> None:
@@ -307,16 +355,27 @@ def recover(
     module, inputs = load(model, weights, shapes)
     guide = load(teacher, teacher_weights, shapes)[0] if teacher else None
     with bars() as progress:
-        result = recover_accuracy(module, load_data(data, Path.cwd()), teacher=guide, epochs=epochs, lr=lr,
-                                  checkpoint=out / "recover.checkpoint", progress=progress)
+        result = recover_accuracy(
+            module,
+            load_data(data, Path.cwd()),
+            teacher=guide,
+            epochs=epochs,
+            lr=lr,
+            checkpoint=out / "recover.checkpoint",
+            progress=progress,
+        )
     save_compact(module, inputs, out, name="recovered")
     print(f"accuracy {result.accuracy_before:.2%} -> {result.accuracy:.2%}: {out}/recovered.pt2")
 
 
 @app.command()
 def export(
-    model: Model, out: Annotated[Path, typer.Option("--out", "-o")], weights: Weights = None, shapes: Input = None,
-    format: Annotated[str, typer.Option(help="artifact format")] = "onnx", as_json: AsJson = False,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    weights: Weights = None,
+    shapes: Input = None,
+    format: Annotated[str, typer.Option(help="artifact format")] = "onnx",
+    as_json: AsJson = False,
 ) -> None:
     """Write the artifact that runs on the board, checked on the host."""
     from edgeprune.export import export_model
@@ -328,12 +387,20 @@ def export(
 
 @app.command()
 def validate(
-    artifact: Annotated[Path, typer.Argument(help="the exported file")], target: TargetName,
+    artifact: Annotated[Path, typer.Argument(help="the exported file")],
+    target: TargetName,
     model: Annotated[str, typer.Option(help="the same model in PyTorch: the reference for its outputs")],
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
     data: Annotated[str, typer.Option("--data", help="its test split gives the inputs")],
-    out: Annotated[Path, typer.Option("--out", "-o")], weights: Weights = None, shapes: Input = None, threads: int = 1,
-    latency: Latency = None, memory: Memory = None, size: Size = None, energy: Energy = None, as_json: AsJson = False,
+    out: Annotated[Path, typer.Option("--out", "-o")],
+    weights: Weights = None,
+    shapes: Input = None,
+    threads: int = 1,
+    latency: Latency = None,
+    memory: Memory = None,
+    size: Size = None,
+    energy: Energy = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.store import write_record
@@ -342,8 +409,18 @@ def validate(
 
     module, _ = load(model, weights, shapes)
     with bars() as progress, connect(target, threads=threads, progress=progress) as session:
-        report = validate_on_board(artifact, dense, module, load_data(data, Path.cwd()), session,
-                                   latency=latency, memory=memory, size=size, energy=energy, progress=progress)
+        report = validate_on_board(
+            artifact,
+            dense,
+            module,
+            load_data(data, Path.cwd()),
+            session,
+            latency=latency,
+            memory=memory,
+            size=size,
+            energy=energy,
+            progress=progress,
+        )
     write_record(out, report)
     show(report, as_json, summary(report, out.parent))
     if not report.passed:
@@ -355,7 +432,8 @@ def bundle(
     artifact: Annotated[Path, typer.Argument(help="the exported file")],
     report: Annotated[Path, typer.Option(help="from `edgeprune validate`")],
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("bundle.zip"),
-    plan: Annotated[Path | None, typer.Option(help="from `edgeprune plan`")] = None, data: Source = None,
+    plan: Annotated[Path | None, typer.Option(help="from `edgeprune plan`")] = None,
+    data: Source = None,
 ) -> None:
     """Zip the artifact with its manifest, evidence and runnable examples."""
     from edgeprune.pipeline import bundle_files
@@ -366,7 +444,8 @@ def bundle(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="the folder of a run")], out: Out = None,
+    directory: Annotated[Path, typer.Argument(help="the folder of a run")],
+    out: Out = None,
 ) -> None:
     """One self-contained HTML page with the evidence of a run."""
     from edgeprune.pipeline import report_run

@@ -1,1 +1,1 @@
-"""The vocabulary: records, errors, statistics, cost arithmetic. numpy, msgspec and the standard library; never torch."""
+"""The vocabulary: records, errors, statistics, costs. Imports numpy, msgspec and the standard library, never torch."""

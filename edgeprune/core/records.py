@@ -231,8 +231,17 @@ class Conditions:
 
     def key(self) -> tuple[object, ...]:
         """What must agree before two measurements may be merged (not temperature or momentary clock)."""
-        return (self.board, self.arch, self.cpu, self.runtime, self.runtime_version, self.dtype,
-                self.batch, self.threads, self.governor)
+        return (
+            self.board,
+            self.arch,
+            self.cpu,
+            self.runtime,
+            self.runtime_version,
+            self.dtype,
+            self.batch,
+            self.threads,
+            self.governor,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

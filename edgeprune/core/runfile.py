@@ -108,7 +108,9 @@ def read_run_file(path: Path) -> RunFile:
     try:
         run = msgspec.toml.decode(path.read_bytes(), type=RunFile)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no {path}; write one (keys: README, 'The run file') or try `edgeprune demo`") from error
+        raise UsageError(
+            f"there is no {path}; write one (keys: README, 'The run file') or try `edgeprune demo`"
+        ) from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except msgspec.ValidationError as error:

@@ -39,7 +39,9 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UsageError(f"another edgeprune is running in {self.path}; wait for it or choose another output directory") from error
+                raise UsageError(
+                    f"another edgeprune is running in {self.path}; wait for it or choose another output directory"
+                ) from error
             yield
 
     def _open_lock(self) -> IO[str]:
@@ -47,7 +49,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             return (self.path / ".lock").open("w")
         except OSError as error:
-            raise UsageError(f"cannot write to {self.path}: {error.strerror}; choose another output directory") from error
+            raise UsageError(
+                f"cannot write to {self.path}: {error.strerror}; choose another output directory"
+            ) from error
 
     def stage(self, name: str, made_from: Sequence[Any], files: Sequence[str], make: Callable[[], None]) -> None:
         """Run a stage unless its files are there, unaltered, and made from the same things.
@@ -85,7 +89,9 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         except (ValueError, OSError) as error:
-            raise RecordError(f"{self.path / LEDGER} cannot be read ({error}); delete it to start the run again") from error
+            raise RecordError(
+                f"{self.path / LEDGER} cannot be read ({error}); delete it to start the run again"
+            ) from error
         if not isinstance(ledger, dict):
             raise RecordError(f"{self.path / LEDGER} is not ours; delete it to start the run again")
         return ledger

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -37,29 +38,37 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes otherwise.
 
+    A reader sees the old content or the new, never half.
     raises: UsageError when the folder cannot be written (read-only, full), naming it.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another output directory or free space") from error
-    except BaseException:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}; choose another output directory or free space"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. raises: UsageError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _encode_hook(value: Any) -> Any:
@@ -99,8 +108,11 @@ def _canonical(value: Any) -> bytes:
 def encode_envelope(record: Any) -> bytes:
     """One line of JSON: schema, digest and record."""
     body = to_builtins(record)
-    envelope = {"schema": f"edgeprune.{type(record).__name__}/{SCHEMA_VERSION}",
-                "sha256": sha256_bytes(_canonical(body)), "record": body}
+    envelope = {
+        "schema": f"edgeprune.{type(record).__name__}/{SCHEMA_VERSION}",
+        "sha256": sha256_bytes(_canonical(body)),
+        "record": body,
+    }
     return json.dumps(envelope, allow_nan=False).encode()
 
 
@@ -160,7 +172,9 @@ def append_record(path: Path, record: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another output directory or free space") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; choose another output directory or free space"
+        ) from error
 
 
 def _drop_partial_line(file: Any) -> None:
