@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from edgeprune.core.progress import Progress
-    from edgeprune.core.records import ModelSpec
+    from edgeprune.core.records import ModelSpec, Report
 
 app = typer.Typer(help=edgeprune.__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 targets_app = typer.Typer(help="The boards: list them, look at one, prepare one.", no_args_is_help=True)
@@ -111,6 +111,13 @@ def show(record: Any, as_json: bool, text: str) -> None:
     print(json.dumps(to_builtins(record), indent=2) if as_json else text)
 
 
+def raise_unmet(report: Report) -> None:
+    """Exit code 1 with what failed, after everything was printed."""
+    failed = [f"{check.name}: {check.note}" for check in report.checks if not check.passed]
+    if failed:
+        raise Unmet("not met: " + "; ".join(failed))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the run")] = Path("runs/demo"),
@@ -130,15 +137,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """The whole pipeline on yours; resumes where it stopped."""
+    from edgeprune.core.describe import summary
     from edgeprune.core.runfile import read_run_file
-    from edgeprune.pipeline import run_pipeline, summary
+    from edgeprune.pipeline import run_pipeline
 
     settings = read_run_file(file)
     with bars() as progress:
         report = run_pipeline(settings, file.parent, progress)
     show(report, as_json, summary(report, file.parent / settings.output.dir))
-    if not report.passed:
-        raise Unmet("; ".join(f"{check.name} failed: {check.note}" for check in report.checks if not check.passed))
+    raise_unmet(report)
 
 
 @targets_app.command("list")
@@ -159,7 +166,8 @@ def check_board(
     as_json: AsJson = False,
 ) -> None:
     """Connect and print the board's facts, and what is missing."""
-    from edgeprune.device.inventory import check_target, describe_facts, load_target
+    from edgeprune.core.describe import describe_facts
+    from edgeprune.device.inventory import check_target, load_target
 
     facts = check_target(load_target(name), trust_new_host=trust)
     show(facts, as_json, describe_facts(facts))
@@ -173,7 +181,8 @@ def setup_board(
     offline: Annotated[bool, typer.Option("--offline", help="the host downloads the wheels and pushes them")] = False,
 ) -> None:
     """Make a virtual environment with the runtime on the board."""
-    from edgeprune.device.inventory import describe_facts, load_target, setup_target
+    from edgeprune.core.describe import describe_facts
+    from edgeprune.device.inventory import load_target, setup_target
 
     with bars() as progress:
         facts = setup_target(load_target(name), offline=offline, progress=progress)
@@ -190,8 +199,9 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """What can be pruned, what is frozen and why."""
+    from edgeprune.core.describe import describe_graph
     from edgeprune.core.store import write_record
-    from edgeprune.trace import describe_graph, trace_graph
+    from edgeprune.trace import trace_graph
 
     module, inputs = load(model, weights, shapes)
     graph = trace_graph(module, inputs, allow_inexact=allow_inexact)
@@ -214,7 +224,8 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
-    from edgeprune.pipeline import connect, describe_profile
+    from edgeprune.core.describe import describe_profile
+    from edgeprune.pipeline import connect
     from edgeprune.profile import profile_target
     from edgeprune.trace import trace_graph
 
@@ -276,34 +287,30 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Choose the widths that lose least within the budgets."""
+    from edgeprune.core.budget import make_budget
+    from edgeprune.core.cost import predict_cost
+    from edgeprune.core.describe import describe_plan
     from edgeprune.core.records import Importance
     from edgeprune.core.store import read_record, write_record
-    from edgeprune.pipeline import connect, describe_plan, make_budget, plan_on_board, plan_on_paper
+    from edgeprune.pipeline import connect, plan_on_board
+    from edgeprune.plan import choose_widths
     from edgeprune.profile import read_profile
     from edgeprune.trace import trace_graph
 
     module, inputs = load(model, weights, shapes)
     graph = trace_graph(module, inputs, allow_inexact=allow_inexact)
     tables, scores = read_profile(profile, graph), read_record(Importance, importance)
-    budget = make_budget(graph, tables, latency=latency, memory=memory, size=size, energy=energy)
+    dense = predict_cost(graph, {}, tables)
+    budget = make_budget(dense, latency=latency, memory=memory, size=size, energy=energy)
     with bars() as progress:
         if target is None:
-            chosen = plan_on_paper(graph, tables, scores, budget, solver=solver, levels=levels)
+            chosen = choose_widths(graph, tables, scores, budget, solver=solver, levels=levels, progress=progress)
         else:
             with connect(target, threads=threads, progress=progress) as session:
                 chosen = plan_on_board(
-                    module,
-                    inputs,
-                    graph,
-                    tables,
-                    scores,
-                    budget,
-                    session,
-                    profile,
-                    solver=solver,
-                    levels=levels,
-                    progress=progress,
-                )
+                    module, inputs, graph, tables, scores, budget, session, profile,
+                    solver=solver, levels=levels, progress=progress,
+                )  # fmt: skip
     write_record(out, chosen)
     show(chosen, as_json, describe_plan(graph, chosen))
 
@@ -365,7 +372,7 @@ def recover(
             progress=progress,
         )
     save_compact(module, inputs, out, name="recovered")
-    print(f"accuracy {result.accuracy_before:.2%} -> {result.accuracy:.2%}: {out}/recovered.pt2")
+    print(f"accuracy {result.accuracy_before:.2%} -> {result.accuracy_after:.2%}: {out}/recovered.pt2")
 
 
 @app.command()
@@ -391,54 +398,58 @@ def validate(
     target: TargetName,
     model: Annotated[str, typer.Option(help="the same model in PyTorch: the reference for its outputs")],
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
+    plan: Annotated[Path, typer.Option(help="from `edgeprune plan`: the budgets and what was predicted")],
     data: Annotated[str, typer.Option("--data", help="its test split gives the inputs")],
     out: Annotated[Path, typer.Option("--out", "-o")],
     weights: Weights = None,
     shapes: Input = None,
     threads: int = 1,
-    latency: Latency = None,
-    memory: Memory = None,
-    size: Size = None,
-    energy: Energy = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
-    from edgeprune.core.store import write_record
+    from edgeprune.core.describe import summary
+    from edgeprune.core.family import load_member
+    from edgeprune.core.records import Plan
+    from edgeprune.core.store import read_record, write_record
     from edgeprune.load import load_data
-    from edgeprune.pipeline import connect, summary, validate_on_board
+    from edgeprune.pipeline import connect
+    from edgeprune.validate import collect_examples, validate_artifact
 
     module, _ = load(model, weights, shapes)
+    chosen = read_record(Plan, plan)
+    files = [load_member("formats", file.suffix.lstrip(".")).inspect(file) for file in (artifact, dense)]
+    examples = collect_examples(module, load_data(data, Path.cwd()).require("test"), files[0])
     with bars() as progress, connect(target, threads=threads, progress=progress) as session:
-        report = validate_on_board(
-            artifact,
-            dense,
-            module,
-            load_data(data, Path.cwd()),
-            session,
-            latency=latency,
-            memory=memory,
-            size=size,
-            energy=energy,
+        made = validate_artifact(
+            files[0], session, dense=files[1], examples=examples, budget=chosen.budget, predicted=chosen.predicted,
             progress=progress,
-        )
-    write_record(out, report)
-    show(report, as_json, summary(report, out.parent))
-    if not report.passed:
-        raise Unmet("; ".join(f"{check.name} failed: {check.note}" for check in report.checks if not check.passed))
+        )  # fmt: skip
+    write_record(out, made)
+    show(made, as_json, summary(made, out.parent))
+    raise_unmet(made)
 
 
 @app.command()
 def bundle(
     artifact: Annotated[Path, typer.Argument(help="the exported file")],
+    plan: Annotated[Path, typer.Option(help="from `edgeprune plan`")],
     report: Annotated[Path, typer.Option(help="from `edgeprune validate`")],
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("bundle.zip"),
-    plan: Annotated[Path | None, typer.Option(help="from `edgeprune plan`")] = None,
     data: Source = None,
 ) -> None:
     """Zip the artifact with its manifest, evidence and runnable examples."""
-    from edgeprune.pipeline import bundle_files
+    from edgeprune.bundle import write_bundle
+    from edgeprune.core.family import load_member
+    from edgeprune.core.records import Plan, Report
+    from edgeprune.core.store import read_record
+    from edgeprune.load import load_data
 
-    made = bundle_files(artifact, report, plan, data, out)
+    source = load_data(data, Path.cwd()) if data else None
+    made = write_bundle(
+        artifact, load_member("formats", artifact.suffix.lstrip(".")).inspect(artifact), read_record(Plan, plan),
+        read_record(Report, report), out, labels=source.labels if source else None,
+        preprocessing=source.preprocessing if source else None,
+    )  # fmt: skip
     print(f"{len(made.files)} files: {out}")
 
 

@@ -95,14 +95,14 @@ def wrn16_2() -> nn.Module:
 class Batches:
     """Batches of (images, labels) that can be gone through any number of times.
 
-    shift: largest random translation in pixels; > 0 also shuffles, anew on each pass.
+    shift: largest random translation in pixels; > 0 also shuffles, anew on each pass. Both draw from
+        torch's global generator, so that a resumed training sees what the uninterrupted one would.
     """
 
     images: Tensor
     labels: Tensor
     size: int = 64
     shift: int = 0
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
@@ -110,11 +110,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self.images))
         if self.shift:
-            order = torch.randperm(len(self.images), generator=self.generator)
+            order = torch.randperm(len(self.images))
         for chosen in order.split(self.size):
             images = self.images[chosen]
             if self.shift:
-                down, right = torch.randint(0, 2 * self.shift + 1, (2,), generator=self.generator).tolist()
+                down, right = torch.randint(0, 2 * self.shift + 1, (2,)).tolist()
                 padded = functional.pad(images, [self.shift] * 4)
                 images = padded[..., down : down + images.shape[2], right : right + images.shape[3]]
             yield images, self.labels[chosen]

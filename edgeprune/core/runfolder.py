@@ -53,7 +53,7 @@ class RunFolder:
                 f"cannot write to {self.path}: {error.strerror}; choose another output directory"
             ) from error
 
-    def stage(self, name: str, made_from: Sequence[Any], files: Sequence[str], make: Callable[[], None]) -> None:
+    def stage(self, name: str, made_from: Sequence[Any], files: Sequence[str], make: Callable[[], object]) -> None:
         """Run a stage unless its files are there, unaltered, and made from the same things.
 
         made_from: plain values that decide the result. files: what it writes, relative to the folder.

@@ -1,0 +1,188 @@
+"""Records as text for people: milliseconds, mebibytes and aligned columns, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
+from edgeprune.core.cost import mac_polynomial
+from edgeprune.core.records import BoardFacts, Cost, Graph, Plan, Profile, Quantity, Report
+
+UNKNOWN = "not measured"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; numbers (all but the first column) to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if not i else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def interval(value: Quantity | None) -> str:
+    """A latency with its interval."""
+    if value is None:
+        return UNKNOWN
+    return f"{format_seconds(value.median)} [{format_seconds(value.low)}, {format_seconds(value.high)}]"
+
+
+def prunable_macs(graph: Graph) -> float:
+    """Share of the multiply-adds that shrink when some group is pruned, in [0, 1]."""
+    units, prunable = graph.units, {group.name for group in graph.prunable}
+    total = shrinking = 0.0
+    for names, coefficient in mac_polynomial(graph).items():
+        macs = coefficient
+        for name in names:
+            macs *= units[name]
+        total += macs
+        shrinking += macs if prunable & set(names) else 0.0
+    return shrinking / total if total else 0.0
+
+
+def describe_graph(graph: Graph) -> str:
+    """Groups with what they reach, then what is frozen and why."""
+    rows = []
+    for group in graph.prunable:
+        parameters = sorted({member.parameter.rsplit(".", 1)[0] for member in group.members})
+        note = "inexact: " + group.inexact_because if group.inexact_because else ""
+        rows.append((group.name, str(group.units), str(group.step), str(len(parameters)), note))
+    parts = [table(("group", "units", "step", "modules", "note"), rows) if rows else "nothing can be pruned"]
+    reasons: dict[str, list[str]] = {}
+    for group in graph.groups:
+        if group.frozen_because is not None:
+            reasons.setdefault(group.frozen_because, []).append(f"{group.name} ({group.units})")
+    if reasons:
+        parts.append("frozen:\n" + "\n".join(f"  {why}: {', '.join(names)}" for why, names in sorted(reasons.items())))
+    if graph.unsupported:
+        names = sorted({f"{op} at {node}" for op, node in graph.unsupported})
+        parts.append("operators without a rule (what touches them is frozen):\n" + "\n".join(f"  {n}" for n in names))
+    parts.append(f"{len(rows)} groups can be pruned; {prunable_macs(graph):.1%} of the multiply-adds are in them")
+    return "\n\n".join(parts)
+
+
+def describe_profile(profile: Profile) -> str:
+    """How the tables were made and how far they can be trusted."""
+    rows = []
+    for entry in profile.tables:
+        count = sum(kernel.signature == entry.signature for kernel in profile.kernels)
+        dense = format_seconds(float(entry.latency_s[-1, -1]))
+        rows.append((entry.signature, str(count), f"{entry.tile_in}/{entry.tile_out}", dense))
+    error = profile.held_out
+    trusted = (
+        f"held-out error of the whole model: mean {error.mean:.1%}, max {error.max:.1%}"
+        f" on {error.configurations} configurations"
+        if error
+        else "no configuration was held out"
+    )
+    made = len({m.configuration for m in profile.measurements})
+    return (
+        table(("kernel", "uses", "tile in/out", "largest"), rows)
+        + f"\n\n{made} configurations, {len(profile.measurements)} measurements on {profile.target}"
+        + f" ({profile.conditions.cpu or profile.conditions.arch}, {profile.conditions.runtime}"
+        + f" {profile.conditions.runtime_version}, {profile.conditions.threads} thread)\n{trusted}"
+        + f"\noverhead outside kernels {format_seconds(profile.overhead_s)},"
+        + f" additivity gap {profile.additivity_gap:.1%}"
+    )
+
+
+def describe_plan(graph: Graph, plan: Plan) -> str:
+    """Widths, the loop on the board, and what every solver would have reached."""
+    units = graph.units
+    rows = [(name, str(units[name]), str(width), f"{width / units[name]:.0%}") for name, width in plan.widths.items()]
+    parts = [table(("group", "units", "kept", "share"), rows)]
+    solvers = [
+        (s.solver, s.status, f"{s.loss:.4g}", "" if s.gap is None else f"{s.gap:.2%}", interval(s.cost.latency_s))
+        for s in plan.alternatives
+    ]
+    if solvers:
+        parts.append(table(("solver", "status", "predicted loss", "proven gap", "predicted latency"), solvers))
+    if plan.rounds:
+        loop = [
+            (str(i), format_seconds(r.asked_s), format_seconds(r.predicted_s), interval(r.measured))
+            for i, r in enumerate(plan.rounds, 1)
+        ]
+        parts.append(table(("round", "asked of the tables", "predicted", "measured"), loop))
+    if plan.finer_step:
+        parts.append(plan.finer_step)
+    return "\n\n".join(parts)
+
+
+def describe_facts(facts: BoardFacts) -> str:
+    """A board's facts, one a line, and what it lacks."""
+    lines = [
+        ("architecture", facts.arch),
+        ("system", facts.system),
+        ("model", facts.model),
+        ("processor", facts.cpu),
+        ("cores", None if facts.cpus is None else str(facts.cpus)),
+        ("memory", None if facts.ram_bytes is None else format_bytes(facts.ram_bytes)),
+        ("memory free", None if facts.ram_free_bytes is None else format_bytes(facts.ram_free_bytes)),
+        ("disk free", None if facts.disk_free_bytes is None else format_bytes(facts.disk_free_bytes)),
+        ("governor", facts.governor),
+        ("frequency", None if facts.freq_hz is None else f"{facts.freq_hz / 1e6:.0f} MHz"),
+        ("temperature", None if facts.temp_c is None else f"{facts.temp_c:.1f} C"),
+        ("throttled", facts.throttled),
+        ("python", facts.python),
+        ("runtimes", ", ".join(f"{name} {version}" for name, version in facts.runtimes.items())),
+    ]
+    text = "\n".join(f"{name:<14}{value or 'not known'}" for name, value in lines)
+    missing = "\n".join(f"missing: {what}" for what in facts.missing)
+    return text + ("\n" + missing if missing else "\nready")
+
+
+def _amount(unit: str, value: float) -> str:
+    """A check's value in its own unit."""
+    known = {"s": format_seconds, "bytes": format_bytes, "J": format_energy}
+    return known[unit](value) if unit in known else f"{value:.3g}"
+
+
+def summary(report: Report, directory: Path) -> str:
+    """The last words of a run: dense against pruned, the checks, where everything lies."""
+    dense, compact, predicted = report.dense, report.compact, report.predicted
+
+    def amounts(name: str) -> list[str]:
+        values = [getattr(cost, name) for cost in (dense, predicted, compact)]
+        return [UNKNOWN if v is None else format_amount(name, float(v)) for v in values]
+
+    def counts(name: str, cost: Cost) -> str:
+        value = getattr(cost, name)
+        return UNKNOWN if value is None else f"{value:,}"
+
+    accuracy = report.accuracy
+    rows = [
+        ("latency", interval(dense.latency_s), interval(predicted.latency_s), interval(compact.latency_s)),
+        ("accuracy", *(UNKNOWN if v is None else f"{v:.2%}" for v in (accuracy.dense, None, accuracy.after_recovery))),
+        ("  on the board", UNKNOWN, "", UNKNOWN if accuracy.on_board is None else f"{accuracy.on_board:.2%}"),
+        (
+            "  before recovery",
+            "",
+            "",
+            UNKNOWN if accuracy.before_recovery is None else f"{accuracy.before_recovery:.2%}",
+        ),
+        ("parameters", *(counts("parameters", cost) for cost in (dense, predicted, compact))),
+        ("MACs", *(counts("macs", cost) for cost in (dense, predicted, compact))),
+        ("artifact size", *amounts("artifact_bytes")),
+        ("peak memory", *amounts("peak_memory_bytes")),
+    ]
+    checks = [
+        (
+            check.name,
+            *("" if v is None else _amount(check.unit, v) for v in (check.predicted, check.measured, check.limit)),
+            "passed" if check.passed else "FAILED",
+        )
+        for check in report.checks
+    ]
+    return "\n\n".join(
+        [
+            table(("", "dense", "predicted", "pruned"), rows),
+            table(("check", "predicted", "measured", "limit", ""), checks),
+            f"everything lies in {directory}",
+        ]
+    )
