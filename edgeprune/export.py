@@ -1,0 +1,104 @@
+"""Export a module to an artifact and check it on the host before anybody can see it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from edgeprune import __version__
+from edgeprune.core.errors import ModelError
+from edgeprune.core.family import load_member
+from edgeprune.core.records import Artifact, Graph
+from edgeprune.core.store import replacing
+
+
+def export_model(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    format: str = "onnx",
+    graph: Graph | None = None,
+    tolerance: float = 1e-4,
+) -> Artifact:
+    """Write a module as an artifact whose outputs on the host equal the module's.
+
+    inputs: example inputs, batch first; the check runs on them and on random inputs of their kind.
+    path: written at the end in one rename, or not at all.
+    format: member of `formats`. graph: what the module was pruned from, recorded by its digest.
+    tolerance: largest |artifact - module| / max |module| allowed, over all outputs.
+    returns: the artifact, with the versions of the tools that made it.
+    raises: ModelError when it cannot be exported, or computes something else; UsageError when the
+        folder cannot be written.
+    """
+    member = load_member("formats", format)
+    with _evaluating(module), replacing(path) as temporary:
+        artifact: Artifact = member.export(module, inputs, temporary)
+        for kind, given in (("example", inputs), ("random", _random_like(inputs))):
+            _check_outputs(module, given, member, temporary, kind=kind, tolerance=tolerance)
+    tools = {"edgeprune": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return replace(
+        artifact,
+        path=str(path),
+        graph_sha256=graph.model_sha256 if graph is not None else artifact.graph_sha256,
+        tools={**tools, **artifact.tools},
+    )
+
+
+def _check_outputs(
+    module: nn.Module, inputs: tuple[Tensor, ...], member: Any, path: Path, *, kind: str, tolerance: float
+) -> None:
+    with torch.no_grad():
+        expected = [leaf.numpy(force=True) for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor)]
+    got: Sequence[Any] = member.run(path, [tensor.numpy(force=True) for tensor in inputs])
+    if [a.shape for a in got] != [a.shape for a in expected]:
+        raise ModelError(
+            f"the {member.__name__.rsplit('.', 1)[-1]} export gives shapes {[a.shape for a in got]} where the module "
+            f"gives {[a.shape for a in expected]} on {kind} inputs; nothing was written"
+        )
+    for number, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        if not np.isfinite(theirs).all():
+            raise ModelError(f"output {number} of the module holds NaN or infinity on {kind} inputs; check its weights")
+        error = float(np.abs(mine - theirs).max(initial=0.0) / max(float(np.abs(theirs).max(initial=0.0)), 1e-12))
+        if not error <= tolerance:
+            raise ModelError(
+                f"output {number} of the export differs from the module by {error:.2g} relative on {kind} inputs "
+                f"(allowed {tolerance:.0e}); nothing was written. The model may use an operator that its format "
+                "computes otherwise"
+            )
+
+
+def _random_like(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Normal noise with each input's mean and deviation; integers from the range the example spans."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for tensor in inputs:
+        if tensor.is_floating_point():
+            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(1.0)
+            noise = torch.randn(tensor.shape, generator=generator) * deviation.clamp(min=1e-3) + tensor.float().mean()
+        else:
+            low, high = int(tensor.min()), int(tensor.max())
+            noise = torch.randint(low, high + 1, tensor.shape, generator=generator)
+        made.append(noise.to(tensor.dtype).to(tensor.device))
+    return tuple(made)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; every submodule goes back to its own mode afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

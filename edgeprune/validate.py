@@ -1,0 +1,405 @@
+"""Run an artifact on the board beside the dense one and hold what it does against what was asked."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune import __version__
+from edgeprune.core.errors import AgentError, DataError, RecordError
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import (
+    Accuracy,
+    Artifact,
+    Budget,
+    Check,
+    Conditions,
+    Cost,
+    IntArray,
+    NumericError,
+    Quantity,
+    Report,
+    Samples,
+    Step,
+    StepResult,
+)
+from edgeprune.core.stats import quantity, statistic
+from edgeprune.core.store import sha256_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgeprune.device.session import Session
+
+NumberArray = npt.NDArray[Any]
+WINDOW = 0.97
+"""A plan should use at least this share of its latency budget; below it accuracy was given away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """Real inputs and what the host makes of them.
+
+    inputs: the artifact's input names -> arrays, leading axis = examples, one length for all.
+    reference: the host module's float32 outputs in the artifact's order, leading axis = examples.
+    targets: (examples,) class indices, or None where the task is not classification.
+    """
+
+    inputs: dict[str, NumberArray]
+    reference: tuple[NumberArray, ...]
+    targets: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+
+def collect_examples(
+    module: nn.Module, batches: Iterable[tuple[Any, Any]], artifact: Artifact, *, limit: int = 512
+) -> Examples:
+    """The first `limit` examples of `batches` with the module's float32 outputs on them.
+
+    module: in evaluation mode; its outputs are the reference. batches: (inputs, targets) of tensors;
+    inputs may be a tuple where the model takes several.
+    raises: DataError when there is no example, or the inputs are not the artifact's.
+    """
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    inputs: list[list[NumberArray]] = []
+    outputs: list[list[NumberArray]] = []
+    targets: list[NumberArray] = []
+    taken = 0
+    for given, wanted in batches:
+        tensors = [part[: limit - taken] for part in (given if isinstance(given, tuple | list) else (given,))]
+        if len(tensors) != len(artifact.inputs):
+            raise DataError(f"the data gives {len(tensors)} inputs, {artifact.path} takes {len(artifact.inputs)}")
+        with torch.no_grad():
+            leaves = [leaf for leaf in tree_leaves(module(*tensors)) if isinstance(leaf, torch.Tensor)]
+        inputs.append([tensor.numpy(force=True) for tensor in tensors])
+        outputs.append([leaf.float().numpy(force=True) for leaf in leaves])
+        targets.append(np.asarray(wanted)[: limit - taken])
+        taken += len(tensors[0])
+        if taken >= limit:
+            break
+    if taken == 0:
+        raise DataError("the data gives no examples to validate on; check its test split")
+    joined = np.concatenate(targets)
+    return Examples(
+        inputs={i.name: np.concatenate(a) for i, a in zip(artifact.inputs, zip(*inputs, strict=True), strict=True)},
+        reference=tuple(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)),
+        targets=joined.astype(np.int64) if joined.ndim == 1 and joined.dtype.kind in "iu" else None,
+    )
+
+
+def validate_artifact(
+    artifact: Artifact,
+    session: Session,
+    *,
+    dense: Artifact,
+    examples: Examples,
+    budget: Budget,
+    predicted: Cost,
+    dense_counts: Cost | None = None,
+    accuracy: Accuracy | None = None,
+    latency_ratio: float | None = None,
+    tolerance: float = 1e-3,
+    agreement: float = 0.99,
+    rounds: int = 5,
+    max_rounds: int = 15,
+    seconds: float = 0.5,
+    provenance: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Measure dense and compact on the board, compare outputs with the host, check every limit.
+
+    predicted: the plan's cost of the compact model; its parameters and MACs are carried over, as
+        `dense_counts` gives them for the dense one. accuracy: what is known before the board.
+    latency_ratio: the latency budget as a share of the dense model where it was asked that way;
+        the limit is then that share of the dense latency of these same rounds.
+    tolerance: largest |board - host| / max |host|. agreement: least share of equal top-1 answers.
+    rounds, seconds: both artifacts are timed `seconds` each in every round, in changing order; up
+        to `max_rounds` while the limit lies inside the measured interval.
+    returns: the report. A limit that is not met is a failed check in it, not an exception.
+    raises: RecordError when an artifact was altered since it was exported; AgentError when one does
+        not run on the board; DeviceError from the session.
+    """
+    for each in (artifact, dense):
+        _check_unaltered(each)
+    # A job of its own: a second validation measures again instead of repeating the first one's answer.
+    board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress, rounds + 2)
+    try:
+        outputs = board.outputs(artifact, dense, examples)
+        memory = board.memory()
+        while True:
+            board.round(seconds)
+            measured = {name: quantity([_median(s) for s in samples]) for name, samples in board.samples.items()}
+            limit = budget.latency_s if latency_ratio is None else latency_ratio * measured["dense"].median
+            asked = _latency(board.samples["compact"], budget)
+            done = len(board.samples["compact"])
+            undecided = limit is not None and asked.low <= limit <= asked.high
+            if done >= max_rounds or (done >= rounds and not undecided):
+                break
+    finally:
+        board.clear()
+
+    before = accuracy or Accuracy()
+    error, on_board = _compare(outputs, examples)
+    counts = {"dense": dense_counts or Cost(), "compact": predicted}
+    costs = {
+        name: Cost(
+            latency_s=measured[name],
+            peak_memory_bytes=memory[name],
+            artifact_bytes=file.bytes,
+            parameters=counts[name].parameters,
+            macs=counts[name].macs,
+        )
+        for name, file in (("dense", dense), ("compact", artifact))
+    }
+    checks = [
+        *_budget_checks(replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions),
+        *_parity_checks(error, outputs, tolerance, agreement),
+    ]
+    return Report(
+        artifact_sha256=artifact.sha256,
+        target=session.target.name,
+        budget=replace(budget, latency_s=limit),
+        dense=costs["dense"],
+        compact=costs["compact"],
+        predicted=predicted,
+        accuracy=replace(before, on_board=on_board),
+        numeric_error=error,
+        checks=tuple(checks),
+        conditions=board.conditions,
+        provenance={
+            **artifact.tools,
+            "edgeprune": __version__,
+            "dense_sha256": dense.sha256,
+            **({"graph_sha256": artifact.graph_sha256} if artifact.graph_sha256 else {}),
+            **(provenance or {}),
+        },
+        samples={name: tuple(samples) for name, samples in board.samples.items()},
+    )
+
+
+class _Board:
+    """The two artifacts on the board, and what was measured of them so far."""
+
+    def __init__(self, session: Session, job: str, progress: Progress, total: int) -> None:
+        self.session, self.job, self.progress, self.total = session, job, progress, total
+        self.files: dict[str, str] = {}
+        self.samples: dict[str, list[Samples]] = {"dense": [], "compact": []}
+        self.conditions: Conditions = session.conditions()
+        self.done = 0
+
+    def outputs(self, artifact: Artifact, dense: Artifact, examples: Examples) -> list[NumberArray]:
+        """Push everything; the artifact's outputs on the examples, as the board computes them."""
+        self._advance("copying to the board")
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            inputs = Path(folder) / "inputs.npz"
+            np.savez(inputs, allow_pickle=False, **examples.inputs)
+            suffix = Path(artifact.path).suffix
+            self.files = {
+                "dense": f"dense-{dense.sha256[:12]}{suffix}",
+                "compact": f"compact-{artifact.sha256[:12]}{suffix}",
+                "inputs": f"inputs-{sha256_file(inputs)[:12]}.npz",
+            }
+            paths = {"dense": Path(dense.path), "compact": Path(artifact.path), "inputs": inputs}
+            self.session.push({self.files[key]: path for key, path in paths.items()})
+            [result] = self._run(
+                Step(key="outputs", kind="outputs", artifact=self.files["compact"], inputs=self.files["inputs"])
+            )
+            if result.outputs is None:
+                raise AgentError(f"{self.session.target.name}: the agent gave no outputs; run it again")
+            fetched = Path(folder) / "outputs.npz"
+            self.session.fetch(result.outputs, fetched)
+            self.files["outputs"] = result.outputs
+            return _read_outputs(fetched, artifact)
+
+    def memory(self) -> dict[str, int | None]:
+        """Peak bytes of activations of each artifact; None where the board cannot tell."""
+        self._advance("measuring memory")
+        steps = [Step(key=f"memory-{name}", kind="memory", artifact=self.files[name]) for name in self.samples]
+        results = self.session.run(steps, job=self.job)
+        return {name: result.activation_bytes for name, result in zip(self.samples, results, strict=True)}
+
+    def round(self, seconds: float) -> None:
+        """Time both artifacts once more; who goes first alternates, so that drift cancels."""
+        number = len(self.samples["dense"])
+        self._advance(f"timing, round {number + 1}")
+        order = ["dense", "compact"] if number % 2 == 0 else ["compact", "dense"]
+        steps = [
+            Step(key=f"time-{name}-{number}", kind="time", artifact=self.files[name], seconds=seconds) for name in order
+        ]
+        for name, result in zip(order, self._run(*steps), strict=True):
+            if result.samples is None:
+                raise AgentError(f"{self.session.target.name}: the agent gave no timings of {name}; run it again")
+            self.samples[name].append(result.samples)
+            if name == "compact" and result.conditions is not None:
+                self.conditions = replace(
+                    result.conditions, temp_before_c=self.conditions.temp_before_c or result.conditions.temp_before_c
+                )
+
+    def clear(self) -> None:
+        """Leave nothing of ours on the board."""
+        self.session.remove(list(self.files.values()))
+
+    def _run(self, *steps: Step) -> list[StepResult]:
+        results = self.session.run(steps, job=self.job)
+        for result in results:
+            if result.error is not None:
+                raise AgentError(f"{self.session.target.name}: {result.key} failed on the board: {result.error}")
+        return results
+
+    def _advance(self, what: str) -> None:
+        self.progress(f"validate: {what}", min(self.done, self.total), self.total)
+        self.done += 1
+
+
+def _check_unaltered(artifact: Artifact) -> None:
+    path = Path(artifact.path)
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise RecordError(f"cannot read the artifact {path}: {error.strerror}; export it again") from error
+    if found != artifact.sha256:
+        raise RecordError(f"{path} was altered after it was exported (sha256 differs); export it again")
+
+
+def _read_outputs(path: Path, artifact: Artifact) -> list[NumberArray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[output.name] for output in artifact.outputs]
+    except (KeyError, ValueError, OSError) as error:
+        raise AgentError(f"the board's outputs cannot be read ({error}); run the validation again") from error
+
+
+def _median(samples: Samples) -> float:
+    return statistic(samples.values, "median")
+
+
+def _latency(rounds: list[Samples], budget: Budget) -> Quantity:
+    """The budget's statistic of each round; rounds, not samples, are what is independent."""
+    return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
+
+
+def _compare(outputs: list[NumberArray], examples: Examples) -> tuple[NumericError | None, float | None]:
+    """Numeric error against the host, and the top-1 accuracy on the board.
+
+    raises: AgentError when the board's outputs have other shapes than the host's.
+    """
+    shapes, expected = [a.shape for a in outputs], [a.shape for a in examples.reference]
+    if shapes != expected:
+        raise AgentError(f"the board's outputs have shapes {shapes}, the host's {expected}; export the model again")
+    top1 = outputs[0].argmax(axis=1) if outputs[0].ndim == 2 and outputs[0].shape[1] > 1 else None
+    classified = top1 is not None and examples.targets is not None and examples.targets.shape == top1.shape
+    on_board = float(np.mean(top1 == examples.targets)) if classified else None
+    if not all(np.isfinite(output).all() for output in outputs):
+        return None, on_board
+    pairs = list(zip(outputs, examples.reference, strict=True))
+    absolute = [float(np.abs(mine - theirs).max()) for mine, theirs in pairs]
+    relative = [a / max(float(np.abs(theirs).max()), 1e-12) for a, (_, theirs) in zip(absolute, pairs, strict=True)]
+    same = None if top1 is None else float(np.mean(top1 == examples.reference[0].argmax(axis=1)))
+    return NumericError(
+        max_absolute=max(absolute), max_relative=max(relative), top1_agreement=same, examples=len(examples)
+    ), on_board
+
+
+def _budget_checks(
+    budget: Budget, predicted: Cost, measured: Cost, latency: Quantity, conditions: Conditions
+) -> list[Check]:
+    checks = []
+    if budget.latency_s is not None:
+        share = latency.median / budget.latency_s
+        note = (
+            f"uses {share:.1%} of the budget, interval {latency.low / budget.latency_s:.1%} to "
+            f"{latency.high / budget.latency_s:.1%}"
+        )
+        if share < WINDOW:
+            note += f"; more than {1 - WINDOW:.0%} is unused"
+        if conditions.throttled:
+            note += f"; the board was throttled ({conditions.throttled})"
+        checks.append(
+            Check(
+                name=f"latency ({budget.statistic})",
+                predicted=predicted.latency_s.median if predicted.latency_s else None,
+                measured=latency.median,
+                limit=budget.latency_s,
+                unit="s",
+                passed=latency.median <= budget.latency_s,
+                note=note,
+            )
+        )
+    rows: list[tuple[str, float | None, float | None, float | None, str]] = [
+        ("peak memory", predicted.peak_memory_bytes, measured.peak_memory_bytes, budget.peak_memory_bytes, "bytes"),
+        ("artifact size", predicted.artifact_bytes, measured.artifact_bytes, budget.artifact_bytes, "bytes"),
+        (
+            "energy",
+            predicted.energy_j.median if predicted.energy_j else None,
+            measured.energy_j.median if measured.energy_j else None,
+            budget.energy_j,
+            "J",
+        ),
+    ]
+    for name, expected, value, limit, unit in rows:
+        if limit is not None:
+            checks.append(
+                Check(
+                    name=name,
+                    predicted=expected,
+                    measured=value,
+                    limit=limit,
+                    unit=unit,
+                    passed=value is not None and value <= limit,
+                    note="" if value is not None else "this target cannot measure it",
+                )
+            )
+    return checks
+
+
+def _parity_checks(
+    error: NumericError | None, outputs: list[NumberArray], tolerance: float, agreement: float
+) -> list[Check]:
+    if error is None:
+        bad = sum(int((~np.isfinite(output)).sum()) for output in outputs)
+        return [
+            Check(
+                name="numeric error",
+                predicted=None,
+                measured=None,
+                limit=tolerance,
+                unit="relative",
+                passed=False,
+                note=f"{bad} output values on the board are NaN or infinite",
+            )
+        ]
+    checks = [
+        Check(
+            name="numeric error",
+            predicted=None,
+            measured=error.max_relative,
+            limit=tolerance,
+            unit="relative",
+            passed=error.max_relative <= tolerance,
+            note=f"largest difference from the host over {error.examples} examples, of the largest output",
+        )
+    ]
+    if error.top1_agreement is not None:
+        checks.append(
+            Check(
+                name="top-1 agreement",
+                predicted=None,
+                measured=error.top1_agreement,
+                limit=agreement,
+                unit="share",
+                passed=error.top1_agreement >= agreement,
+                note="at least; same answer on the board and on the host",
+            )
+        )
+    return checks
