@@ -292,7 +292,7 @@ class StepResult:
     samples: whole-model latency (time). kernels, run_s: per-kernel medians and the median of the
     profiled whole run (kernels). outputs: name of an .npz on the board (outputs).
     activation_bytes: growth of the peak resident set over the loaded session while running;
-    process_bytes: peak resident set of the whole process (memory).
+    process_bytes: peak resident set of the whole process (memory). energy_j: by the target's meter.
     """
 
     key: str
@@ -304,6 +304,7 @@ class StepResult:
     outputs: str | None = None
     activation_bytes: int | None = None
     process_bytes: int | None = None
+    energy_j: float | None = None
     conditions: Conditions | None = None
 
 

@@ -1,0 +1,295 @@
+"""A session with a board: push files, run steps through the agent, fetch what they made.
+
+On the board everything lies under the target's workdir:
+
+    <workdir>/<client>-<space>/agent.py
+                               files/         what was pushed, and outputs; manifest.json beside it
+                               jobs/<job>/    job.json, results.jsonl, agent.log
+
+The agent runs detached: a cut connection costs nothing but the time to connect again.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import platform
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgeprune.core.errors import BoardNotReady, DeviceError, InputError, UsageError
+from edgeprune.core.family import load_member
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import BoardFacts, Conditions, Step, StepResult, Target
+from edgeprune.core.store import sha256_file, to_builtins
+from edgeprune.device.boards import MOMENTARY
+from edgeprune.device.facts import Board, describe_conditions, gather_facts
+from edgeprune.device.job import Job
+from edgeprune.device.procfs import parse_disk_free
+from edgeprune.device.results import Momentary, read_result
+from edgeprune.device.transports import Transport
+
+AGENT = Path(__file__).with_name("agent.py")
+DISK_MARGIN_BYTES = 16 * 1024 * 1024
+
+
+def open_session(
+    target: Target, *, space: str = "default", trust_new_host: bool = False, progress: Progress = silent
+) -> Session:
+    """Connect to a target's board and see that it is ready to measure.
+
+    space: sessions of one client that share it share their files and jobs on the board.
+    trust_new_host: remember a host key never seen before instead of refusing it.
+    raises: HostKeyError; ConnectionLost; BoardNotReady, saying the command that mends it.
+    """
+    transport = connect(target, trust_new_host=trust_new_host)
+    try:
+        board = gather_facts(target, transport)
+        if board.facts.missing:
+            raise BoardNotReady(f"target {target.name} lacks {'; '.join(board.facts.missing)}")
+        return Session(target, transport, board, space=space, progress=progress)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def connect(target: Target, *, trust_new_host: bool = False) -> Transport:
+    """The bare way to a target's board. raises: HostKeyError; ConnectionLost; UsageError."""
+    member = load_member("device.transports", target.transport)
+    transport: Transport = member.connect(target.address, name=target.name, trust_new_host=trust_new_host)
+    return transport
+
+
+class Session:
+    """An open session; a context manager. Made by `open_session`."""
+
+    def __init__(
+        self, target: Target, transport: Transport, board: Board, *, space: str = "default", progress: Progress = silent
+    ) -> None:
+        self.target = target
+        self.facts: BoardFacts = board.facts
+        self._transport = transport
+        self._python = board.python or "python3"
+        self._progress = progress
+        client = f"{getpass.getuser()}@{platform.node()}"
+        self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{client}-{space}')}"
+        self._files = f"{self._root}/files"
+        self._manifest: dict[str, str] | None = None
+        self._board = load_member("device.boards", target.board)
+        self._meter = load_member("device.meters", target.meter)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def conditions(self, *, dtype: str = "float32", batch: int = 1) -> Conditions:
+        """The conditions of a measurement in this session, without what changes from moment to moment."""
+        return describe_conditions(self.target, self.facts, dtype=dtype, batch=batch)
+
+    def push(self, files: Mapping[str, Path]) -> None:
+        """Copy files to the board, except those that are there already with the same content.
+
+        files: name on the board -> local file.
+        raises: BoardNotReady when they do not fit on the board's disk; UsageError for a name with a folder.
+        """
+        for name in files:
+            _check_name(name)
+        manifest = self._open_root()
+        digests = {name: _digest_local(path) for name, path in files.items()}
+        present = self._transport.sizes(self._files)
+        fresh = {
+            name: path
+            for name, path in files.items()
+            if manifest.get(name) != digests[name] or present.get(name) != path.stat().st_size
+        }
+        if not fresh:
+            return
+        total = sum(path.stat().st_size for path in fresh.values())
+        free = self._free_bytes()
+        if free is not None and total + DISK_MARGIN_BYTES > free:
+            raise BoardNotReady(self._full(total, free))
+        sent = 0
+
+        def advance(count: int) -> None:
+            nonlocal sent
+            sent += count
+            self._progress(f"copying to {self.target.name}", min(sent, total), total)
+
+        # Forget first: a file cut off half-way must not count as the old one.
+        self._write_manifest({name: digest for name, digest in manifest.items() if name not in fresh})
+        for name, path in fresh.items():
+            try:
+                self._transport.put(path, f"{self._files}/{name}", advance)
+            except OSError as error:
+                free = self._free_bytes()
+                needed = path.stat().st_size
+                if free is not None and free < needed + DISK_MARGIN_BYTES:
+                    raise BoardNotReady(self._full(needed, free)) from error
+                raise DeviceError(f"target {self.target.name}: cannot write {self._files}/{name}: {error}") from error
+        self._write_manifest({**manifest, **{name: digests[name] for name in fresh}})
+
+    def run(
+        self, steps: Sequence[Step], *, job: str, on_result: Callable[[StepResult], None] | None = None
+    ) -> list[StepResult]:
+        """Carry out steps on the board, detached from the connection, and return their results in order.
+
+        A step that has a result in this job, of the same files and settings, is not measured again.
+        job: names the folder of results. on_result: called with each result as it is made.
+        raises: AgentError when the agent dies again and again or writes what cannot be read;
+            ConnectionLost when the board does not come back. Whatever is raised, the agent is stopped.
+        """
+        if len({step.key for step in steps}) != len(steps):
+            raise UsageError(f"job {job}: two steps have the same key")
+        if not steps:
+            return []
+        manifest = self._open_root()
+        folder = f"{self._root}/jobs/{_folder_name(job)}"
+        self._command("mkdir", "-p", "--", folder)
+        fingerprints = {step.key: self._fingerprint(step, manifest) for step in steps}
+        spec = {
+            "run": uuid.uuid4().hex,
+            "owner": f"{getpass.getuser()} at {platform.node()}, process {os.getpid()}, job {job}",
+            "files": self._files,
+            "threads": self.target.threads,
+            "sources": self._sources(),
+            "steps": [{**to_builtins(step), "fingerprint": fingerprints[step.key]} for step in steps],
+        }
+        keys = set(fingerprints)
+        base = self.conditions()
+        results: dict[str, StepResult] = {}
+        agent = Job(
+            self._transport, python=self._python, agent=f"{self._root}/agent.py", folder=folder, name=self.target.name
+        )
+        try:
+            for event in agent.follow(spec):
+                key = event.get("key")
+                if key not in keys or key in results or event.get("fingerprint") != fingerprints[key]:
+                    continue  # of other files or settings
+                if event["run"] != spec["run"] and (event.get("error") is not None or event.get("kind") == "outputs"):
+                    continue  # the agent does these again
+                result = read_result(event, base, self._momentary, where=f"target {self.target.name}")
+                results[key] = result
+                if on_result is not None:
+                    on_result(result)
+        except BaseException:
+            agent.stop_quietly()
+            raise
+        if absent := [step.key for step in steps if step.key not in results]:
+            raise DeviceError(f"target {self.target.name}: the agent ended without a result of {', '.join(absent)}")
+        return [results[step.key] for step in steps]
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file of the board here. raises: DeviceError when there is none of that name."""
+        _check_name(name)
+        try:
+            self._transport.get(f"{self._files}/{name}", path)
+        except FileNotFoundError as error:
+            raise DeviceError(f"target {self.target.name} has no file {name}") from error
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Delete files on the board; those that are not there are gone already."""
+        for name in names:
+            _check_name(name)
+        if names:
+            manifest = self._open_root()
+            self._write_manifest({name: digest for name, digest in manifest.items() if name not in set(names)})
+            self._command("rm", "-f", "--", *(f"{self._files}/{name}" for name in names))
+
+    def clear(self) -> None:
+        """Delete everything this space keeps on the board: files, jobs and the agent."""
+        self._command("rm", "-rf", "--", self._root)
+        self._manifest = None
+
+    def close(self) -> None:
+        """Hang up; files and results stay on the board, so that a later session goes on from them."""
+        self._transport.close()
+
+    def _open_root(self) -> dict[str, str]:
+        """Make the folders, bring the agent up to date and read the manifest, once per session."""
+        if self._manifest is None:
+            self._command("mkdir", "-p", "-m", "700", "--", self._root)
+            self._command("mkdir", "-p", "--", self._files)
+            if self._transport.read(f"{self._root}/agent.py") != (agent := AGENT.read_bytes()):
+                self._transport.write(f"{self._root}/agent.py", agent)
+            try:
+                manifest = json.loads(self._transport.read(f"{self._root}/manifest.json") or b"{}")
+            except ValueError:
+                manifest = {}  # costs pushing again, nothing else
+            self._manifest = manifest if isinstance(manifest, dict) else {}
+        return dict(self._manifest)
+
+    def _write_manifest(self, manifest: dict[str, str]) -> None:
+        self._transport.write(f"{self._root}/manifest.json", json.dumps(manifest).encode())
+        self._manifest = manifest
+
+    def _fingerprint(self, step: Step, manifest: Mapping[str, str]) -> str:
+        """Digest of all that a step's result depends on."""
+        for name in filter(None, (step.artifact, step.inputs)):
+            if name not in manifest:
+                raise InputError(f"step {step.key}: {name} was not pushed to target {self.target.name}")
+        parts = [to_builtins(step), manifest[step.artifact], manifest.get(step.inputs or ""), self.target.threads]
+        parts.append(self.facts.runtimes)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _sources(self) -> dict[str, Any]:
+        sources = {name: self._board.FACTS[name].source for name in MOMENTARY}
+        if self._meter.SOURCE is not None:
+            sources["energy"] = self._meter.SOURCE
+        return {name: {"argv": source.argv, "files": source.files} for name, source in sources.items()}
+
+    def _momentary(self, before: Mapping[str, str], after: Mapping[str, str]) -> Momentary:
+        facts = self._board.FACTS
+        return Momentary(
+            governor=facts["governor"].parse(after["governor"]),
+            freq_hz=facts["freq_hz"].parse(after["freq_hz"]),
+            temp_before_c=facts["temp_c"].parse(before["temp_c"]),
+            temp_after_c=facts["temp_c"].parse(after["temp_c"]),
+            throttled=self._board.find_throttling(before["throttled"], after["throttled"]),
+            energy_j=self._meter.measure_energy(before.get("energy", ""), after.get("energy", "")),
+        )
+
+    def _free_bytes(self) -> int | None:
+        done = self._transport.run(["df", "-Pk", self._files])
+        return parse_disk_free(done.stdout.decode("utf-8", "replace"))
+
+    def _full(self, needed: int, free: int) -> str:
+        return (
+            f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {DISK_MARGIN_BYTES // 2**20} MiB to spare on "
+            f"the disk of {self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
+        )
+
+    def _command(self, *argv: str) -> None:
+        done = self._transport.run(argv)
+        if done.rc != 0:
+            said = done.stderr.decode("utf-8", "replace").strip()[-500:]
+            raise DeviceError(f"target {self.target.name}: {argv[0]} ended with {done.rc}: {said}")
+
+
+def _folder_name(text: str) -> str:
+    """A file name that says what `text` says and differs where `text` differs."""
+    plain = re.sub(r"[^A-Za-z0-9_.@-]", "_", text)[:80]
+    if plain == text and not plain.startswith((".", "-")):
+        return plain
+    return f"_{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _check_name(name: str) -> None:
+    if not name or "/" in name or name in (".", "..") or any(ord(character) < 32 for character in name):
+        raise UsageError(f"{name!r} cannot be a file name on the board: no folders, no control characters")
+
+
+def _digest_local(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
