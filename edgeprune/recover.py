@@ -7,7 +7,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,8 +124,10 @@ def recover_accuracy(
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
-    settings = Settings(epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
-                        distil_weight=distil_weight if teacher is not None else 0.0, temperature=temperature, seed=seed)  # fmt: skip
+    settings = Settings(
+        epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
+    )  # fmt: skip
     trainer = _Trainer(module, data, teacher, settings, autocast, checkpoint)
     resumed = trainer.resume()
     if not resumed:
@@ -182,18 +184,16 @@ class _Trainer:
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
             for step, (inputs, targets) in enumerate(self.train):
-                if epoch and step >= self.steps:
-                    break  # the schedule is laid out for the first epoch's number of steps
                 self._set_rate(epoch, step)
                 loss = self._step(inputs, targets)
                 if not math.isfinite(loss):
                     self.note = f"training diverged (loss {loss} in epoch {epoch + 1}); try a lower learning rate"
                     break
                 total, count = total + loss, count + 1
-                progress(f"recover: epoch {epoch + 1} of {settings.epochs}", epoch * max(self.steps, step + 1) + step + 1,
-                         settings.epochs * self.steps)  # fmt: skip
+                done = epoch * self.steps + step + 1
+                progress(f"recover: epoch {epoch + 1} of {settings.epochs}", done, settings.epochs * self.steps)
         if not count and not self.note:
-            raise DataError(f"the training data gave no batches in epoch {epoch + 1}; it must be iterable again and again")
+            raise DataError(f"the training data gave no batches in epoch {epoch + 1}; it must be iterable anew each time")
         self.steps = self.steps or count
         self.epoch = epoch + 1
         if count:
@@ -218,17 +218,18 @@ class _Trainer:
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
         return value
 
     def _set_rate(self, epoch: int, step: int) -> None:
-        # The first epoch's length is not known until it has been seen, unless the batches have one.
-        if not self.steps:
-            self.steps = len(self.train) if hasattr(self.train, "__len__") else 0
-        done = epoch + (step / self.steps if self.steps else 0.0)
-        position = done / self.settings.epochs
-        rising = min(1.0, (position + 1 / max(self.steps * self.settings.epochs, 100)) / WARM_UP_SHARE)
+        # An iterable without a length shows it in the first epoch; until then the rate only warms up.
+        if not self.steps and isinstance(self.train, Sized):
+            self.steps = len(self.train)
+        total = self.steps * self.settings.epochs
+        warm_up = max(1.0, WARM_UP_SHARE * total) if total else 20.0
+        done = epoch * self.steps + step
+        rising, position = min(1.0, (done + 1) / warm_up), min(1.0, done / total) if total else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rising * 0.5 * (1 + math.cos(math.pi * position))
 
@@ -293,7 +294,7 @@ class _Trainer:
         if self.checkpoint is None or not self.checkpoint.is_file():
             return False
         try:
-            with safetensors.safe_open(self.checkpoint, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safetensors.safe_open(self.checkpoint, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["recover"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if facts["settings"] != asdict(self.settings):
