@@ -1,0 +1,191 @@
+"""torch.export of a module as a plain ATen graph, and that graph's identity."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.utils import _pytree as pytree
+
+from edgeprune.core.errors import ModelError
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The module's evaluation graph in whole ATen operators, with a free batch size where it allows one.
+
+    inputs: example tensors, batch first. Parameters are shared with the module, not copied.
+    returns: a GraphModule whose get_attr nodes bear the module's state-dict keys; the same module
+        gives the same node names each time.
+    raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module.
+    """
+    with evaluating(module), torch.no_grad():
+        return import_program(_export(module, inputs))
+
+
+def import_program(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of an exported program, also one read from a .pt2 file: no guards, plain calls, normal form."""
+    source = program.module(check_guards=False)
+    assert isinstance(source, fx.GraphModule)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in source.graph.nodes:
+        if node.op == "call_module":
+            continue
+        if node.op == "output":
+            out_spec = source._out_spec  # type: ignore[union-attr]
+            leaves = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in pytree.tree_leaves(node.args[0])]
+            graph.output(pytree.tree_unflatten(leaves, out_spec))
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_function":
+            _normalise(copies[node])
+    captured = fx.GraphModule(source, graph)
+    _keep_counters(source, captured)
+    captured.graph.lint()
+    return captured
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _export(module: nn.Module, inputs: Inputs) -> ExportedProgram:
+    # A batch of one would be taken for a constant.
+    several = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in inputs)
+    free: Any = tuple({0: Dim.AUTO} if x.ndim else None for x in several)  # type: ignore[attr-defined]
+    try:
+        program = export(module, several, dynamic_shapes=free, strict=False)
+        if all(not x.ndim or isinstance(size, torch.SymInt) for x, size in zip(inputs, _batches(program), strict=True)):
+            return program
+    except Exception:  # the next attempt says why
+        pass
+    try:
+        module(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ModelError(
+            f"the model does not accept inputs of shape {shapes}: {_reason(error)}; correct the input shapes or the model"
+        ) from error
+    try:
+        return export(module, inputs, strict=False)
+    except Exception as error:
+        raise ModelError(
+            f"torch.export cannot turn the model into a graph: {_reason(error)}; rewrite that line without "
+            "control flow that depends on values"
+        ) from error
+
+
+def _batches(program: ExportedProgram) -> list[Any]:
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    users = values[len(values) - len(program.graph_signature.user_inputs) :]
+    return [value.shape[0] if value.ndim else None for value in users]
+
+
+def _reason(error: Exception) -> str:
+    """First line of the error, and the last line of code outside torch that led to it."""
+    library = Path(torch.__file__).parent
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    places = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]
+    users = [f for f in places if library not in Path(f.filename).parents and Path(f.filename) != Path(__file__)]
+    return f"{message} ({users[-1].filename}:{users[-1].lineno}: {users[-1].line})" if users else message
+
+
+def _keep_counters(source: nn.Module, captured: fx.GraphModule) -> None:
+    """Batch-norm counters are in no evaluation graph, but belong to the state dict."""
+    for name, buffer in source.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "num_batches_tracked" and any(p.startswith(f"{path}.") for p, _ in captured.named_buffers()):
+            captured.get_submodule(path).register_buffer(leaf, buffer)
+
+
+# --- normal form ---------------------------------------------------------------------------------
+
+
+def _normalise(node: fx.Node) -> None:
+    """Bring a call to one spelling: positional arguments, explicit sizes, indices that are not negative."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    schema = node.target._schema.arguments
+    positional = [argument.name for argument in schema if not argument.kwarg_only]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    while len(args) < len(positional) and any(name in kwargs for name in positional[len(args) :]):
+        argument = schema[len(args)]
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    name = operator_name(node)
+    if name in ("chunk", "split", "tensor_split") and isinstance(node.meta["val"], list | tuple):
+        dim = args[2] if len(args) > 2 else 0
+        sizes = [part.shape[dim] for part in node.meta["val"]]
+        if all(isinstance(size, int) for size in sizes):
+            node.target = torch.ops.aten.split_with_sizes.default
+            args = [args[0], sizes, dim]
+    elif name == "squeeze" and len(args) == 1:
+        # Without axes, it would also squeeze a channel axis that is pruned to one channel.
+        node.target = torch.ops.aten.squeeze.dims
+        args.append([axis for axis, size in enumerate(_value(args[0]).shape) if isinstance(size, int) and size == 1])
+    elif name in ("slice", "narrow"):
+        size = _value(args[0]).shape[args[1] if len(args) > 1 else 0]
+        if isinstance(size, int):
+            bounds = args[2:4] if name == "slice" else args[2:3]
+            args[2 : 2 + len(bounds)] = [b + size if isinstance(b, int) and b < 0 else b for b in bounds]
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _value(node: Any) -> torch.Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def operator_name(node: fx.Node) -> str:
+    """ATen name without namespace, overload and in-place underscore: `conv2d`, `add`, `relu`."""
+    if node.target is operator.getitem:
+        return "getitem"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", str(node.target))
+    namespace, _, name = node.target._schema.name.partition("::")
+    if not name.startswith("__"):
+        name = name.removesuffix("_")
+    return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose forward holds the call, "" for the root."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    # A second call of one module has a number after the path.
+    return "" if path.startswith("_empty_nn_module_stack") else re.sub(r"@\d+", "", path)
+
+
+def structure_sha256(captured: fx.GraphModule) -> str:
+    """Digest of operators, arguments, shapes and parameter names; the weights' values do not count."""
+    digest = hashlib.sha256()
+    tensors = {**dict(captured.named_parameters(remove_duplicate=False)), **dict(captured.named_buffers(remove_duplicate=False))}
+    for node in captured.graph.nodes:
+        line = [node.op, node.name, operator_name(node) if node.op == "call_function" else str(node.target)]
+        if node.op == "get_attr":
+            line.append(str(tuple(tensors[str(node.target)].shape)))
+        elif node.op == "placeholder":
+            # The first axis is the batch; its symbol's name changes from run to run.
+            line.append(str([size if isinstance(size, int) else "batch" for size in node.meta["val"].shape]))
+        line += [repr(node.args), repr(sorted(node.kwargs.items()))]
+        digest.update("\x1f".join(line).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""Channel ids followed through a captured graph by the rules of `ops`."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from edgeprune.core.records import IntArray
+from edgeprune.core.units import Units
+from edgeprune.graphs.capture import operator_name
+from edgeprune.ops import Axes, Call, NoRule, Rule, Symbolic, Value, load_rules
+
+# Stands for the free batch size. A prime that no layer size contains keeps views of batch and channels apart.
+BATCH = 8191
+
+
+@dataclass(slots=True)
+class Propagation:
+    """What the rules found.
+
+    values: node name -> its tensor, or a tuple of them. parameters: state-dict key -> its tensor.
+    constants: (node, place in its arguments, ids it counts). consumed: parameter axes that take channels in.
+    unsupported: (operator, node) that no rule covers.
+    """
+
+    units: Units = field(default_factory=Units)
+    values: dict[str, Value | tuple[Value, ...]] = field(default_factory=dict)
+    parameters: dict[str, Value] = field(default_factory=dict)
+    constants: list[tuple[str, tuple[int, ...], IntArray]] = field(default_factory=list)
+    consumed: set[tuple[str, int]] = field(default_factory=set)
+    unsupported: list[tuple[str, str]] = field(default_factory=list)
+
+
+def propagate(captured: fx.GraphModule) -> Propagation:
+    """Follow every channel from the parameters that make it to those that read it."""
+    found, rules = Propagation(), load_rules()
+    canonical: dict[int, str] = {}
+    for node in captured.graph.nodes:
+        if node.op == "placeholder":
+            shape = concrete(node.meta["val"].shape, BATCH)
+            fixed = f"reads model input '{node.name}'"
+            found.values[node.name] = Value(shape=shape, axes=(None,) * len(shape), fixed_because=fixed)
+        elif node.op == "get_attr":
+            tensor = operator.attrgetter(node.target)(captured)
+            key = canonical.setdefault(id(tensor), node.target)
+            if key not in found.parameters:
+                found.parameters[key] = _parameter(found.units, key, tensor, _kernel_axes(node))
+            found.values[node.name] = found.parameters[key]
+        elif node.op == "call_function":
+            _follow(found, rules, node)
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                _freeze(found, found.values.get(source.name), "is a model output")
+    return found
+
+
+def concrete(shape: Any, batch: int) -> tuple[int, ...]:
+    """Shape with every size that depends on the batch computed for `batch`."""
+    return tuple(size if isinstance(size, int) else _evaluate(size, batch) for size in shape)
+
+
+def _evaluate(size: torch.SymInt, batch: int) -> int:
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
+def _kernel_axes(node: fx.Node) -> int:
+    """First spatial axis of a convolution's weight; far beyond the last for other parameters."""
+    convolved = any(operator_name(user).startswith("conv") and user.args[1] is node for user in node.users)
+    return 2 if convolved else 1 << 16
+
+
+def _parameter(units: Units, key: str, tensor: torch.Tensor, channels: int) -> Value:
+    # Integers and single positions hold no channels; fixed axes freeze what meets them.
+    carries = [tensor.is_floating_point() and size > 1 and axis < channels for axis, size in enumerate(tensor.shape)]
+    axes = tuple(units.fresh(n) if carry else None for n, carry in zip(tensor.shape, carries, strict=True))
+    return Value(shape=tuple(tensor.shape), axes=axes, parameter=key, masked=True)
+
+
+def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node) -> None:
+    if node.target is operator.getitem:
+        source = found.values.get(node.args[0].name)  # type: ignore[union-attr]
+        if isinstance(source, tuple):
+            found.values[node.name] = source[node.args[1]]  # type: ignore[index]
+        return
+    outputs = node.meta.get("val")
+    several = isinstance(outputs, list | tuple)
+    tensors = list(outputs) if several else [outputs]  # type: ignore[arg-type]
+    if operator_name(node) == "sym_size" or not any(isinstance(t, torch.Tensor) for t in tensors):
+        if operator_name(node) != "sym_size":
+            _give_up(found, node)
+        return
+    shapes = [concrete(t.shape, BATCH) if isinstance(t, torch.Tensor) else () for t in tensors]
+    call = _call(found, node, shapes)
+    axes, covered = _apply(rules.get(call.op), call)
+    if covered:
+        found.constants += [(node.name, place, ids) for place, ids in call.lowered]
+        found.consumed.update(call.consumed)
+    else:
+        _give_up(found, node)
+    inherited = next((v.fixed_because for v in call.values()), None)
+    values = tuple(_value(shape, a, call, inherited) for shape, a in zip(shapes, axes, strict=True))
+    found.values[node.name] = values if several else values[0]
+
+
+def _apply(rule: Rule | None, call: Call) -> tuple[list[Axes], bool]:
+    """The rule's axes and True; or fixed axes and False where it does not cover the call."""
+    if rule is not None:
+        try:
+            result = rule(call)
+        except NoRule:
+            pass
+        else:
+            axes = result if isinstance(result, list) else [result]
+            if len(axes) == len(call.out_shapes) and all(map(_fits, axes, call.out_shapes)):
+                return axes, True
+    return [(None,) * len(shape) for shape in call.out_shapes], False
+
+
+def _fits(axes: Axes, shape: tuple[int, ...]) -> bool:
+    return len(axes) == len(shape) and all(a is None or len(a) == s for a, s in zip(axes, shape, strict=True))
+
+
+def _value(shape: tuple[int, ...], axes: Axes, call: Call, inherited: str | None) -> Value:
+    if inherited is not None and all(axis is None for axis in axes):
+        return Value(shape=shape, axes=axes, masked=call.masked, fixed_because=inherited)
+    return Value(shape=shape, axes=axes, masked=call.masked)
+
+
+def _call(found: Propagation, node: fx.Node, shapes: list[tuple[int, ...]]) -> Call:
+    target = node.target
+    schema = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else []
+    arguments: dict[str, Any] = {}
+    places: dict[str, int] = {}
+    for position, argument in enumerate(schema):
+        if position < len(node.args):
+            places[argument.name] = position
+            given = node.args[position]
+        else:
+            given = node.kwargs.get(argument.name, argument.default_value)
+        arguments[argument.name] = _resolve(found, given)
+    if not schema:
+        arguments = {str(i): _resolve(found, given) for i, given in enumerate(node.args)}
+    return Call(
+        node=node.name,
+        op=operator_name(node),
+        arguments=arguments,
+        places=places,
+        out_shapes=shapes,
+        units=found.units,
+    )
+
+
+def _resolve(found: Propagation, given: Any) -> Any:
+    if isinstance(given, fx.Node):
+        value = found.values.get(given.name)
+        return Symbolic() if value is None else list(value) if isinstance(value, tuple) else value
+    if isinstance(given, list | tuple):
+        return [_resolve(found, item) for item in given]
+    return given
+
+
+def _give_up(found: Propagation, node: fx.Node) -> None:
+    sources = [source for source in node.all_input_nodes if source.name in found.values]
+    if sources:
+        op = operator_name(node)
+        found.unsupported.append((op, node.name))
+        for source in sources:
+            _freeze(found, found.values[source.name], f"no rule for operator '{op}' ('{node.name}')")
+
+
+def _freeze(found: Propagation, value: Value | tuple[Value, ...] | None, reason: str) -> None:
+    for part in value if isinstance(value, tuple) else (value,) if value is not None else ():
+        for axis in part.axes:
+            if axis is not None:
+                found.units.freeze(axis, reason)

@@ -1,0 +1,139 @@
+"""Removing units: the smaller graph, and the dense model with the same units masked."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from edgeprune.core.errors import RecordError
+from edgeprune.core.records import Constant, Graph, Group, IntArray
+from edgeprune.graphs.capture import Inputs, capture, structure_sha256
+from edgeprune.graphs.lift import lift
+
+Keep = Mapping[str, IntArray]
+"""Group name -> kept units, ascending. A group that is not named keeps all."""
+
+
+def slice_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep) -> nn.Module:
+    """The model without the removed units, as a trainable module of its own.
+
+    inputs: as for `trace_graph`. Weights are copied; state-dict keys stay.
+    raises: RecordError when `graph` is of another model or `keep` does not fit it; ModelError.
+    """
+    removed = removed_units(graph, keep)
+    captured = capture(module, inputs)
+    if structure_sha256(captured) != graph.model_sha256:
+        raise RecordError("the graph was traced from another model or with other input shapes; trace this model again")
+    nodes = {node.name: node for node in captured.graph.nodes}
+    for group in graph.groups:
+        if group.name in removed:
+            for constant in group.constants:
+                _lower(nodes[constant.node], constant, removed[group.name])
+    slices = parameter_slices(graph, removed)
+    _replace_tensors(captured, slices)
+    captured.recompile()
+    return lift(captured)
+
+
+def _replace_tensors(captured: fx.GraphModule, slices: Mapping[str, Mapping[int, IntArray]]) -> None:
+    """Give every parameter and buffer its own sliced copy; what is shared stays shared."""
+    copies: dict[int, torch.Tensor] = {}
+    named = named_tensors(captured)
+    for name, tensor in named.items():
+        if name in slices or id(tensor) not in copies:
+            copies[id(tensor)] = slice_tensor(tensor, slices.get(name, {}))
+    for part in captured.modules():
+        part._parameters.update({n: copies[id(t)] for n, t in part._parameters.items() if t is not None})  # type: ignore[misc]
+        part._buffers.update({n: copies[id(t)] for n, t in part._buffers.items() if t is not None})
+
+
+def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
+    """A copy of the model in which every parameter entry of the removed units is zero.
+
+    Its output is what `slice_model` must compute.
+    raises: RecordError.
+    """
+    removed = removed_units(graph, keep)
+    masked = copy.deepcopy(module)
+    tensors = named_tensors(masked)
+    with torch.no_grad():
+        for group in graph.groups:
+            for member in group.members if group.name in removed else ():
+                where = torch.from_numpy(member.index[removed[group.name]].ravel())
+                _tensor(tensors, member.parameter).index_fill_(member.axis, where, 0)
+    return masked
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by state-dict key, shared ones under each of theirs."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def removed_units(graph: Graph, keep: Keep) -> dict[str, IntArray]:
+    """Units that go, per group that loses any.
+
+    raises: RecordError for an unknown or frozen group, or units that are not ascending, in range and at least one.
+    """
+    groups = {group.name: group for group in graph.groups}
+    removed: dict[str, IntArray] = {}
+    for name, kept in keep.items():
+        if name not in groups:
+            raise RecordError(f"the model has no group '{name}'; make the plan again")
+        gone = _complement(groups[name], np.asarray(kept, dtype=np.int64))
+        if gone.size:
+            removed[name] = gone
+    return removed
+
+
+def _complement(group: Group, kept: IntArray) -> IntArray:
+    if kept.ndim != 1 or not kept.size or (np.diff(kept) <= 0).any() or kept[0] < 0 or kept[-1] >= group.units:
+        raise RecordError(f"group '{group.name}' must keep ascending units of 0..{group.units - 1}, at least one")
+    gone = np.setdiff1d(np.arange(group.units), kept)
+    if gone.size and group.frozen_because is not None:
+        raise RecordError(f"group '{group.name}' is frozen: it {group.frozen_because}")
+    return gone
+
+
+def parameter_slices(graph: Graph, removed: Mapping[str, IntArray]) -> dict[str, dict[int, IntArray]]:
+    """Parameter -> axis -> positions that go."""
+    found: dict[str, dict[int, list[IntArray]]] = defaultdict(lambda: defaultdict(list))
+    for group in graph.groups:
+        for member in group.members if group.name in removed else ():
+            found[member.parameter][member.axis].append(member.index[removed[group.name]].ravel())
+    return {key: {axis: np.concatenate(parts) for axis, parts in axes.items()} for key, axes in found.items()}
+
+
+def slice_tensor(tensor: torch.Tensor, gone: Mapping[int, IntArray]) -> torch.Tensor:
+    """A copy without the positions `gone` (axis -> positions); a parameter stays a parameter."""
+    result = tensor.detach()
+    for axis, positions in gone.items():
+        kept = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
+        result = result.index_select(axis, torch.from_numpy(kept))
+    result = result.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(result, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else result
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise RecordError(f"the model has no parameter '{name}'; the graph was traced from another model")
+    return tensors[name]
+
+
+def _lower(node: fx.Node, constant: Constant, removed: IntArray) -> None:
+    fall = int(constant.count[removed].sum())
+
+    def lowered(value: Any, path: tuple[int, ...]) -> Any:
+        if not path:
+            return value - fall
+        items = list(value)
+        items[path[0]] = lowered(items[path[0]], path[1:])
+        return items
+
+    node.args = tuple(lowered(node.args, constant.argument))

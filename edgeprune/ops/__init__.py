@@ -1,0 +1,177 @@
+"""Operator rules: how channels pass through one ATen operator. One file per operator family.
+
+A member holds `RULES`, a dict from the ATen name (without overload and in-place underscore) to a
+`Rule`. A rule reads the call's arguments, says which channels can only be removed together, and
+returns the channels of the output's axes. An *axis* is None (fixed: batch, space, tokens) or an array
+of channel ids, one per position; an id that stands at several positions takes them all along.
+
+What every rule guarantees: when the entries of a removed unit are zero in every parameter, what is
+left computes the same with those positions cut out. Where a rule cannot, it freezes the channels or
+raises `NoRule`, which freezes all that the call touches: an operator may cost pruning, never correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgeprune.core.family import list_members, load_member
+from edgeprune.core.records import IntArray
+from edgeprune.core.units import Units
+
+Axis = IntArray | None
+Axes = tuple[Axis, ...]
+Rule = Callable[["Call"], "Axes | list[Axes]"]
+
+
+class NoRule(Exception):  # noqa: N818 - an outcome, not an error
+    """The rule does not cover this call; says why."""
+
+
+class Symbolic:
+    """Stands for an argument that is computed while the model runs, such as the batch size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A tensor in the graph.
+
+    axes: channel ids per axis. parameter: its state-dict key, or None.
+    masked: True where a removed unit's entries are zero in the masked model: parameters, and what
+        only moves their entries about. fixed_because: why the axes without ids are fixed.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    parameter: str | None = None
+    masked: bool = False
+    fixed_because: str = "meets an axis of fixed size"
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One operator call as a rule sees it.
+
+    arguments: by schema name; tensors as `Value`, run-time integers as `Symbolic`. places: schema
+    name -> position in the node's arguments. out_shapes: one per output tensor.
+    """
+
+    node: str
+    op: str
+    arguments: Mapping[str, Any]
+    places: Mapping[str, int]
+    out_shapes: Sequence[tuple[int, ...]]
+    units: Units
+    lowered: list[tuple[tuple[int, ...], IntArray]] = field(default_factory=list)
+    consumed: list[tuple[str, int]] = field(default_factory=list)
+    masked: bool = False
+    """Set by a rule that only moves entries: the output is `masked` as its input is."""
+
+    def value(self, name: str) -> Value:
+        """A tensor argument. raises: NoRule where it is absent or no tensor."""
+        found = self.arguments.get(name)
+        if not isinstance(found, Value):
+            raise NoRule(f"argument '{name}' is not a tensor")
+        return found
+
+    def optional(self, name: str) -> Value | None:
+        """A tensor argument that may be None."""
+        return None if self.arguments.get(name) is None else self.value(name)
+
+    def plain(self, name: str, default: Any = None) -> Any:
+        """An argument that is no tensor; the default where the schema lacks it."""
+        return self.arguments.get(name, default)
+
+    def values(self) -> list[Value]:
+        """Every tensor argument in order, those in lists included."""
+        found: list[Value] = []
+        for argument in self.arguments.values():
+            found += [v for v in (argument if isinstance(argument, list) else [argument]) if isinstance(v, Value)]
+        return found
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the only output."""
+        return self.out_shapes[0]
+
+    def tie(self, left: Axis, right: Axis, because: str = "meets an axis of fixed size") -> Axis:
+        """Say that two axes of one size go together position by position; a fixed one freezes the other."""
+        if left is None or right is None:
+            present = right if left is None else left
+            self.freeze(present, because)
+            return present
+        if left.shape != right.shape:
+            raise NoRule(f"axes of {len(left)} and {len(right)} positions meet")
+        self.units.union(left, right)
+        return left
+
+    def freeze(self, axis: Axis, because: str) -> None:
+        """Keep all units of an axis."""
+        if axis is not None:
+            self.units.freeze(axis, f"{because} at '{self.node}'")
+
+    def mark_inexact(self, axis: Axis, because: str) -> None:
+        """Say that the operator mixes an axis' channels in its statistics."""
+        if axis is not None:
+            self.units.mark_inexact(axis, f"{because} at '{self.node}'")
+
+    def lower(self, argument: str, ids: Axis, *item: int) -> None:
+        """Say that an integer argument (or `item` of a list) counts the positions of `ids`.
+
+        -1 counts by itself; a number computed at run time cannot be lowered, so it freezes.
+        """
+        if ids is None or not len(ids):
+            return
+        number = self.arguments.get(argument)
+        for index in item:
+            number = number[index] if isinstance(number, list) else None
+        if number == -1:
+            return
+        if argument not in self.places or isinstance(number, bool) or not isinstance(number, int):
+            self.freeze(ids, f"the size '{argument}' is computed at run time")
+            return
+        self.lowered.append(((self.places[argument], *item), ids))
+
+    def contract(self, axis: Axis, because: str, weight: Value, weight_axis: int) -> None:
+        """Say that an axis is summed against an axis of a weight whose masked entries are zero."""
+        if not weight.masked:
+            self.freeze(axis, "is multiplied with a computed weight")
+            self.freeze(weight.axes[weight_axis], "is multiplied with a computed weight")
+        self.tie(axis, weight.axes[weight_axis], because)
+        if weight.parameter is not None:
+            self.consumed.append((weight.parameter, weight_axis))
+
+    def tie_parts(self, ids: Axis, parts: int) -> Axis:
+        """Tie the same positions of `parts` equal parts, and return the ids of the first part."""
+        if ids is None:
+            return None
+        columns = ids.reshape(parts, -1)
+        self.units.union(columns[1:], columns[:1])
+        return columns[0]
+
+    def tie_blocks(self, ids: Axis, blocks: int) -> Axis:
+        """Tie all positions within each of `blocks` equal blocks, and return one id per block."""
+        if ids is None:
+            return None
+        rows = ids.reshape(blocks, -1)
+        self.units.union(rows[:, 1:], rows[:, :1])
+        return rows[:, 0]
+
+
+def load_rules() -> dict[str, Rule]:
+    """The rules of every member by ATen name. raises: ValueError where two members claim a name."""
+    rules: dict[str, Rule] = {}
+    for member in list_members("ops"):
+        for name, rule in load_member("ops", member).RULES.items():
+            if name in rules:
+                raise ValueError(f"two rules for '{name}', one of them in ops/{member}.py")
+            rules[name] = rule
+    return rules
+
+
+def repeated(axis: Axis, times: int) -> Axis:
+    """Each position `times` times in place (a b -> a a b b)."""
+    return None if axis is None else np.repeat(axis, times)

@@ -1,0 +1,55 @@
+"""Normalisations: per channel (exact), over channels (inexact), in groups of channels (whole groups)."""
+
+from __future__ import annotations
+
+from edgeprune.ops import Axes, Axis, Call, Rule
+
+
+def per_channel(call: Call) -> Axes:
+    """Batch and instance norm: each channel by itself, so a removed one takes its parameters along."""
+    x = call.value("input")
+    axis = x.axes[1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (parameter := call.optional(name)) is not None:
+            axis = call.tie(axis, parameter.axes[0], x.fixed_because)
+    if call.op == "instance_norm":
+        for space in x.axes[2:]:
+            call.freeze(space, "is normalised over")
+    return (x.axes[0], axis, *x.axes[2:])
+
+
+def over_channels(call: Call) -> Axes:
+    """Layer and RMS norm: the statistics run over the last axes, so fewer channels change them."""
+    x, shape = call.value("input"), call.plain("normalized_shape")
+    axes, first = list(x.axes), len(x.shape) - len(shape)
+    for item in range(len(shape)):
+        axis: Axis = axes[first + item]
+        for name in ("weight", "bias"):
+            if (parameter := call.optional(name)) is not None:
+                axis = call.tie(axis, parameter.axes[item], x.fixed_because)
+        call.mark_inexact(axis, f"{call.op} takes statistics over its channels")
+        call.lower("normalized_shape", axis, item)
+        axes[first + item] = axis
+    return tuple(axes)
+
+
+def group_norm(call: Call) -> Axes:
+    """Statistics run over each group of channels, so whole groups go."""
+    x = call.value("input")
+    axis = x.axes[1]
+    for name in ("weight", "bias"):
+        if (parameter := call.optional(name)) is not None:
+            axis = call.tie(axis, parameter.axes[0], x.fixed_because)
+    for space in x.axes[2:]:
+        call.freeze(space, "is normalised over")
+    call.lower("num_groups", call.tie_blocks(axis, call.plain("num_groups")))
+    return (x.axes[0], axis, *x.axes[2:])
+
+
+RULES: dict[str, Rule] = {
+    "batch_norm": per_channel,
+    "instance_norm": per_channel,
+    "layer_norm": over_channels,
+    "rms_norm": over_channels,
+    "group_norm": group_norm,
+}
