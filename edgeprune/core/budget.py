@@ -24,8 +24,8 @@ _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ%]*)
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """One limit as it was asked for: SI units, or a share of what the dense model takes."""
+class Request:
+    """A limit as it was asked for: SI units, or a share of what the dense model takes."""
 
     value: float
     relative: bool
@@ -35,7 +35,7 @@ class Limit:
         return self.value * dense if self.relative else self.value
 
 
-def parse_limit(text: str, kind: Kind) -> Limit:
+def parse_limit(text: str, kind: Kind) -> Request:
     """Read "12ms", "0.5x" or "50%".
 
     raises: UsageError when it is no number, has no unit or the wrong one, or is not above zero.
@@ -48,10 +48,10 @@ def parse_limit(text: str, kind: Kind) -> Limit:
     if value <= 0:
         raise UsageError(f"budget '{text}' must be above zero")
     if unit in ("x", "%"):
-        return Limit(value / 100 if unit == "%" else value, relative=True)
+        return Request(value / 100 if unit == "%" else value, relative=True)
     if unit not in UNITS[kind]:
         raise UsageError(f"budget '{text}' is no {kind} budget; write the number with one of {known}")
-    return Limit(value * UNITS[kind][unit], relative=False)
+    return Request(value * UNITS[kind][unit], relative=False)
 
 
 def make_budget(
@@ -79,10 +79,10 @@ def make_budget(
     for name, (text, kind, reference) in asked.items():
         if text is None:
             continue
-        limit = parse_limit(text, kind)
-        if limit.relative and reference is None:
+        request = parse_limit(text, kind)
+        if request.relative and reference is None:
             raise UsageError(f"{name} '{text}' is relative to the dense model, whose {name} was not measured")
-        limits[name] = limit.absolute(reference or 0.0)
+        limits[name] = request.absolute(reference or 0.0)
     if not limits:
         raise UsageError("no budget given; ask for at least one of latency, memory, size or energy")
     return Budget(
