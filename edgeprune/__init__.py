@@ -4,4 +4,69 @@ The pipeline, one module and one command per stage:
 load -> trace -> profile -> score -> plan -> compact -> recover -> export -> validate -> bundle -> report.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeprune.bundle import verify_bundle as verify_bundle
+    from edgeprune.bundle import write_bundle as write_bundle
+    from edgeprune.compact import compact_model as compact_model
+    from edgeprune.compact import save_compact as save_compact
+    from edgeprune.core.store import read_record as read_record
+    from edgeprune.core.store import write_record as write_record
+    from edgeprune.device.session import open_session as open_session
+    from edgeprune.device.targets import check_target as check_target
+    from edgeprune.device.targets import list_targets as list_targets
+    from edgeprune.device.targets import load_target as load_target
+    from edgeprune.device.targets import setup_target as setup_target
+    from edgeprune.export import export_model as export_model
+    from edgeprune.load import example_inputs as example_inputs
+    from edgeprune.load import load_data as load_data
+    from edgeprune.load import load_model as load_model
+    from edgeprune.pipeline import compact_and_compensate as compact_and_compensate
+    from edgeprune.pipeline import connect as connect
+    from edgeprune.pipeline import plan_on_board as plan_on_board
+    from edgeprune.pipeline import report_run as report_run
+    from edgeprune.pipeline import run_pipeline as run_pipeline
+    from edgeprune.plan import choose_widths as choose_widths
+    from edgeprune.profile import profile_target as profile_target
+    from edgeprune.profile import read_profile as read_profile
+    from edgeprune.recover import evaluate_accuracy as evaluate_accuracy
+    from edgeprune.recover import recover_accuracy as recover_accuracy
+    from edgeprune.score import score_groups as score_groups
+    from edgeprune.trace import trace_graph as trace_graph
+    from edgeprune.validate import collect_examples as collect_examples
+    from edgeprune.validate import validate_artifact as validate_artifact
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "bundle": ("verify_bundle", "write_bundle"),
+    "compact": ("compact_model", "save_compact"),
+    "core.store": ("read_record", "write_record"),
+    "device.session": ("open_session",),
+    "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
+    "export": ("export_model",),
+    "load": ("example_inputs", "load_data", "load_model"),
+    "pipeline": ("compact_and_compensate", "connect", "plan_on_board", "report_run", "run_pipeline"),
+    "plan": ("choose_widths",),
+    "profile": ("profile_target", "read_profile"),
+    "recover": ("evaluate_accuracy", "recover_accuracy"),
+    "score": ("score_groups",),
+    "trace": ("trace_graph",),
+    "validate": ("collect_examples", "validate_artifact"),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: `import edgeprune` stays instant, and `edgeprune.trace_graph` imports torch when it is first used.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'edgeprune' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"edgeprune.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

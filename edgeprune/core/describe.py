@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.cost import mac_polynomial
-from edgeprune.core.records import BoardFacts, Cost, Graph, Plan, Profile, Quantity, Report
+from edgeprune.core.records import Artifact, BoardFacts, Cost, Graph, Plan, Profile, Quantity, Report, Target
 
 UNKNOWN = "not measured"
 
@@ -114,6 +114,17 @@ def describe_plan(graph: Graph, plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
+def describe_targets(targets: Sequence[Target]) -> str:
+    """The inventory, one board a line."""
+    rows = [(t.name, t.board, t.transport, t.description) for t in targets]
+    return table(("target", "board", "transport", ""), rows)
+
+
+def describe_artifact(artifact: Artifact) -> str:
+    """An exported file in one line."""
+    return f"{artifact.format}, {artifact.bytes:,} bytes, sha256 {artifact.sha256[:12]}: {artifact.path}"
+
+
 def describe_facts(facts: BoardFacts) -> str:
     """A board's facts, one a line, and what it lacks."""
     lines = [
@@ -143,7 +154,7 @@ def _amount(unit: str, value: float) -> str:
     return known[unit](value) if unit in known else f"{value:.3g}"
 
 
-def summary(report: Report, directory: Path) -> str:
+def summary(directory: Path, report: Report) -> str:
     """The last words of a run: dense against pruned, the checks, where everything lies."""
     dense, compact, predicted = report.dense, report.compact, report.predicted
 

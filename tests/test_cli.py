@@ -1,0 +1,159 @@
+"""The command line: what it says to a user who gets something wrong, and what the README promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NETS = """
+import torch
+from torch import nn
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    )
+
+
+def broken():
+    raise RuntimeError("no such checkpoint")
+
+
+def number():
+    return 3
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+def branching():
+    return Branching()
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a model, its data and nothing else."""
+    (tmp_path / "nets.py").write_text(NETS)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", x=rng.normal(size=(60, 3, 12, 12)).astype(np.float32), y=rng.integers(0, 5, 60))
+    return tmp_path
+
+
+def edgeprune(*arguments: str, cwd: Path, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    if home is not None:
+        environment["HOME"] = str(home)
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "sys.argv = ['edgeprune', '--help']\n"
+        "from edgeprune.cli import run_command\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out: run_command()\n"
+        "assert 'Commands' in out.getvalue()\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'scipy', 'paramiko', 'plotly'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from typer.main import get_command
+
+    from edgeprune.cli import app
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert {"demo", "run", "trace", "profile", "plan", "targets"} <= set(commands)
+    for name in commands:
+        assert f"edgeprune {name}" in readme, f"README.md does not name `edgeprune {name}`"
+    for name in commands["targets"].commands:
+        assert f"edgeprune targets {name}" in readme, f"README.md does not name `edgeprune targets {name}`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nosuch"], 2, "No such command"),
+        (["trace"], 2, "Missing argument"),
+        (["trace", "nets.py:net"], 4, "input shapes are not given"),
+        (["trace", "nets.py:net", "--input", "1xthree"], 2, "expected sizes such as 1x3x224x224"),
+        (["trace", "nets.py:net", "--input", "1x4x12x12"], 4, "does not run on inputs of shape"),
+        (["trace", "absent.py:net", "--input", "1x3x12x12"], 4, "absent.py"),
+        (["trace", "nets.py:nothing", "--input", "1x3x12x12"], 4, "nothing"),
+        (["trace", "nets.py:broken", "--input", "1x3x12x12"], 4, "no such checkpoint"),
+        (["trace", "nets.py:number", "--input", "1x3x12x12"], 4, "expected a torch.nn.Module"),
+        (["trace", "nets.py:branching", "--input", "1x3x12x12"], 4, "if x.sum() > 0"),
+        (["score", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "i.json", "--criterion", "nope"],
+         2, "known: "),
+        (["profile", "nets.py:net", "--input", "1x3x12x12", "--target", "nope", "-o", "p.jsonl"], 2, "known: "),
+        (["plan", "nets.py:net", "--input", "1x3x12x12", "--profile", "absent.jsonl", "--importance", "i.json",
+          "-o", "plan.json", "--latency", "0.5x"], 4, "absent.jsonl"),
+        (["run", "absent.toml"], 2, "there is no absent.toml"),
+        (["targets", "check", "nope"], 2, "known: "),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_an_exit_code(project: Path, arguments: list[str], code: int, said: str) -> None:
+    before = {p.name for p in project.iterdir()}
+    done = edgeprune(*arguments, cwd=project)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    left = {p.name for p in project.iterdir()} - before - {"__pycache__"}
+    assert not left, f"left behind: {left}"
+
+
+def test_trace_prints_groups_and_writes_the_record(project: Path) -> None:
+    from edgeprune.core.records import Graph
+    from edgeprune.core.store import read_record
+
+    done = edgeprune("trace", "nets.py:net", "--input", "1x3x12x12", "-o", "graph.json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "2 groups can be pruned" in done.stdout
+    graph = read_record(Graph, project / "graph.json")
+    assert sorted(group.units for group in graph.prunable) == [16, 24]
+
+
+def test_an_output_folder_that_cannot_be_written(project: Path) -> None:
+    (project / "file").write_text("")
+    done = edgeprune("trace", "nets.py:net", "--input", "1x3x12x12", "-o", "file/graph.json", cwd=project)
+    assert done.returncode == 2
+    assert "choose another output directory" in done.stderr
+
+
+def test_an_altered_record_is_refused(project: Path) -> None:
+    score = ["score", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "importance.json"]
+    assert edgeprune(*score, "--criterion", "magnitude:p=1", cwd=project).returncode == 0
+    path = project / "importance.json"
+    path.write_text(path.read_text().replace('"magnitude', '"magnitudo'))
+    done = edgeprune("plan", "nets.py:net", "--input", "1x3x12x12", "--profile", "importance.json", "--importance",
+                     "importance.json", "-o", "plan.json", "--latency", "0.5x", cwd=project)  # fmt: skip
+    assert done.returncode == 4
+    assert "importance.json" in done.stderr
+    assert not (project / "plan.json").exists()
