@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from edgeprune.core.errors import DataError, InputError, ModelError
 from edgeprune.core.records import ModelSpec
 from edgeprune.graphs.archive import check_archive
+from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -118,12 +119,9 @@ def _read_program(path: Path) -> nn.Module:
     check_archive(path)
     try:
         program = torch.export.load(path)
-        graph_module = program.module(check_guards=False)
     except Exception as error:
         raise ModelError(f"{path} cannot be read by torch.export.load: {_first_line(error)}") from error
-    assert isinstance(graph_module, torch.fx.GraphModule)
-    module: nn.Module = lift(graph_module)
-    return module
+    return lift(import_program(program))
 
 
 def _put_weights(module: nn.Module, path: Path, name: str) -> None:

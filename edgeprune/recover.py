@@ -193,7 +193,9 @@ class _Trainer:
                 done = epoch * self.steps + step + 1
                 progress(f"recover: epoch {epoch + 1} of {settings.epochs}", done, settings.epochs * self.steps)
         if not count and not self.note:
-            raise DataError(f"the training data gave no batches in epoch {epoch + 1}; it must be iterable anew each time")
+            raise DataError(
+                f"the training data gave no batches in epoch {epoch + 1}; it must be iterable anew each time"
+            )
         self.steps = self.steps or count
         self.epoch = epoch + 1
         if count:

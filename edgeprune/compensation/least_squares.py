@@ -246,9 +246,7 @@ class _Sums:
     count: int = 0
 
 
-def _fit(
-    layer: Layer, inputs: Sequence[Tensor], target: _Target, damping: float, generator: torch.Generator
-) -> bool:
+def _fit(layer: Layer, inputs: Sequence[Tensor], target: _Target, damping: float, generator: torch.Generator) -> bool:
     """Ridge regression of the layer's residual on its inputs, from the sliced weights; True when improved."""
     groups = layer.groups if not isinstance(layer, nn.Linear) else 1
     sliced = layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, -1).double()

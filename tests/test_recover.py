@@ -1,0 +1,187 @@
+"""recover: training helps, resumes exactly, and does not ruin what it was given."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.core.errors import DataError, RecordError
+from edgeprune.load import ArrayBatches
+from edgeprune.recover import evaluate_accuracy, recover_accuracy
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Splits:
+    train: Any
+    calibration: Any = None
+    test: Any = None
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """The 8x8 handwritten digits of scikit-learn, as images in [0, 1]."""
+    sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
+    bunch = sklearn.load_digits()
+    x = torch.from_numpy(bunch.images).float()[:, None] / 16
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], torch.from_numpy(bunch.target).long()[order]
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    x, y = digits()
+    return Splits(
+        train=ArrayBatches(x[:600], y[:600], batch=50, shuffle=True),
+        calibration=ArrayBatches(x[:128], y[:128]),
+        test=ArrayBatches(x[600:1000], y[600:1000]),
+    )
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Dropout(0.1), nn.Flatten(), nn.Linear(128, 10),
+    ).eval()  # fmt: skip
+
+
+def test_training_raises_accuracy(splits: Splits) -> None:
+    model = net()
+    result = recover_accuracy(model, splits, epochs=3, lr=0.1, autocast=False)
+    assert result.accuracy_before is not None and result.accuracy_after is not None
+    assert result.accuracy_after > 0.8 > result.accuracy_before + 0.3
+    assert result.losses[-1] < result.losses[0] and result.epochs == 3 and not result.note
+    assert not model.training
+    assert evaluate_accuracy(model, splits.test) == result.accuracy_after
+
+
+def test_distillation_needs_no_right_labels(splits: Splits) -> None:
+    teacher = net()
+    recover_accuracy(teacher, splits, epochs=3, lr=0.1, autocast=False)
+    wrong = Splits(
+        ArrayBatches(splits.train.inputs, torch.zeros_like(splits.train.targets), batch=50), None, splits.test
+    )
+    before = copy.deepcopy(teacher.state_dict())
+    result = recover_accuracy(net(1), wrong, teacher=teacher, distil_weight=1.0, epochs=3, lr=0.1, autocast=False)
+    assert result.accuracy_after is not None and result.accuracy_after > 0.8
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+class StopAfter:
+    """Batches that break off, as a kill would, after so many of them."""
+
+    def __init__(self, batches: ArrayBatches, count: int) -> None:
+        self.batches, self.left = batches, count
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        for batch in self.batches:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("killed_after", [5, 17, 30])
+def test_a_killed_recovery_resumes_to_the_same_weights(splits: Splits, tmp_path: Path, killed_after: int) -> None:
+    whole, resumed = net(), net()
+    result = recover_accuracy(whole, splits, epochs=3, lr=0.1, autocast=False)
+    path = tmp_path / "recover.safetensors"
+    cut = Splits(StopAfter(splits.train, killed_after), splits.calibration, splits.test)
+    with pytest.raises(KeyboardInterrupt):
+        recover_accuracy(net(), cut, epochs=3, lr=0.1, autocast=False, checkpoint=path)
+    assert path.exists() == (killed_after > 12)
+    torch.rand(7)  # whatever the generators did in between must not matter
+    again = recover_accuracy(resumed, splits, epochs=3, lr=0.1, autocast=False, checkpoint=path)
+    assert again == result
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_finished_recovery_is_not_repeated(splits: Splits, tmp_path: Path) -> None:
+    path = tmp_path / "recover.safetensors"
+    first = recover_accuracy(net(), splits, epochs=1, lr=0.1, autocast=False, checkpoint=path)
+    stopped = Splits(StopAfter(splits.train, 0), splits.calibration, splits.test)
+    assert recover_accuracy(net(), stopped, epochs=1, lr=0.1, autocast=False, checkpoint=path) == first
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed_and_a_damaged_one_is_refused(
+    splits: Splits, tmp_path: Path
+) -> None:
+    path = tmp_path / "recover.safetensors"
+    recover_accuracy(net(), splits, epochs=1, lr=0.1, autocast=False, checkpoint=path)
+    assert recover_accuracy(net(), splits, epochs=2, lr=0.1, autocast=False, checkpoint=path).epochs == 2
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RecordError, match="damaged"):
+        recover_accuracy(net(), splits, epochs=2, lr=0.1, autocast=False, checkpoint=path)
+
+
+def test_the_callers_random_state_is_left_alone(splits: Splits) -> None:
+    model = net()
+    state = torch.get_rng_state()
+    recover_accuracy(model, splits, epochs=1, autocast=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_diverging_training_keeps_the_best_epoch(splits: Splits) -> None:
+    model = net()
+    recover_accuracy(model, splits, epochs=2, lr=0.1, autocast=False)
+    good = evaluate_accuracy(model, splits.test)
+    result = recover_accuracy(model, splits, epochs=2, lr=1e6, autocast=False)
+    assert result.note
+    assert evaluate_accuracy(model, splits.test) == result.accuracy_after == good
+
+
+def test_a_nan_loss_stops_training_with_the_weights_still_finite(splits: Splits) -> None:
+    inputs = splits.train.inputs.clone()
+    inputs[300] = float("nan")
+    model = net()
+    result = recover_accuracy(
+        model, Splits(ArrayBatches(inputs, splits.train.targets, batch=50)), epochs=2, autocast=False
+    )
+    assert "diverged (loss nan in epoch 1)" in result.note and result.epochs == 1
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    assert all(torch.equal(value, net().state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_faster_precision_is_chosen_and_reported(splits: Splits) -> None:
+    assert recover_accuracy(net(), splits, epochs=1, lr=0.1).autocast in (True, False)
+    half = recover_accuracy(net(), splits, epochs=2, lr=0.1, autocast=True)
+    assert half.autocast and half.accuracy_after is not None and half.accuracy_after > 0.6
+
+
+def test_batches_without_a_length_train_too(splits: Splits) -> None:
+    class Endlessly:
+        def __iter__(self) -> Any:
+            return iter(list(splits.train))
+
+    result = recover_accuracy(net(), Splits(Endlessly(), None, splits.test), epochs=3, lr=0.1, autocast=False)
+    assert result.accuracy_after is not None and result.accuracy_after > 0.8
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (None, "needs training data"),
+        ([], "gave no batches"),
+        ([(torch.ones(2, 1, 8, 8), torch.tensor([3, 10]))], "label 10, the model only 10 classes"),
+        ([(torch.ones(2, 1, 8, 8), torch.tensor([0.5, 1.0]))], "float32"),
+    ],
+)
+def test_data_that_cannot_train_says_why(train: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recover_accuracy(net(), Splits(train), epochs=1, autocast=False)
+
+
+def test_accuracy_of_nothing_is_an_error() -> None:
+    with pytest.raises(DataError, match="no test examples"):
+        evaluate_accuracy(net(), [])
