@@ -62,7 +62,9 @@ def gather_facts(target: Target, transport: Transport, *, thorough: bool = False
     scripts["disk"] = 'd="$edgeprune_workdir"; while [ ! -e "$d" ]; do d=$(dirname "$d"); done; df -Pk "$d"'
     how = "import" if thorough else "look"
     candidates = [target.python] if target.python else []
-    for number, interpreter in enumerate([*map(shlex.quote, candidates), '"$edgeprune_workdir"/venv/bin/python', "python3"]):
+    for number, interpreter in enumerate(
+        [*map(shlex.quote, candidates), '"$edgeprune_workdir"/venv/bin/python', "python3"]
+    ):
         scripts[f"python{number}"] = f"{interpreter} -c {shlex.quote(PROBE)} {shlex.join([how, *runtime.MODULES])}"
     done = transport.run(["sh", "-s"], stdin=section_script(scripts), timeout=GATHER_TIMEOUT_S)
     raw = split_sections(done.stdout, f"target {target.name}")
@@ -98,7 +100,7 @@ def _workdir_script(workdir: str) -> str:
         path = shlex.quote(workdir)
     else:
         path = f'"$HOME"/{shlex.quote(workdir)}'
-    return f"edgeprune_workdir={path}; printf %s \"$edgeprune_workdir\""
+    return f'edgeprune_workdir={path}; printf %s "$edgeprune_workdir"'
 
 
 def _choose_python(raw: dict[str, str], modules: tuple[str, ...]) -> dict[str, Any] | None:

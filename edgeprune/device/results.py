@@ -48,9 +48,7 @@ def read_result(
             throttled=now.throttled,
         )
         fields = READERS[event["kind"]](event["value"])
-        return StepResult(
-            key=event["key"], kind=event["kind"], conditions=conditions, energy_j=now.energy_j, **fields
-        )
+        return StepResult(key=event["key"], kind=event["kind"], conditions=conditions, energy_j=now.energy_j, **fields)
     except (KeyError, TypeError, ValueError) as error:
         raise AgentError(f"{where}: the agent's result {str(event)[:300]} cannot be read: {error!r}") from error
 

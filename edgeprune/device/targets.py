@@ -29,7 +29,9 @@ def default_directories() -> list[Path]:
     named = [Path(part) for part in os.environ.get("EDGEPRUNE_TARGETS", "").split(os.pathsep) if part]
     checkout = Path(__file__).resolve().parents[2]
     shipped = [checkout / "targets"] if (checkout / "pyproject.toml").is_file() else []
-    installed = [Path(base) / "share" / "edgeprune" / "targets" for base in (sysconfig.get_path("data"), site.USER_BASE) if base]
+    installed = [
+        Path(base) / "share" / "edgeprune" / "targets" for base in (sysconfig.get_path("data"), site.USER_BASE) if base
+    ]
     return [*named, Path("targets"), *shipped, *installed]
 
 

@@ -17,7 +17,9 @@ FACTS = {
     "governor": Fact(
         Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)), procfs.parse_first_value
     ),
-    "freq_hz": Fact(Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq),
+    "freq_hz": Fact(
+        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq
+    ),
     "temp_c": Fact(
         Source(files=("/sys/class/thermal/thermal_zone*/type", "/sys/class/thermal/thermal_zone*/temp")),
         procfs.parse_thermal_zones,
