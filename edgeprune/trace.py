@@ -77,9 +77,10 @@ class Partition:
                 members.append([])
             members[number].append(root)
             self._group_of[root] = number
-        self._rank = np.zeros(len(self._roots), np.int64)
+        rank = np.zeros(len(self._roots), np.int64)
         for roots in members:
-            self._rank[roots] = np.arange(len(roots))
+            rank[roots] = np.arange(len(roots))
+        self._rank = rank[self._roots]
         self._number = np.array([self._group_of[root] for root in self._roots.tolist()], np.int64)
         self._sizes = [len(roots) for roots in members]
         self.names = _names(found, self._number, len(members))
