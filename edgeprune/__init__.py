@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeprune.load import load_model as load_model
     from edgeprune.pipeline import compact_and_compensate as compact_and_compensate
     from edgeprune.pipeline import connect as connect
+    from edgeprune.pipeline import dense_cost as dense_cost
     from edgeprune.pipeline import plan_on_board as plan_on_board
     from edgeprune.pipeline import report_run as report_run
     from edgeprune.pipeline import run_pipeline as run_pipeline
@@ -50,7 +51,7 @@ _PLACES = {
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
     "export": ("export_model",),
     "load": ("example_inputs", "load_data", "load_model"),
-    "pipeline": ("compact_and_compensate", "connect", "plan_on_board", "report_run", "run_pipeline"),
+    "pipeline": ("compact_and_compensate", "connect", "dense_cost", "plan_on_board", "report_run", "run_pipeline"),
     "plan": ("choose_widths",),
     "profile": ("profile_target", "read_profile"),
     "recover": ("evaluate_accuracy", "recover_accuracy"),

@@ -192,9 +192,8 @@ def profile(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
-    edgeprune.load_target(target)  # an unknown name is said before the model is loaded
-    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
     with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+        module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
         tables = edgeprune.profile_target(
             module, inputs, graph, session, path=out, configurations=configurations, rounds=rounds, progress=progress
         )
@@ -232,13 +231,11 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
-    from edgeprune.core.cost import predict_cost
     from edgeprune.core.records import Importance
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
-    dense = predict_cost(graph, {}, tables)
-    budget = make_budget(dense, latency=latency, memory=memory, size=size, energy=energy)
+    budget = make_budget(edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy)
     with bars() as progress:
         if target is None:
             chosen = edgeprune.choose_widths(

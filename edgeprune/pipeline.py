@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget, parse_limit
 from edgeprune.core.cost import predict_cost
+from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Accuracy,
     Artifact,
     Budget,
+    Cost,
     Graph,
     Importance,
     Plan,
@@ -38,14 +40,15 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
-from edgeprune.core.store import digest, read_record, write_record
+from edgeprune.core.store import digest, read_record
 from edgeprune.device.embedded import EmbeddedBoard
-from edgeprune.device.inventory import load_target
 from edgeprune.device.session import Session, open_session
+from edgeprune.device.targets import load_target
 from edgeprune.export import export_model
+from edgeprune.formats import Resizer
 from edgeprune.load import Data, example_inputs, load_data, load_model
 from edgeprune.plan import choose_widths, next_request
-from edgeprune.profile import measure_widths, profile_target, read_profile
+from edgeprune.profile import dense_latency, measure_widths, profile_target, read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.score import score_groups
@@ -53,6 +56,8 @@ from edgeprune.trace import trace_graph
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
+EMBEDDED = "embedded"
+"""The target that is started on the spot: this machine behind an SSH server on loopback."""
 MAX_ROUNDS = 8
 """Turns of the closed loop before the best plan so far is taken and the report says by how much it misses."""
 
@@ -67,111 +72,232 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
-        inputs = example_inputs(run.spec, model)
-        data = load_data(run.data.source, base)
-        return _run_stages(run, folder, model, inputs, data, progress)
+        stages = Stages(run, folder, model, example_inputs(run.spec, model), load_data(run.data.source, base), progress)
+        graph = stages.trace()
+        dense = stages.export_dense(graph)
+        importance = stages.score(graph)
+        plan = stages.profile_and_plan(graph, importance)
+        compact, accuracy = stages.compact(graph, plan)
+        recovered, accuracy = stages.recover(plan, compact, accuracy)
+        artifact = stages.export(graph, recovered)
+        report = stages.validate(graph, plan, dense, artifact, recovered, accuracy)
+        stages.bundle(plan, artifact, report)
+        return report
 
 
-def _run_stages(
-    run: RunFile, folder: RunFolder, model: nn.Module, inputs: tuple[Tensor, ...], data: Data, progress: Progress
-) -> Report:
-    """Each stage names what decides its result; it is skipped when that and its files are unchanged."""
-    prune, recover = msgspec.to_builtins(run.prune), msgspec.to_builtins(run.recover)
-    source = [run.data.source, weights_digest(model)]
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of one run. Each names what its result is made from, and is skipped when that and its files
+    are what they were."""
 
-    traced = [weights_digest(model), run.prune.allow_inexact]
-    folder.stage("trace", traced, ["graph.json"], lambda: write_record(
-        folder / "graph.json", trace_graph(model, inputs, allow_inexact=run.prune.allow_inexact)))  # fmt: skip
-    graph = read_record(Graph, folder / "graph.json")
+    run: RunFile
+    folder: RunFolder
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    data: Data
+    progress: Progress
 
-    folder.stage("export dense", traced, ["dense.onnx", "dense.json"], lambda: write_record(
-        folder / "dense.json", export_model(model, inputs, folder / "dense.onnx", graph=graph)))  # fmt: skip
-    dense = read_record(Artifact, folder / "dense.json")
+    def trace(self) -> Graph:
+        """What can be pruned."""
+        made_from = [weights_digest(self.model), self.run.prune.allow_inexact]
+        return self.folder.record(
+            Graph,
+            "graph.json",
+            made_from,
+            lambda: trace_graph(self.model, self.inputs, allow_inexact=self.run.prune.allow_inexact),
+        )
 
-    def score() -> None:
-        name, _, options = run.prune.criterion.partition(":")
-        write_record(folder / "importance.json", score_groups(
-            model, inputs, graph, first(data.require("calibration"), run.prune.batches), criterion=name,
-            options=options, curves=run.prune.curves, seed=run.seed, progress=progress))  # fmt: skip
+    def export_dense(self, graph: Graph) -> Artifact:
+        """What the pruned model is measured against."""
+        path = self.folder / "dense.onnx"
+        made_from = [digest(graph), weights_digest(self.model)]
+        return self.folder.record(
+            Artifact,
+            "dense.json",
+            made_from,
+            lambda: export_model(self.model, self.inputs, path, graph=graph),
+            also=[path.name],
+        )
 
-    with connect(run.target.name, threads=run.target.threads, runtime=run.target.runtime, progress=progress) as session:
-        planned = [digest(graph), source, prune, msgspec.to_builtins(run.budget), msgspec.to_builtins(run.profile),
-                   msgspec.to_builtins(run.target), run.seed]  # fmt: skip
-        if not folder.done("plan", planned):
-            profile = profile_target(
-                model, inputs, graph, session, path=folder / "profile.jsonl", progress=progress, seed=run.seed,
-                configurations=run.profile.configurations, held_out=run.profile.held_out, rounds=run.profile.rounds,
-                seconds=run.profile.seconds)  # fmt: skip
-            budget = make_budget(predict_cost(graph, {}, profile), **msgspec.to_builtins(run.budget))
-            folder.stage("score", [digest(graph), source, prune, run.seed], ["importance.json"], score)
-            importance = read_record(Importance, folder / "importance.json")
-            folder.stage("plan", planned, ["plan.json"], lambda: write_record(
-                folder / "plan.json", plan_on_board(
-                    model, inputs, graph, profile, importance, budget, session, folder / "profile.jsonl",
-                    solver=run.prune.solver, levels=run.prune.levels, progress=progress)))  # fmt: skip
-        plan = read_record(Plan, folder / "plan.json")
+    def score(self, graph: Graph) -> Importance:
+        """What each unit is worth."""
+        settings, (criterion, _, options) = self.run.prune, self.run.prune.criterion.partition(":")
+        calibration = self.data.calibration and first(self.data.calibration, settings.batches)
+        made_from = [digest(graph), *self._sources(), settings.criterion, settings.curves, settings.batches]
+        return self.folder.record(
+            Importance,
+            "importance.json",
+            made_from,
+            lambda: score_groups(
+                self.model,
+                self.inputs,
+                graph,
+                calibration,
+                criterion=criterion,
+                options=options,
+                curves=settings.curves,
+                checkpoint=self.folder / "importance.jsonl",
+                progress=self.progress,
+            ),
+        )
 
-        def compact() -> None:
-            calibration = data.require("calibration") if run.prune.compensate else None
-            made = compact_and_compensate(model, inputs, graph, plan, calibration, progress=progress)
-            save_compact(made, inputs, folder.path)
-            write_record(folder / "accuracy.json", Accuracy(
-                dense=_accuracy(model, data), before_recovery=_accuracy(made, data)))  # fmt: skip
+    def profile_and_plan(self, graph: Graph, importance: Importance) -> Plan:
+        """Latency tables from the board, then widths that the board confirms."""
+        run, path = self.run, self.folder / "profile.jsonl"
 
-        compacted = [digest(plan), source, prune]
-        compact_files = ["compact.pt2", "compact.safetensors", "accuracy.json"]
-        folder.stage("compact", compacted, compact_files, compact)
-        smaller = compact_model(model, inputs, graph, plan.keep)
-        smaller.load_state_dict(load_file(folder / "compact.safetensors"))
-        accuracy = read_record(Accuracy, folder / "accuracy.json")
+        def make() -> Plan:
+            resizer = load_member("formats", "onnx").make_resizer(self.model, self.inputs, graph)
+            with self._board() as session:
+                profile = profile_target(
+                    self.model,
+                    self.inputs,
+                    graph,
+                    session,
+                    path=path,
+                    **msgspec.to_builtins(run.profile),
+                    seed=run.seed,
+                    resizer=resizer,
+                    progress=self.progress,
+                )
+                budget = make_budget(dense_cost(graph, profile), **msgspec.to_builtins(run.budget))
+                return plan_on_board(
+                    self.model,
+                    self.inputs,
+                    graph,
+                    profile,
+                    importance,
+                    budget,
+                    session,
+                    path,
+                    solver=run.prune.solver,
+                    levels=run.prune.levels,
+                    resizer=resizer,
+                    progress=self.progress,
+                )
 
-        def retrain() -> None:
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
+        made_from = [digest(importance), *settings, run.prune.solver, run.prune.levels, run.seed]
+        return self.folder.record(Plan, "plan.json", made_from, make, also=[path.name])
+
+    def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
+        """The smaller model, refitted, and how accurate it is before any training."""
+
+        def make() -> Accuracy:
+            calibration = self.data.require("calibration") if self.run.prune.compensate else None
+            smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+            save_compact(smaller, self.inputs, self.folder.path)
+            return Accuracy(dense=self._accuracy(self.model), before_recovery=self._accuracy(smaller))
+
+        made_from = [digest(plan), *self._sources(), self.run.prune.compensate]
+        files = ["compact.pt2", "compact.safetensors"]
+        accuracy = self.folder.record(Accuracy, "compact.json", made_from, make, also=files)
+        smaller = compact_model(self.model, self.inputs, graph, plan.keep)
+        smaller.load_state_dict(load_file(self.folder / "compact.safetensors"))
+        return smaller.eval(), accuracy
+
+    def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
+        """The smaller model, trained."""
+        settings, checkpoint = self.run.recover, self.folder / "recover.checkpoint"
+        if not settings.epochs or self.data.train is None:
+            return smaller, accuracy
+
+        def make() -> Accuracy:
             result = recover_accuracy(
-                smaller, data, teacher=model if run.recover.distil else None, epochs=run.recover.epochs,
-                lr=run.recover.lr, checkpoint=folder / "recover.checkpoint", seed=run.seed,
-                progress=progress)  # fmt: skip
-            folder.log(f"recover: {result.note}" if result.note else "recover: every epoch was finite")
-            save_compact(smaller, inputs, folder.path, name="recovered")
-            write_record(folder / "recovered.json", replace(accuracy, after_recovery=_accuracy(smaller, data)))
+                smaller,
+                self.data,
+                teacher=self.model if settings.distil else None,
+                epochs=settings.epochs,
+                lr=settings.lr,
+                checkpoint=checkpoint,
+                seed=self.run.seed,
+                progress=self.progress,
+            )
+            self.folder.log(f"recover: {result.note or 'nothing to note'}")
+            save_compact(smaller, self.inputs, self.folder.path, name="recovered")
+            checkpoint.unlink(missing_ok=True)
+            return replace(accuracy, after_recovery=result.accuracy_after)
 
-        recovered = [*compacted, recover, run.seed]
-        if run.recover.epochs and data.train is not None:
-            files = ["recovered.pt2", "recovered.safetensors", "recovered.json"]
-            folder.stage("recover", recovered, files, retrain)
-            smaller.load_state_dict(load_file(folder / "recovered.safetensors"))
-            accuracy = read_record(Accuracy, folder / "recovered.json")
-        smaller.eval()
+        made_from = [digest(plan), digest(accuracy), *self._sources(), msgspec.to_builtins(settings), self.run.seed]
+        files = ["recovered.pt2", "recovered.safetensors"]
+        accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
+        smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
+        return smaller.eval(), accuracy
 
-        folder.stage("export", recovered, ["model.onnx", "model.json"], lambda: write_record(
-            folder / "model.json", export_model(smaller, inputs, folder / "model.onnx", graph=graph)))  # fmt: skip
-        artifact = read_record(Artifact, folder / "model.json")
+    def export(self, graph: Graph, smaller: nn.Module) -> Artifact:
+        """What runs on the board."""
+        path = self.folder / "model.onnx"
+        return self.folder.record(
+            Artifact,
+            "model.json",
+            [weights_digest(smaller), digest(graph)],
+            lambda: export_model(smaller, self.inputs, path, graph=graph),
+            also=[path.name],
+        )
 
-        folder.stage("validate", [artifact.sha256, planned], ["report.json"], lambda: write_record(
-            folder / "report.json", validate_artifact(
-                artifact, session, dense=dense, examples=collect_examples(smaller, data.require("test"), artifact),
-                budget=plan.budget, predicted=plan.predicted, dense_counts=predict_cost(graph, {}), accuracy=accuracy,
-                latency_ratio=relative_latency(run.budget.latency),
-                provenance={"plan_sha256": digest(plan)}, progress=progress)))  # fmt: skip
-    report = read_record(Report, folder / "report.json")
+    def validate(
+        self, graph: Graph, plan: Plan, dense: Artifact, artifact: Artifact, smaller: nn.Module, accuracy: Accuracy
+    ) -> Report:
+        """The evidence, from the board."""
 
-    evidence = [digest(report), digest(plan)]
-    folder.stage("bundle", evidence, ["bundle.zip"], lambda: write_bundle(
-        folder / "model.onnx", artifact, plan, report, folder / "bundle.zip", labels=data.labels,
-        preprocessing=data.preprocessing))  # fmt: skip
-    folder.stage("report", evidence, ["report.html"], lambda: report_run(folder.path, folder / "report.html"))
-    return report
+        def make() -> Report:
+            examples = collect_examples(smaller, self.data.require("test"), artifact)
+            with self._board() as session:
+                return validate_artifact(
+                    artifact,
+                    session,
+                    dense=dense,
+                    examples=examples,
+                    budget=plan.budget,
+                    predicted=plan.predicted,
+                    dense_counts=predict_cost(graph, {}),
+                    accuracy=accuracy,
+                    latency_ratio=relative_latency(self.run.budget.latency),
+                    provenance={"plan_sha256": digest(plan)},
+                    progress=self.progress,
+                )
+
+        made_from = [digest(artifact), digest(dense), digest(plan), digest(accuracy), *self._sources()]
+        return self.folder.record(Report, "report.json", made_from, make)
+
+    def bundle(self, plan: Plan, artifact: Artifact, report: Report) -> None:
+        """What an app embeds, and the page with the evidence."""
+        made_from = [digest(artifact), digest(report), digest(plan), self.data.labels, self.data.preprocessing]
+        bundle, page = self.folder / "bundle.zip", self.folder / "report.html"
+        self.folder.stage(
+            "bundle",
+            made_from,
+            [bundle.name],
+            lambda: write_bundle(
+                Path(artifact.path),
+                artifact,
+                plan,
+                report,
+                bundle,
+                labels=self.data.labels,
+                preprocessing=self.data.preprocessing,
+            ),
+        )
+        self.folder.stage("page", made_from, [page.name], lambda: report_run(self.folder.path, page))
+
+    def _board(self) -> AbstractContextManager[Session]:
+        target = self.run.target
+        return connect(target.name, threads=target.threads, runtime=target.runtime, progress=self.progress)
+
+    def _accuracy(self, module: nn.Module) -> float | None:
+        return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
+
+    def _sources(self) -> list[str]:
+        return [weights_digest(self.model), self.run.data.source]
 
 
 @contextmanager
 def connect(
     name: str, *, threads: int = 1, runtime: str = "onnxruntime", progress: Progress = silent
 ) -> Iterator[Session]:
-    """An open session on a board of the inventory; `embedded` starts a board of its own on loopback."""
-    target = replace(load_target(name), threads=threads, runtime=runtime)
+    """An open session on a board of the inventory, or on an embedded one of its own."""
     with ExitStack() as stack:
-        if target.transport == "embedded":
-            board = stack.enter_context(EmbeddedBoard())
-            target = replace(board, name=target.name, threads=threads, runtime=runtime)
+        target = stack.enter_context(EmbeddedBoard()) if name == EMBEDDED else load_target(name)
+        target = replace(target, threads=threads, runtime=runtime)
         yield stack.enter_context(open_session(target, progress=progress))
 
 
@@ -188,11 +314,13 @@ def plan_on_board(
     solver: str = "milp",
     levels: int = 16,
     max_rounds: int = MAX_ROUNDS,
+    resizer: Resizer | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Plan, measure the planned network on the board, correct the tables, plan again.
 
-    path: the profile's file; what is measured here is appended to it.
+    path: the profile's file; what is measured here is appended to it. resizer: the one it was
+        profiled with, made here when not given.
     returns: the plan whose measured latency is within the budget and closest to it; its `rounds`
         are the evidence, and `finer_step` says why where it stays below 0.97 of the budget.
     """
@@ -201,6 +329,7 @@ def plan_on_board(
     asked: float | None = budget.latency_s
     if asked is None:
         return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
+    resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
     while asked is not None and len(rounds) < max_rounds:
         progress("closing the loop on the board", len(rounds), 0)
         plan = choose_widths(
@@ -253,6 +382,11 @@ def compact_and_compensate(
     return smaller.eval()
 
 
+def dense_cost(graph: Graph, profile: Profile) -> Cost:
+    """What the dense model takes: its latency as measured, the rest from its graph."""
+    return replace(predict_cost(graph, {}, profile), latency_s=dense_latency(profile))
+
+
 def relative_latency(asked: str | None) -> float | None:
     """0.5 for `0.5x`; None for an absolute latency or none."""
     request = parse_limit(asked, "time") if asked else None
@@ -285,7 +419,3 @@ def report_run(directory: Path, path: Path) -> Path:
         importance=read_record(Importance, folder / "importance.json"),
     )
     return path
-
-
-def _accuracy(module: nn.Module, data: Data) -> float | None:
-    return evaluate_accuracy(module, data.test) if data.test is not None else None

@@ -218,8 +218,6 @@ def test_stages_run_once_and_again_when_their_inputs_or_outputs_change(tmp_path:
         for _ in range(2):
             folder.stage("first", ["a", 1], ["out.txt"], make)
         assert len(made) == 1
-        assert folder.done("first", ["a", 1])
-        assert not folder.done("first", ["a", 2])
         folder.stage("first", ["a", 2], ["out.txt"], make)
         (folder / "out.txt").write_text("altered")
         folder.stage("first", ["a", 2], ["out.txt"], make)

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from edgeprune.core.errors import RecordError, UsageError
-from edgeprune.core.store import sha256_bytes, sha256_file, write_atomic
+from edgeprune.core.store import read_record, sha256_bytes, sha256_file, write_atomic, write_record
 
 LEDGER = "stages.json"
+
+R = TypeVar("R")
 
 
 class RunFolder:
@@ -72,11 +74,12 @@ class RunFolder:
         ledger[name] = {"made_from": key, "files": {file: sha256_file(self.path / file) for file in files}}
         write_atomic(self.path / LEDGER, json.dumps(ledger, indent=1).encode())
 
-    def done(self, name: str, made_from: Sequence[Any]) -> bool:
-        """Whether a stage would be skipped."""
-        key = sha256_bytes(json.dumps(list(made_from), sort_keys=True, default=str).encode())
-        entry = self._read_ledger().get(name, {})
-        return entry.get("made_from") == key and self._unaltered(entry.get("files", {}), list(entry.get("files", {})))
+    def record(
+        self, kind: type[R], file: str, made_from: Sequence[Any], make: Callable[[], R], also: Sequence[str] = ()
+    ) -> R:
+        """A stage that makes one record, stored in `file`. also: what else it writes. returns: the record."""
+        self.stage(Path(file).stem, made_from, [file, *also], lambda: write_record(self.path / file, make()))
+        return read_record(kind, self.path / file)
 
     def _unaltered(self, digests: dict[str, str], files: Sequence[str]) -> bool:
         return digests.keys() == set(files) and all(
