@@ -40,7 +40,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
-from edgeprune.core.store import digest, read_record
+from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import load_target
@@ -72,7 +72,9 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
-        stages = Stages(run, folder, model, example_inputs(run.spec, model), load_data(run.data.source, base), progress)
+        inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
+        sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
+        stages = Stages(run, folder, sources, model, inputs, data, progress)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         importance = stages.score(graph)
@@ -87,11 +89,14 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of one run. Each names what its result is made from, and is skipped when that and its files
-    are what they were."""
+    """The stages of one run. Each is skipped when what it is made from and its files are what they were.
+
+    sources: what identifies the model's weights and the data.
+    """
 
     run: RunFile
     folder: RunFolder
+    sources: tuple[str, ...]
     model: nn.Module
     inputs: tuple[Tensor, ...]
     data: Data
@@ -99,7 +104,7 @@ class Stages:
 
     def trace(self) -> Graph:
         """What can be pruned."""
-        made_from = [weights_digest(self.model), self.run.prune.allow_inexact]
+        made_from = [*self.sources, self.run.prune.allow_inexact]
         return self.folder.record(
             Graph,
             "graph.json",
@@ -110,20 +115,21 @@ class Stages:
     def export_dense(self, graph: Graph) -> Artifact:
         """What the pruned model is measured against."""
         path = self.folder / "dense.onnx"
-        made_from = [digest(graph), weights_digest(self.model)]
-        return self.folder.record(
+        made_from = [digest(graph), *self.sources]
+        artifact = self.folder.record(
             Artifact,
             "dense.json",
             made_from,
             lambda: export_model(self.model, self.inputs, path, graph=graph),
             also=[path.name],
         )
+        return replace(artifact, path=str(path))
 
     def score(self, graph: Graph) -> Importance:
         """What each unit is worth."""
         settings, (criterion, _, options) = self.run.prune, self.run.prune.criterion.partition(":")
         calibration = self.data.calibration and first(self.data.calibration, settings.batches)
-        made_from = [digest(graph), *self._sources(), settings.criterion, settings.curves, settings.batches]
+        made_from = [digest(graph), *self.sources, settings.criterion, settings.curves, settings.batches]
         return self.folder.record(
             Importance,
             "importance.json",
@@ -188,7 +194,7 @@ class Stages:
             save_compact(smaller, self.inputs, self.folder.path)
             return Accuracy(dense=self._accuracy(self.model), before_recovery=self._accuracy(smaller))
 
-        made_from = [digest(plan), *self._sources(), self.run.prune.compensate]
+        made_from = [digest(plan), *self.sources, self.run.prune.compensate]
         files = ["compact.pt2", "compact.safetensors"]
         accuracy = self.folder.record(Accuracy, "compact.json", made_from, make, also=files)
         smaller = compact_model(self.model, self.inputs, graph, plan.keep)
@@ -217,7 +223,7 @@ class Stages:
             checkpoint.unlink(missing_ok=True)
             return replace(accuracy, after_recovery=result.accuracy_after)
 
-        made_from = [digest(plan), digest(accuracy), *self._sources(), msgspec.to_builtins(settings), self.run.seed]
+        made_from = [digest(plan), digest(accuracy), *self.sources, msgspec.to_builtins(settings), self.run.seed]
         files = ["recovered.pt2", "recovered.safetensors"]
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
@@ -226,13 +232,14 @@ class Stages:
     def export(self, graph: Graph, smaller: nn.Module) -> Artifact:
         """What runs on the board."""
         path = self.folder / "model.onnx"
-        return self.folder.record(
+        artifact = self.folder.record(
             Artifact,
             "model.json",
             [weights_digest(smaller), digest(graph)],
             lambda: export_model(smaller, self.inputs, path, graph=graph),
             also=[path.name],
         )
+        return replace(artifact, path=str(path))
 
     def validate(
         self, graph: Graph, plan: Plan, dense: Artifact, artifact: Artifact, smaller: nn.Module, accuracy: Accuracy
@@ -256,12 +263,12 @@ class Stages:
                     progress=self.progress,
                 )
 
-        made_from = [digest(artifact), digest(dense), digest(plan), digest(accuracy), *self._sources()]
+        made_from = [artifact.sha256, dense.sha256, digest(plan), digest(accuracy), *self.sources]
         return self.folder.record(Report, "report.json", made_from, make)
 
     def bundle(self, plan: Plan, artifact: Artifact, report: Report) -> None:
         """What an app embeds, and the page with the evidence."""
-        made_from = [digest(artifact), digest(report), digest(plan), self.data.labels, self.data.preprocessing]
+        made_from = [artifact.sha256, digest(report), digest(plan), self.data.labels, self.data.preprocessing]
         bundle, page = self.folder / "bundle.zip", self.folder / "report.html"
         self.folder.stage(
             "bundle",
@@ -285,9 +292,6 @@ class Stages:
 
     def _accuracy(self, module: nn.Module) -> float | None:
         return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
-
-    def _sources(self) -> list[str]:
-        return [weights_digest(self.model), self.run.data.source]
 
 
 @contextmanager
@@ -400,6 +404,11 @@ def weights_digest(model: nn.Module) -> str:
         whole.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
+
+
+def file_digest(path: Path) -> list[str]:
+    """The digest of a file that may change under its name; nothing for what is not a file."""
+    return [sha256_file(path)] if path.is_file() else []
 
 
 def first(batches: Batches, count: int) -> list[tuple[Any, Tensor]]:
