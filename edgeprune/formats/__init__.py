@@ -1,0 +1,89 @@
+"""Artifact formats: export a module, inspect a file, make other widths of it in milliseconds.
+
+A member holds the functions of `Format`. Profiling needs dozens of widths of one model and an
+export takes seconds, so a member rewrites one exported file instead: its `Resizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from edgeprune.core.records import Artifact, Graph, IntArray, Kernel, KernelTime, Widths
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class KernelMap(Protocol):
+    """What the runtime's kernels are in terms of the graph.
+
+    Made from the dense artifact, whose fused chains define the kernels; other widths may fuse
+    otherwise, and what they run is charged to the dense kernel that covers the same operations.
+    """
+
+    kernels: tuple[Kernel, ...]
+
+    def charge(self, times: Sequence[KernelTime]) -> dict[str, float]:
+        """Seconds per kernel name from one profiled artifact of any widths."""
+        ...
+
+
+class Resizer(Protocol):
+    """One exported model at any widths."""
+
+    dense_sha256: str
+    """Of the dense model as exported."""
+    dense_bytes: int
+    """Size of the dense model as exported."""
+
+    def write_weights(self, path: Path) -> None:
+        """Write the dense float weights once, for the files of `write_structure`."""
+        ...
+
+    def write_structure(self, widths: Widths, path: Path, weights: str) -> None:
+        """Write a model of `widths` whose weights lie in the file `weights` beside it.
+
+        For timing only: shapes are right, values are prefixes of the dense tensors.
+        raises: ModelError when the model cannot be made at these widths.
+        """
+        ...
+
+    def write_model(self, keep: Mapping[str, IntArray], path: Path) -> None:
+        """Write the self-contained model that keeps the units `keep` of each group.
+
+        Equal to an export of the sliced module.
+        """
+        ...
+
+    def map_kernels(self, times: Sequence[KernelTime]) -> KernelMap:
+        """Kernels of the dense artifact from the runtime's own names, in the order of execution."""
+        ...
+
+
+class Format(Protocol):
+    """Functions of a member."""
+
+    def export(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, graph_sha256: str | None = None
+    ) -> Artifact:
+        """Write a module in evaluation mode as one self-contained file.
+
+        raises: ModelError when it cannot be expressed in the format.
+        """
+        ...
+
+    def inspect(self, path: Path) -> Artifact:
+        """What a file is. raises: RecordError when it is not a valid model."""
+        ...
+
+    def run(self, path: Path, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """The file's outputs on this machine, in its order. raises: ModelError when it does not run."""
+        ...
+
+    def make_resizer(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph) -> Resizer:
+        """A resizer of the module; exports it a few times. raises: ModelError."""
+        ...

@@ -1,0 +1,366 @@
+"""Other widths of one ONNX model, by rewriting initialisers and constants instead of exporting.
+
+*Differential export.* Where a width enters a file cannot be read off the file: the exporter folds
+batch norms into unnamed biases and shapes into unnamed integers. So the model is exported three
+times, dense and as two probes with known units removed, and the files are compared number by
+number. An axis follows the layout of units that turns the dense tensor into both probes; an integer
+is the linear form of widths that has the right value in all three. What fits no layout and no form
+is refused, so a resized model is equal to an export of the sliced module or does not exist.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from torch import Tensor, nn
+
+from edgeprune.core.errors import ModelError
+from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
+from edgeprune.core.store import sha256_bytes, write_atomic
+from edgeprune.formats._onnx_kernels import OnnxKernelMap
+from edgeprune.formats._units import Mask, UnitSpace, positions, take
+from edgeprune.graphs.slice import slice_model
+
+ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
+Array = npt.NDArray[Any]
+
+SHARED_BYTES = 1024
+"""Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
+ALIGNMENT = 4096
+"""Offsets that every operating system can map."""
+
+
+class Unresizable(ModelError):
+    """The widths of an exported file cannot be changed in place; export each width instead."""
+
+
+class OnnxResizer(ABC):
+    """What both ways of resizing share: the weight file, the kernel map."""
+
+    def __init__(self, exported: ModelProto, graph: Graph) -> None:
+        data = exported.SerializeToString()
+        self.dense_sha256 = sha256_bytes(data)
+        self.dense_bytes = len(data)
+        self.base = _normalise(exported)
+        self.graph = graph
+
+    @abstractmethod
+    def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
+        """The model with only the kept units of each group, self-contained."""
+
+    @abstractmethod
+    def write_weights(self, path: Path) -> None:
+        """Write the dense float weights once, for the files of `write_structure`."""
+
+    @abstractmethod
+    def write_structure(self, widths: Widths, path: Path, weights: str) -> None:
+        """Write a model for timing; `weights` is the name of the shared file beside it."""
+
+    def write_model(self, keep: Mapping[str, IntArray], path: Path) -> None:
+        """Write the self-contained model of the kept units."""
+        write_atomic(path, self.resize(keep).SerializeToString())
+
+    def map_kernels(self, times: Sequence[KernelTime]) -> OnnxKernelMap:
+        """Kernels of the dense artifact from the runtime's own names, in the order of execution."""
+        return OnnxKernelMap(self.base, self.graph, times)
+
+    def _first_units(self, widths: Widths) -> dict[str, IntArray]:
+        return {name: np.arange(width, dtype=np.int64) for name, width in widths.items()}
+
+
+class ExactResizer(OnnxResizer):
+    """Rewrites one file in milliseconds. raises: Unresizable when the probes do not explain it."""
+
+    def __init__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto, *, seed: int = 0
+    ) -> None:
+        super().__init__(to_proto(slice_model(module, inputs, graph, {}), inputs), graph)
+        self.space = UnitSpace(graph)
+        probes = []
+        for keep in self.space.probes(np.random.default_rng(seed)):
+            model = _normalise(to_proto(slice_model(module, inputs, graph, keep), inputs))
+            probes.append((self.space.kept(keep), model))
+        self.arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.base.graph.initializer}
+        self._axes: dict[str, dict[int, IntArray]] = {}
+        self._numbers: dict[str, list[IntArray | None]] = {}
+        self._attributes: list[tuple[int, int, int, IntArray]] = []
+        _Matcher(self, probes).match()
+        self._offsets = self._lay_out_weights()
+
+    def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
+        """See OnnxResizer."""
+        kept = self.space.kept(keep)
+        model = self._skeleton(kept)
+        for tensor in self.base.graph.initializer:
+            model.graph.initializer.append(numpy_helper.from_array(self._array(tensor.name, kept), tensor.name))
+        return model
+
+    def write_weights(self, path: Path) -> None:
+        """See OnnxResizer."""
+        data = bytearray()
+        for name, offset in self._offsets.items():
+            data.extend(b"\0" * (offset - len(data)))
+            data.extend(self.arrays[name].tobytes())
+        write_atomic(path, bytes(data))
+
+    def write_structure(self, widths: Widths, path: Path, weights: str) -> None:
+        """See OnnxResizer."""
+        kept = self.space.kept(self._first_units(widths))
+        model = self._skeleton(kept)
+        for tensor in self.base.graph.initializer:
+            if tensor.name in self._offsets:
+                model.graph.initializer.append(self._shared(tensor, kept, weights))
+            else:
+                model.graph.initializer.append(numpy_helper.from_array(self._array(tensor.name, kept), tensor.name))
+        write_atomic(path, model.SerializeToString())
+
+    def _skeleton(self, kept: Mask) -> ModelProto:
+        model = ModelProto()
+        model.CopyFrom(self._frame())
+        for node, attribute, element, form in self._attributes:
+            target = model.graph.node[node].attribute[attribute]
+            if element < 0:
+                target.i -= int(form[~kept].sum())
+            else:
+                target.ints[element] -= int(form[~kept].sum())
+        return model
+
+    def _frame(self) -> ModelProto:
+        """The base without its initialisers, which would be copied for nothing."""
+        if not hasattr(self, "_frame_proto"):
+            self._frame_proto = ModelProto()
+            self._frame_proto.CopyFrom(self.base)
+            del self._frame_proto.graph.initializer[:]
+        return self._frame_proto
+
+    def _array(self, name: str, kept: Mask) -> Array:
+        array = self.arrays[name]
+        for axis, layout in self._axes.get(name, {}).items():
+            array = take(array, axis, layout, kept)
+        if name in self._numbers:
+            array = array.copy()
+            for position, form in enumerate(self._numbers[name]):
+                if form is not None:
+                    array.flat[position] -= form[~kept].sum()
+        return np.ascontiguousarray(array)
+
+    def _shared(self, dense: TensorProto, kept: Mask, weights: str) -> TensorProto:
+        shape = list(self.arrays[dense.name].shape)
+        for axis, layout in self._axes.get(dense.name, {}).items():
+            shape[axis] = int(positions(layout, kept).sum())
+        tensor = TensorProto(name=dense.name, data_type=dense.data_type, dims=shape, data_location=TensorProto.EXTERNAL)
+        length = int(np.prod(shape)) * self.arrays[dense.name].itemsize
+        for key, value in (("location", weights), ("offset", self._offsets[dense.name]), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+    def _lay_out_weights(self) -> dict[str, int]:
+        offsets: dict[str, int] = {}
+        end = 0
+        for name, array in self.arrays.items():
+            if array.dtype.kind == "f" and array.nbytes > SHARED_BYTES:
+                offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
+                end = offsets[name] + array.nbytes
+        return offsets
+
+
+class ExportingResizer(OnnxResizer):
+    """Exports every width on its own: seconds each, for models whose files cannot be rewritten."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto) -> None:
+        self._export = lambda keep: to_proto(slice_model(module, inputs, graph, keep), inputs)
+        super().__init__(self._export({}), graph)
+
+    def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
+        """See OnnxResizer."""
+        return self._export(keep)
+
+    def write_weights(self, path: Path) -> None:
+        """Nothing is shared; the file is empty."""
+        write_atomic(path, b"")
+
+    def write_structure(self, widths: Widths, path: Path, weights: str) -> None:  # noqa: ARG002 (contract)
+        """The whole model, weights included."""
+        self.write_model(self._first_units(widths), path)
+
+
+class _Matcher:
+    """Finds where widths enter the base by comparing it with the probes."""
+
+    def __init__(self, resizer: ExactResizer, probes: list[tuple[Mask, ModelProto]]) -> None:
+        self.resizer = resizer
+        self.space = resizer.space
+        self.kept = [kept for kept, _ in probes]
+        self.models = [model for _, model in probes]
+        self.weights = [{tensor.name: tensor for tensor in model.graph.initializer} for model in self.models]
+        self.names: list[dict[str, str]] = [{} for _ in probes]
+
+    def match(self) -> None:
+        """Fill the resizer's axes, numbers and attributes. raises: Unresizable."""
+        base = self.resizer.base.graph
+        for model, names in zip(self.models, self.names, strict=True):
+            if len(model.graph.node) != len(base.node) or len(model.graph.input) != len(base.input):
+                raise Unresizable("the exporter writes other operations at other widths")
+            names.update((ours.name, theirs.name) for ours, theirs in zip(base.input, model.graph.input, strict=True))
+        for position, node in enumerate(base.node):
+            self._match_node(position, node, [model.graph.node[position] for model in self.models])
+
+    def _match_node(self, position: int, node: NodeProto, others: list[NodeProto]) -> None:
+        shape = (node.op_type, node.domain, len(node.input), len(node.output), [a.name for a in node.attribute])
+        for other, names in zip(others, self.names, strict=True):
+            if shape != (
+                other.op_type,
+                other.domain,
+                len(other.input),
+                len(other.output),
+                [a.name for a in other.attribute],
+            ):
+                raise Unresizable(f"{node.name}: {node.op_type} becomes {other.op_type} at other widths")
+            for ours, theirs in zip(node.input, other.input, strict=True):
+                if names.setdefault(ours, theirs) != theirs:
+                    raise Unresizable(f"{node.name} reads another value at other widths")
+            names.update(zip(node.output, other.output, strict=True))
+        for name in node.input:
+            if name in self.resizer.arrays:
+                self._match_array(node, name)
+        for index, attribute in enumerate(node.attribute):
+            self._match_attribute(position, index, node, [other.attribute[index] for other in others])
+            del attribute
+
+    def _match_array(self, node: NodeProto, name: str) -> None:
+        dense = self.resizer.arrays[name]
+        probes = []
+        for weights, names in zip(self.weights, self.names, strict=True):
+            if names[name] not in weights:
+                raise Unresizable(f"{node.name}: {name} is computed at other widths")
+            probes.append(numpy_helper.to_array(weights[names[name]]))
+        if any(probe.ndim != dense.ndim for probe in probes):
+            raise Unresizable(f"{node.name}: {name} has another rank at other widths")
+        if all(probe.shape == dense.shape for probe in probes):
+            if dense.dtype.kind in "iu":
+                forms = [
+                    self._form(values, node)
+                    for values in zip(*(a.ravel().tolist() for a in (dense, *probes)), strict=True)
+                ]
+                if any(form is not None for form in forms):
+                    self.resizer._numbers[name] = forms
+            elif not all(_same(dense, probe) for probe in probes):
+                raise Unresizable(f"{node.name}: the values of {name} depend on the widths")
+            return
+        self.resizer._axes[name] = self._axes(node, name, dense, probes)
+
+    def _axes(self, node: NodeProto, name: str, dense: Array, probes: list[Array]) -> dict[int, IntArray]:
+        changed = [axis for axis in range(dense.ndim) if any(p.shape[axis] != dense.shape[axis] for p in probes)]
+        choices = []
+        for axis in changed:
+            named = self.space.layouts.get((name, axis))
+            layouts = ([] if named is None else [named]) + self.space.distinct
+            sizes = [probe.shape[axis] for probe in probes]
+            choices.append(
+                [
+                    layout
+                    for layout in layouts
+                    if len(layout) == dense.shape[axis]
+                    and all(positions(layout, kept).sum() == size for kept, size in zip(self.kept, sizes, strict=True))
+                ]
+            )
+        for layouts in itertools.product(*choices):
+            found = dict(zip(changed, layouts, strict=True))
+            if all(self._explains(dense, probe, found, kept) for probe, kept in zip(probes, self.kept, strict=True)):
+                return found
+        raise Unresizable(f"{node.name}: no channels explain the shape of {name} at other widths")
+
+    @staticmethod
+    def _explains(dense: Array, probe: Array, axes: dict[int, IntArray], kept: Mask) -> bool:
+        for axis, layout in axes.items():
+            dense = take(dense, axis, layout, kept)
+        return _same(dense, probe)
+
+    def _match_attribute(self, position: int, index: int, node: NodeProto, others: list[Any]) -> None:
+        values = [helper.get_attribute_value(attribute) for attribute in (node.attribute[index], *others)]
+        dense = values[0]
+        if isinstance(dense, int):
+            if (form := self._form(tuple(values), node)) is not None:
+                self.resizer._attributes.append((position, index, -1, form))
+        elif isinstance(dense, list) and all(isinstance(value, int) for value in dense):
+            if len({len(value) for value in values}) > 1:
+                raise Unresizable(f"{node.name}: {node.attribute[index].name} has another length at other widths")
+            for element, numbers in enumerate(zip(*values, strict=True)):
+                if (form := self._form(numbers, node)) is not None:
+                    self.resizer._attributes.append((position, index, element, form))
+        elif isinstance(dense, TensorProto):
+            if not all(_same(numpy_helper.to_array(dense), numpy_helper.to_array(value)) for value in values[1:]):
+                raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
+        elif any(value != dense for value in values[1:]):
+            raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
+
+    def _form(self, values: tuple[int, ...], node: NodeProto) -> IntArray | None:
+        """By how much a number falls for each removed unit; None where it stays."""
+        dense, *probes = values
+        if all(value == dense for value in probes):
+            return None
+        for form in self.space.number_forms(dense):
+            if all(dense - form[~kept].sum() == value for value, kept in zip(probes, self.kept, strict=True)):
+                return form
+        raise Unresizable(f"{node.name}: no widths explain the constant {dense}, which becomes {probes}")
+
+
+def _same(ours: Array, theirs: Array) -> bool:
+    return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def _normalise(model: ModelProto) -> ModelProto:
+    """Write what depends on widths the same way at all widths.
+
+    Even splits are given as a number of outputs and uneven ones as sizes; equal shape constants
+    are shared. Here sizes are always given and every operation has its own constants.
+    """
+    graph = model.graph
+    inferred = shape_inference.infer_shapes(model).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*inferred.value_info, *inferred.output)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensor = TensorProto()
+            tensor.CopyFrom(numpy_helper.from_array(_constant(node), node.output[0]))
+            constants[tensor.name] = tensor
+    nodes = [node for node in graph.node if node.op_type != "Constant"]
+    used: dict[str, TensorProto] = {}
+    for position, node in enumerate(nodes):
+        if node.op_type == "Split" and len(node.input) == 1:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            sizes = np.array([shapes[name][axis].dim_value for name in node.output], np.int64)
+            name = f"{node.output[0]}_sizes"
+            constants[name] = numpy_helper.from_array(sizes, name)
+            node.input.append(name)
+            kept = [attribute for attribute in node.attribute if attribute.name != "num_outputs"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        for index, name in enumerate(node.input):
+            if name in constants and constants[name].ByteSize() <= SHARED_BYTES and name in used:
+                copy = TensorProto()
+                copy.CopyFrom(constants[name])
+                copy.name = f"{name}_{position}"
+                node.input[index] = copy.name
+                used[copy.name] = copy
+            elif name in constants:
+                used[name] = constants[name]
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
+    result.graph.node.extend(nodes)
+    result.graph.initializer.extend(used.values())
+    return result
+
+
+def _constant(node: NodeProto) -> Array:
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)

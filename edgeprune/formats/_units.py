@@ -1,0 +1,122 @@
+"""The units of a graph in one row: which of them each axis holds, and how sizes fall with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeprune.core.records import Graph, IntArray
+
+Mask = npt.NDArray[np.bool_]
+TRIES = 60
+MOST_PROBES = 4
+
+
+class UnitSpace:
+    """All units of a graph numbered in one row, -1 for what is fixed.
+
+    layouts: (parameter, axis) -> unit of each position. forms: (forms, units), by how much a size
+    falls for each removed unit. starts: (n, units), the same for where a slice of an axis starts,
+    which is at `stops` (n,) in the dense model.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._offsets: dict[str, int] = {}
+        self.total = 0
+        for group in graph.groups:
+            self._offsets[group.name] = self.total
+            self.total += group.units
+        self.layouts = self._layouts()
+        self.distinct = list({layout.tobytes(): layout for layout in self.layouts.values()}.values())
+        self.forms = list({form.tobytes(): form for form in self._forms()}.values())
+        self.starts = list(self._starts())
+
+    def kept(self, keep: Mapping[str, IntArray]) -> Mask:
+        """(units,) mask; a group that is not named keeps all."""
+        mask = np.ones(self.total, np.bool_)
+        for group in self.graph.groups:
+            if group.name in keep:
+                units = np.zeros(group.units, np.bool_)
+                units[keep[group.name]] = True
+                mask[self._at(group.name, group.units)] = units
+        return mask
+
+    def probes(self, rng: np.random.Generator) -> list[dict[str, IntArray]]:
+        """Two sets of kept units in which no two forms have equal values, or more where two cannot."""
+        keeps: list[dict[str, IntArray]] = []
+        for count in range(2, MOST_PROBES + 1):
+            for _ in range(TRIES):
+                keeps = [self.probe(rng) for _ in range(count)]
+                values = {tuple(int(form[~self.kept(keep)].sum()) for keep in keeps) for form in self.forms}
+                if len(values) == len(self.forms):
+                    return keeps
+        return keeps
+
+    def probe(self, rng: np.random.Generator) -> dict[str, IntArray]:
+        """Random units of random widths between a quarter and all but one step of each group."""
+        keep: dict[str, IntArray] = {}
+        for group in self.graph.prunable:
+            steps = -(-group.units // group.step)
+            if steps > 1:
+                width = group.step * int(rng.integers(max(1, steps // 4), steps))
+                keep[group.name] = np.sort(rng.permutation(group.units)[:width]).astype(np.int64)
+        return keep
+
+    def number_forms(self, dense: int) -> Iterable[IntArray]:
+        """Forms that a number of this value in the dense model may follow, likeliest first."""
+        yield from self.forms
+        yield from (form for stop, form in self.starts if stop == dense)
+
+    def _at(self, name: str, units: int) -> slice:
+        return slice(self._offsets[name], self._offsets[name] + units)
+
+    def _layouts(self) -> dict[tuple[str, int], IntArray]:
+        shapes = {parameter.name: parameter.shape for parameter in self.graph.parameters}
+        layouts: dict[tuple[str, int], IntArray] = {}
+        for group in self.graph.groups:
+            units = self._offsets[group.name] + np.arange(group.units)
+            for member in group.members:
+                key = (member.parameter, member.axis)
+                if key not in layouts:
+                    layouts[key] = np.full(shapes[member.parameter][member.axis], -1, np.int64)
+                layouts[key][member.index] = units[:, None]
+        return layouts
+
+    def _forms(self) -> Iterable[IntArray]:
+        extents = itertools.chain(
+            (extent for node in self.graph.nodes for extent in node.out_extents),
+            (extent for parameter in self.graph.parameters for extent in parameter.extents),
+        )
+        units = self.graph.units
+        for extent in extents:
+            form = np.zeros(self.total, np.int64)
+            for name, count in extent.groups:
+                form[self._at(name, units[name])] += count
+            if form.any():
+                yield form
+        constants: dict[tuple[str, tuple[int, ...]], IntArray] = {}
+        for group in self.graph.groups:
+            for constant in group.constants:
+                form = constants.setdefault((constant.node, constant.argument), np.zeros(self.total, np.int64))
+                form[self._at(group.name, group.units)] += constant.count
+        yield from constants.values()
+
+    def _starts(self) -> Iterable[tuple[int, IntArray]]:
+        for layout in self.distinct:
+            for stop in np.flatnonzero(np.diff(layout)) + 1:
+                before = layout[:stop]
+                yield int(stop), np.bincount(before[before >= 0], minlength=self.total)
+
+
+def positions(layout: IntArray, kept: Mask) -> Mask:
+    """Which positions of an axis stay."""
+    return np.append(kept, True)[layout]  # layout -1, fixed, reads the appended True
+
+
+def take(array: npt.NDArray, axis: int, layout: IntArray, kept: Mask) -> npt.NDArray:
+    """The positions along an axis whose units are kept."""
+    return np.compress(positions(layout, kept), array, axis=axis)

@@ -1,0 +1,177 @@
+"""ONNX through `torch.onnx.export(dynamo=True)`: one file, static shapes, state-dict names kept."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto
+
+from edgeprune.core.errors import ModelError, RecordError
+from edgeprune.core.records import Artifact, Graph, TensorInfo
+from edgeprune.core.store import sha256_file, write_atomic
+from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer, Unresizable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NumberArray = npt.NDArray[Any]
+SUFFIX = ".onnx"
+MAX_BYTES = 2**31 - 1
+"""A protobuf message cannot be larger."""
+EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError)
+
+
+def export(
+    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, opset: int = 20, graph_sha256: str | None = None
+) -> Artifact:
+    """Write a module as one ONNX file with the static shapes of its example inputs.
+
+    module: run in evaluation mode; left in the mode it came in. opset: 18 or newer.
+    raises: ModelError when it cannot be expressed or the opset cannot be had; UsageError when
+        the file cannot be written.
+    """
+    model = to_proto(module, inputs, opset=opset)
+    write_proto(model, path)
+    return inspect(path, graph_sha256=graph_sha256)
+
+
+def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
+    """Check a file and say what it holds.
+
+    External data must lie beside the file. raises: RecordError when it is missing, too large,
+    truncated, invalid, or points outside its folder.
+    """
+    model = _read_proto(path)
+    data_files = {_external_location(tensor, path) for tensor in model.graph.initializer} - {None}
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        raise RecordError(f"{path} is not a valid ONNX model: {_first_line(error)}; export it again") from error
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(_tensor_info(value) for value in model.graph.input if value.name not in weights)
+    tools = {"onnx": onnx.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    return Artifact(
+        path=str(path),
+        format="onnx",
+        dtype=inputs[0].dtype if inputs else "float32",
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size + sum(file.stat().st_size for file in data_files if file is not None),
+        inputs=inputs,
+        outputs=tuple(_tensor_info(value) for value in model.graph.output),
+        graph_sha256=graph_sha256,
+        tools=tools | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(_opset(model))},
+    )
+
+
+def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
+    """The file's outputs on this machine, in its order. raises: ModelError when it does not run."""
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        feeds = {value.name: array for value, array in zip(session.get_inputs(), inputs, strict=True)}
+        return list(session.run(None, feeds))
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise ModelError(f"ONNX Runtime cannot run {path.name}: {_first_line(error)}") from error
+
+
+def make_resizer(module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, *, seed: int = 0) -> OnnxResizer:
+    """Other widths of a module from three exports of it; exact, or made by an export each.
+
+    raises: ModelError when the module cannot be exported at all.
+    """
+    try:
+        return ExactResizer(module, inputs, graph, to_proto, seed=seed)
+    except Unresizable as reason:
+        logging.getLogger(__name__).warning("every width is exported on its own (seconds each): %s", reason)
+        return ExportingResizer(module, inputs, graph, to_proto)
+
+
+def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) -> ModelProto:
+    """The module as an ONNX model in memory. raises: ModelError."""
+    training = module.training
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(), inputs, dynamo=True, external_data=False, opset_version=opset, verbose=False
+            )
+    except EXPORT_ERRORS as error:
+        raise ModelError(f"torch.onnx cannot export the model: {_first_line(error)}; rewrite that operation") from error
+    finally:
+        module.train(training)
+    assert program is not None
+    model: ModelProto = program.model_proto
+    if (found := _opset(model)) != opset:
+        raise ModelError(f"the model cannot be exported at opset {opset}, only at {found}; ask for opset={found}")
+    return model
+
+
+def write_proto(model: ModelProto, path: Path) -> None:
+    """Write a model atomically. raises: ModelError over 2 GiB; UsageError when it cannot be written."""
+    try:
+        data = model.SerializeToString()
+    except (ValueError, EncodeError) as error:
+        raise ModelError(f"{path.name} would be larger than the 2 GiB of an ONNX file; split the model") from error
+    write_atomic(path, data)
+
+
+def _read_proto(path: Path) -> ModelProto:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RecordError(f"{path} is larger than the 2 GiB of an ONNX file")
+        model = onnx.load_model(str(path), load_external_data=False)
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from error
+    except (DecodeError, ValueError) as error:
+        raise RecordError(f"{path} is truncated or not an ONNX file; export it again") from error
+    if not model.graph.node:
+        raise RecordError(f"{path} is truncated or not an ONNX file: it holds no operation; export it again")
+    return model
+
+
+def _external_location(tensor: onnx.TensorProto, path: Path) -> Path | None:
+    """The file a tensor's values lie in, or None when they are in the model. raises: RecordError."""
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+    if location is None:
+        return None
+    file = (path.parent / location).resolve()
+    if not file.is_relative_to(path.parent.resolve()) or not file.is_file():
+        raise RecordError(f"{path}: the values of {tensor.name} are in {location}, which is not a file beside it")
+    return file
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorInfo(name=value.name, shape=shape, dtype=dtype)
+
+
+def _opset(model: ModelProto) -> int:
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its steps on stdout and by warnings; results belong there, not those."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

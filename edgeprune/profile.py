@@ -1,0 +1,374 @@
+"""Latency tables of a model on a board: measure many widths in place, fit, and say how wrong it is.
+
+*In situ.* Timing kernels alone misses how they fuse and what is in the cache. So whole models of
+different widths are run, and one profiled run measures every kernel in its real surroundings.
+Configurations come in random order over several rounds, the dense model at the start, middle and end
+of each, so that a drift of the board shows and is taken out.
+
+The file is JSON lines: a heading, then one line per measurement as it comes in. Tables are derived
+from them on reading, so a killed run goes on where it stopped and a profile can be added to.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from edgeprune.core.errors import AgentError, RecordError, UsageError
+from edgeprune.core.family import load_member
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import (
+    Conditions,
+    Graph,
+    Kernel,
+    Measurement,
+    Profile,
+    Quantity,
+    Step,
+    StepResult,
+    Widths,
+)
+from edgeprune.core.store import append_record, digest, read_lines
+from edgeprune.formats import KernelMap, Resizer
+from edgeprune.tables.combine import PLANNED, combine, measured_latency
+from edgeprune.tables.design import DENSE, Configuration, design_configurations
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgeprune.device.session import Session
+
+WEIGHTS = "weights.bin"
+ANCHORS = 3
+"""How often the dense model is measured in each round."""
+PROFILED_RUNS = 10
+MIN_SAMPLES = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileHeading:
+    """First line of a profile: what was measured on what. job: the folder on the board."""
+
+    target: str
+    conditions: Conditions
+    graph_sha256: str
+    artifact_sha256: str
+    dense_bytes: int
+    kernels: tuple[Kernel, ...]
+    job: str
+
+
+def profile_target(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    graph: Graph,
+    session: Session,
+    *,
+    path: Path,
+    configurations: int = 40,
+    rounds: int = 3,
+    held_out: int = 8,
+    step: int | None = None,
+    seconds: float = 0.2,
+    progress: Progress = silent,
+    seed: int = 0,
+    resizer: Resizer | None = None,
+    format: str = "onnx",
+) -> Profile:
+    """Measure a model at many widths on the board and fit its latency tables.
+
+    path: the JSONL file; what it already holds is not measured again.
+    configurations: widths to fit, dense included. held_out: more widths, never fitted, that give the
+    profile's error. rounds: how often each is measured. step: widths are multiples of it
+    (default: a mixture). seconds: sampling time of one timing on the board.
+    resizer: made once by `formats`, to share it with `measure_widths`.
+    raises: RecordError when `path` holds a profile of another graph, other conditions or other
+        widths; AgentError when the dense model or most configurations cannot be run.
+    """
+    if configurations < 2 or rounds < 1 or held_out < 0:
+        raise UsageError("a profile needs at least 2 configurations and 1 round")
+    sweep = design_configurations(graph, configurations, held_out, step=step, seed=seed)
+    resizer = resizer or _make_resizer(format, module, inputs, graph)
+    with _Run(graph, session, resizer, path, seconds, progress) as run:
+        schedule = []
+        for number in range(rounds):
+            order = np.random.default_rng((seed, number)).permutation(len(sweep) - 1) + 1
+            schedule.append((number, _anchored([sweep[index] for index in order], sweep[0])))
+        run.measure(schedule)
+    return read_profile(path, graph)
+
+
+def measure_widths(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    graph: Graph,
+    session: Session,
+    profile: Profile,
+    path: Path,
+    candidates: Sequence[Widths],
+    *,
+    rounds: int = 3,
+    seconds: float = 0.4,
+    progress: Progress = silent,
+    resizer: Resizer | None = None,
+    format: str = "onnx",
+) -> tuple[Profile, list[Quantity]]:
+    """Measure widths that a planner chose, add them to the profile and fit it again.
+
+    returns: the new profile, and each candidate's whole-model latency, drift taken out, comparable
+        to the profile's dense latency.
+    raises: as profile_target; AgentError when a candidate cannot be run.
+    """
+    names = [planned_name(graph.units | dict(widths)) for widths in candidates]
+    known = {item.configuration for item in profile.measurements}
+    new = {
+        name: Configuration(name=name, widths=graph.units | dict(widths))
+        for name, widths in zip(names, candidates, strict=True)
+        if name not in known and graph.units | dict(widths) != graph.units
+    }
+    if new:
+        resizer = resizer or _make_resizer(format, module, inputs, graph)
+        with _Run(graph, session, resizer, path, seconds, progress) as run:
+            start = 1 + max((item.round for item in profile.measurements), default=-1)
+            dense = Configuration(name=DENSE, widths=graph.units)
+            run.measure([(start + number, _anchored(list(new.values()), dense)) for number in range(rounds)])
+        profile = read_profile(path, graph)
+    measured = {item.configuration for item in profile.measurements}
+    failed = [name for name in new if name not in measured]
+    if failed:
+        raise AgentError(f"the board could not run the planned model {failed[0]}; see the agent's log")
+    dense_widths = [graph.units | dict(widths) == graph.units for widths in candidates]
+    return profile, [
+        measured_latency(profile.measurements, DENSE if is_dense else name)
+        for name, is_dense in zip(names, dense_widths, strict=True)
+    ]
+
+
+def planned_name(widths: Widths) -> str:
+    """Configuration name of planned widths, the same for the same widths."""
+    return PLANNED + digest(dict(sorted(widths.items())))[:12]
+
+
+def dense_latency(profile: Profile) -> Quantity:
+    """Whole-model latency of the dense model over all rounds: what a relative budget refers to."""
+    return measured_latency(profile.measurements)
+
+
+def read_profile(path: Path, graph: Graph | None = None) -> Profile:
+    """Read a profile and fit its tables.
+
+    graph: checks that the profile is of this graph.
+    raises: RecordError when it is altered, incomplete, or of another graph.
+    """
+    heading, measurements = _read(path)
+    if heading is None:
+        raise RecordError(f"{path} holds no profile; profile again")
+    _check_graph(heading, graph, path)
+    combined = combine(heading.kernels, measurements)
+    return Profile(
+        target=heading.target, conditions=heading.conditions, graph_sha256=heading.graph_sha256,
+        artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
+        measurements=tuple(measurements), tables=combined.tables, overhead_s=combined.overhead_s,
+        additivity_gap=combined.additivity_gap, held_out=combined.held_out,
+    )  # fmt: skip
+
+
+class _Run:
+    """One sitting at the board: makes the files, measures what the profile lacks, appends it."""
+
+    def __init__(
+        self, graph: Graph, session: Session, resizer: Resizer, path: Path, seconds: float, progress: Progress
+    ) -> None:
+        self.graph = graph
+        self.session = session
+        self.resizer = resizer
+        self.path = path
+        self.seconds = seconds
+        self.progress = progress
+        self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-profile-")
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def measure(self, schedule: Sequence[tuple[int, Sequence[Configuration]]]) -> None:
+        """Measure each round's configurations in order, except what the file already holds.
+
+        raises: RecordError when the file does not fit; AgentError when too much fails.
+        """
+        heading, done = _read(self.path)
+        conditions = self.session.conditions()
+        if heading is not None:
+            _check_graph(heading, self.graph, self.path)
+            if heading.conditions.key() != conditions.key():
+                raise RecordError(_unlike(self.path, heading.conditions, conditions))
+        widths = {item.configuration: item.widths for item in done}
+        held = {item.configuration: item.held_out for item in done}
+        for _, round_configurations in schedule:
+            for entry in round_configurations:
+                if (
+                    widths.get(entry.name, entry.widths) != entry.widths
+                    or held.get(entry.name, entry.held_out) != entry.held_out
+                ):
+                    raise RecordError(
+                        f"{self.path} has other widths under the name '{entry.name}': it was made with other options; "
+                        "profile with the same ones or into another file"
+                    )
+        slots = list(_missing(schedule, done))
+        if not slots:
+            return
+        self._push({slot.configuration.name: slot.configuration for slot in slots})
+        job = heading.job if heading is not None else f"profile-{self.graph.model_sha256[:8]}-{secrets.token_hex(4)}"
+        mapped = self._map_kernels(job)
+        if heading is None:
+            heading = ProfileHeading(
+                target=self.session.target.name, conditions=conditions, graph_sha256=self.graph.model_sha256,
+                artifact_sha256=self.resizer.dense_sha256, dense_bytes=self.resizer.dense_bytes,
+                kernels=mapped.kernels, job=job,
+            )  # fmt: skip
+            append_record(self.path, heading)
+        elif [kernel.name for kernel in heading.kernels] != [kernel.name for kernel in mapped.kernels]:
+            raise RecordError(
+                f"{self.path}: the runtime now makes other kernels of the same model; profile into another file"
+            )
+        self._run_slots(slots, job, mapped)
+
+    def _push(self, configurations: Mapping[str, Configuration]) -> None:
+        folder = Path(self._folder.name)
+        self.resizer.write_weights(folder / WEIGHTS)
+        files = {WEIGHTS: folder / WEIGHTS}
+        wanted = {DENSE: Configuration(name=DENSE, widths=self.graph.units), **configurations}
+        for index, (name, configuration) in enumerate(wanted.items()):
+            self.progress("making widths", index, len(wanted))
+            self.resizer.write_structure(configuration.widths, folder / f"{name}.onnx", WEIGHTS)
+            files[f"{name}.onnx"] = folder / f"{name}.onnx"
+        self.progress("making widths", len(wanted), len(wanted))
+        self.session.push(files)
+
+    def _map_kernels(self, job: str) -> KernelMap:
+        """Learn the kernels from one profiled run of the dense model."""
+        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=PROFILED_RUNS)
+        (result,) = self.session.run([step], job=job)
+        if result.error is not None:
+            raise AgentError(f"the board cannot run the dense model: {result.error}")
+        return self.resizer.map_kernels(result.kernels)
+
+    def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
+        by_key = {key: slot for slot in slots for key in (slot.time_key, slot.kernels_key)}
+        waiting: dict[str, StepResult] = {}
+        failures: dict[str, str] = {}
+        finished = 0
+
+        def take(result: StepResult) -> None:
+            nonlocal finished
+            slot = by_key[result.key]
+            waiting[result.key] = result
+            if slot.time_key not in waiting or slot.kernels_key not in waiting:
+                return
+            timed, profiled = waiting.pop(slot.time_key), waiting.pop(slot.kernels_key)
+            finished += 1
+            self.progress("profiling", finished, len(slots))
+            error = timed.error or profiled.error
+            if error is not None or timed.samples is None:
+                failures[slot.configuration.name] = error or "no samples"
+                return
+            append_record(self.path, _measurement(slot, timed, profiled, mapped))
+
+        steps = [step for slot in slots for step in slot.steps(self.seconds)]
+        self.session.run(steps, job=job, on_result=take)
+        names = {slot.configuration.name for slot in slots}
+        if DENSE in failures or 2 * len(failures) > len(names):
+            name, error = next(iter(failures.items()))
+            raise AgentError(
+                f"{len(failures)} of {len(names)} configurations failed on the board, first {name}: {error}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slot:
+    """One configuration's turn in one round; repeat: of the anchors of a round."""
+
+    configuration: Configuration
+    round: int
+    repeat: int
+
+    @property
+    def time_key(self) -> str:
+        return f"{self.round}-{self.configuration.name}-{self.repeat}-time"
+
+    @property
+    def kernels_key(self) -> str:
+        return f"{self.round}-{self.configuration.name}-{self.repeat}-kernels"
+
+    def steps(self, seconds: float) -> tuple[Step, Step]:
+        artifact = f"{self.configuration.name}.onnx"
+        return (
+            Step(key=self.time_key, kind="time", artifact=artifact, seconds=seconds, min_samples=MIN_SAMPLES),
+            Step(key=self.kernels_key, kind="kernels", artifact=artifact, seconds=seconds, runs=PROFILED_RUNS),
+        )
+
+
+def _measurement(slot: _Slot, timed: StepResult, profiled: StepResult, mapped: KernelMap) -> Measurement:
+    assert timed.samples is not None
+    return Measurement(
+        configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
+        held_out=slot.configuration.held_out, samples=timed.samples, kernels=mapped.charge(profiled.kernels),
+        run_s=profiled.run_s, conditions=timed.conditions,
+    )  # fmt: skip
+
+
+def _anchored(configurations: Sequence[Configuration], dense: Configuration) -> list[Configuration]:
+    """The configurations with the dense model at the start, in the middle and at the end."""
+    half = len(configurations) // 2
+    return [dense, *configurations[:half], dense, *configurations[half:], dense]
+
+
+def _missing(schedule: Sequence[tuple[int, Sequence[Configuration]]], done: Sequence[Measurement]) -> Iterator[_Slot]:
+    """What the schedule has and the file has not, in order."""
+    have: dict[tuple[int, str], int] = {}
+    for item in done:
+        have[item.round, item.configuration] = have.get((item.round, item.configuration), 0) + 1
+    for number, configurations in schedule:
+        seen: dict[str, int] = {}
+        for configuration in configurations:
+            repeat = seen.get(configuration.name, 0)
+            seen[configuration.name] = repeat + 1
+            if repeat >= have.get((number, configuration.name), 0):
+                yield _Slot(configuration=configuration, round=number, repeat=repeat)
+
+
+def _read(path: Path) -> tuple[ProfileHeading | None, list[Measurement]]:
+    """raises: RecordError when the file is damaged or does not begin with a heading."""
+    if not path.exists():
+        return None, []
+    records = list(read_lines(path, ProfileHeading, Measurement))
+    if not records:
+        return None, []
+    if not isinstance(records[0], ProfileHeading):
+        raise RecordError(f"{path} does not begin with a profile's heading; profile again into another file")
+    if any(isinstance(record, ProfileHeading) for record in records[1:]):
+        raise RecordError(f"{path} holds two profiles; profile again into another file")
+    return records[0], records[1:]
+
+
+def _check_graph(heading: ProfileHeading, graph: Graph | None, path: Path) -> None:
+    if graph is not None and heading.graph_sha256 != graph.model_sha256:
+        raise RecordError(f"{path} is a profile of another model (graph {heading.graph_sha256[:8]}); profile this one")
+
+
+def _unlike(path: Path, before: Conditions, now: Conditions) -> str:
+    names = ("board", "arch", "cpu", "runtime", "runtime_version", "dtype", "batch", "threads", "governor")
+    changed = [f"{name} was {a}, is {b}" for name, a, b in zip(names, before.key(), now.key(), strict=True) if a != b]
+    return f"{path} was measured under other conditions ({'; '.join(changed)}); restore them or use another file"
+
+
+def _make_resizer(format: str, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph) -> Resizer:
+    return cast("Resizer", load_member("formats", format).make_resizer(module, inputs, graph))

@@ -1,0 +1,229 @@
+"""From the measurements of a profile to its tables: drift, shares, whole-model calibration, error.
+
+The runtime's profiler slows the run and leaves time between kernels, so kernel times are shares:
+their sum is calibrated against the whole model timed without the profiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from edgeprune.core.cost import kernel_latency, kernel_sizes
+from edgeprune.core.errors import RecordError
+from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, Quantity, Table
+from edgeprune.core.stats import bootstrap_interval, median
+from edgeprune.tables.design import DENSE
+from edgeprune.tables.fit import Observations, fit_kernel, tabulate
+
+DRIFT_STIFFNESS = 6.0
+"""Variance of one timing over that of the board's change of speed from one timing to the next."""
+PLANNED = "plan-"
+"""Names of configurations that were measured because a planner chose them."""
+PLANNED_WEIGHT = 4.0
+"""How much more the neighbourhood of planned widths counts in the fit, where the next plan will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured:
+    """One configuration, all rounds together, drift taken out."""
+
+    name: str
+    widths: dict[str, int]
+    held_out: bool
+    whole_s: float
+    kernels: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combined:
+    """What a profile derives from its measurements."""
+
+    tables: tuple[Table, ...]
+    overhead_s: float
+    additivity_gap: float
+    held_out: HeldOutError | None
+
+
+def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> Combined:
+    """Fit the tables to every configuration that is not held out.
+
+    raises: RecordError when the dense configuration or any kernel has no measurement.
+    """
+    configured = average_rounds(measurements)
+    fitted = [item for item in configured if not item.held_out and item.kernels]
+    dense = next((item for item in fitted if item.name == DENSE), None)
+    if dense is None:
+        raise RecordError("the profile has no complete measurement of the dense model; profile again")
+    scale, _ = _calibrate([sum(item.kernels.values()) for item in fitted], [item.whole_s for item in fitted])
+    tables = _fit_tables(kernels, fitted, dense, scale or 1.0)
+    by_signature = {table.signature: table for table in tables}
+    predicted = [predict_kernels(kernels, by_signature, item.widths) for item in fitted]
+    scale, overhead = _calibrate(predicted, [item.whole_s for item in fitted])
+    tables = tuple(_scale(table, scale or 1.0) for table in tables)
+    by_signature = {table.signature: table for table in tables}
+    errors = [
+        abs(overhead + predict_kernels(kernels, by_signature, item.widths) - item.whole_s) / item.whole_s
+        for item in configured if item.held_out
+    ]  # fmt: skip
+    return Combined(
+        tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements),
+        held_out=HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None,
+    )  # fmt: skip
+
+
+def predict_kernels(kernels: Sequence[Kernel], tables: Mapping[str, Table], widths: Mapping[str, int]) -> float:
+    """Seconds in all kernels at `widths`, which name every group."""
+    return sum(kernel_latency(tables[k.signature], *kernel_sizes(k, widths, widths)) for k in kernels)
+
+
+def estimate_drift(names: Sequence[str], times: Sequence[float]) -> FloatArray:
+    """By what factor the board was slower than usual at each of a sequence of timings.
+
+    names: what was timed, repeats under one name. times: seconds, in the order they were taken.
+    Solves log time = configuration + drift, the drift a random walk, robustly (Huber weights): the
+    repeats of all configurations tell how the board's speed moved, not the anchor alone.
+    returns: (n,), median 1.
+    """
+    labels, index = np.unique(np.asarray(names), return_inverse=True)
+    n, m = len(times), len(labels)
+    y = np.log(np.asarray(times, dtype=np.float64))
+    if n == m:
+        return np.ones(n)
+    design = np.zeros((n, m + n))
+    design[np.arange(n), index] = 1.0
+    design[:, m:] = np.eye(n)
+    walk = np.zeros((n - 1, m + n))
+    walk[np.arange(n - 1), m + np.arange(n - 1)] = -1.0
+    walk[np.arange(n - 1), m + 1 + np.arange(n - 1)] = 1.0
+    level = np.zeros((1, m + n))
+    level[0, m:] = 1.0
+    weight = np.ones(n)
+    drift = np.zeros(n)
+    for _ in range(4):
+        normal = design.T @ (design * weight[:, None]) + DRIFT_STIFFNESS * walk.T @ walk + level.T @ level
+        normal[np.diag_indices(m + n)] += 1e-9
+        solution = np.linalg.solve(normal, design.T @ (weight * y))
+        drift = solution[m:]
+        residual = np.abs(y - solution[index] - drift)
+        spread = 1.4826 * float(np.median(residual)) + 1e-4
+        weight = np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12))
+    return np.asarray(np.exp(drift - np.median(drift)), dtype=np.float64)
+
+
+def average_rounds(measurements: Sequence[Measurement]) -> list[Configured]:
+    """Each configuration's medians over rounds, drift taken out, in the order of first measurement."""
+    if not measurements:
+        return []
+    names = [item.configuration for item in measurements]
+    whole = np.array([median(item.samples.values) for item in measurements])
+    whole = whole / estimate_drift(names, whole.tolist())
+    profiled = [index for index, item in enumerate(measurements) if item.kernels]
+    sums = [sum(measurements[index].kernels.values()) for index in profiled]
+    drift = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
+    slowness = dict(zip(profiled, drift.tolist(), strict=True))
+    result = []
+    for name in dict.fromkeys(names):
+        places = [index for index, other in enumerate(names) if other == name]
+        seen: dict[str, list[float]] = {}
+        for index in places:
+            for kernel, seconds in measurements[index].kernels.items():
+                seen.setdefault(kernel, []).append(seconds / slowness[index])
+        first = measurements[places[0]]
+        result.append(
+            Configured(
+                name=name, widths=dict(first.widths), held_out=first.held_out, whole_s=float(np.median(whole[places])),
+                kernels={kernel: float(np.median(values)) for kernel, values in seen.items()},
+            )
+        )  # fmt: skip
+    return result
+
+
+def measured_latency(measurements: Sequence[Measurement], configuration: str = DENSE) -> Quantity:
+    """Whole-model latency of one configuration over all its rounds, drift taken out.
+
+    raises: RecordError when it was not measured.
+    """
+    names = [item.configuration for item in measurements]
+    if configuration not in names:
+        raise RecordError(f"the profile has no configuration '{configuration}'; measure it first")
+    medians = [median(item.samples.values) for item in measurements]
+    drift = estimate_drift(names, medians)
+    places = [index for index, name in enumerate(names) if name == configuration]
+    samples = np.concatenate([np.asarray(measurements[index].samples.values) / drift[index] for index in places])
+    center = median([medians[index] / drift[index] for index in places])
+    low, high = bootstrap_interval(samples)
+    return Quantity(median=center, low=min(low, center), high=max(high, center))
+
+
+def _calibrate(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """(scale, overhead) with whole = scale x part + overhead, both >= 0, least relative error."""
+    whole = np.asarray(wholes)
+    rows = np.stack([np.asarray(parts) / whole, 1.0 / whole], axis=1)
+    # With few configurations the overhead cannot be told from the scale: leave it out.
+    if len(whole) < 4:
+        rows[:, 1] = 0.0
+    size = np.maximum(rows.max(axis=0), 1e-30)
+    weight = np.ones(len(whole))
+    solution = np.zeros(2)
+    for _ in range(3):
+        solution, _ = nnls(rows / size * weight[:, None], weight)
+        residual = np.abs(1 - rows / size @ solution)
+        spread = 1.4826 * float(np.median(residual)) + 1e-4
+        weight = np.sqrt(np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12)))
+    scale, overhead = solution / size
+    return float(scale), float(overhead)
+
+
+def _fit_tables(
+    kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured, scale: float
+) -> tuple[Table, ...]:
+    weights = _closeness(fitted, dense)
+    pooled: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        pooled.setdefault(kernel.signature, []).append(kernel)
+    tables = []
+    for signature, members in pooled.items():
+        rows = [
+            (*kernel_sizes(kernel, item.widths, item.widths), item.kernels[kernel.name] * scale, index, weights[index])
+            for index, item in enumerate(fitted)
+            for kernel in members
+            if item.kernels.get(kernel.name, 0.0) > 0
+        ]
+        if not rows:
+            raise RecordError(f"the profile has no timing of {members[0].name}; profile again")
+        columns = list(zip(*rows, strict=True))
+        data = Observations(
+            sizes_in=np.array(columns[0], np.int64), sizes_out=np.array(columns[1], np.int64),
+            time_s=np.array(columns[2], np.float64), configuration=np.array(columns[3], np.int64),
+            weight=np.array(columns[4], np.float64),
+        )  # fmt: skip
+        full = [kernel_sizes(kernel, dense.widths, dense.widths) for kernel in members]
+        tables.append(tabulate(fit_kernel(data), signature, max(i for i, _ in full), max(o for _, o in full)))
+    return tuple(tables)
+
+
+def _closeness(fitted: Sequence[Configured], dense: Configured) -> FloatArray:
+    """Weight of each configuration: more, the closer it is to widths that a planner chose."""
+    shares = np.array([[item.widths[name] / max(full, 1) for name, full in dense.widths.items()] for item in fitted])
+    planned = [index for index, item in enumerate(fitted) if item.name.startswith(PLANNED)]
+    if not planned or not shares.size:
+        return np.ones(len(fitted))
+    distance = np.abs(shares[:, None, :] - shares[None, planned, :]).mean(axis=2).min(axis=1)
+    return np.asarray(1 + (PLANNED_WEIGHT - 1) * np.exp(-((distance / 0.1) ** 2)), dtype=np.float64)
+
+
+def _additivity_gap(measurements: Sequence[Measurement]) -> float:
+    """|sum of kernels - profiled run| / profiled run, median over what was measured."""
+    gaps = [abs(sum(m.kernels.values()) - m.run_s) / m.run_s for m in measurements if m.kernels and m.run_s]
+    return median(gaps) if gaps else 0.0
+
+
+def _scale(table: Table, factor: float) -> Table:
+    return Table(
+        signature=table.signature, in_sizes=table.in_sizes, out_sizes=table.out_sizes,
+        latency_s=table.latency_s * factor, tile_in=table.tile_in, tile_out=table.tile_out,
+    )  # fmt: skip

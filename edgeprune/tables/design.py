@@ -1,0 +1,84 @@
+"""Which widths to measure, so that every kernel's (in, out) plane is covered.
+
+One run of one configuration measures every kernel at once, so a configuration is a point in the
+space of all group widths. Scrambled Sobol points spread over all groups together, and so over each
+pair of groups that meet in a kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import qmc
+
+from edgeprune.core.records import FloatArray, Graph, Group
+
+DENSE = "dense"
+"""Name of the configuration with all units: the anchor that every round comes back to."""
+UNIFORM = (0.75, 0.5, 0.25)
+STEPS = (8, 16, 4, 8, 32, 8, 1)
+"""Widths of one configuration are multiples of one of these: on the tiles of known runtimes, and off
+them, so that the staircase shows."""
+SMALLEST = 1 / 8
+"""Smallest share of a group's units in a random configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One point of the design: a name for its files and steps, and all group widths."""
+
+    name: str
+    widths: dict[str, int]
+    held_out: bool = False
+
+
+def design_configurations(
+    graph: Graph, configurations: int, held_out: int, *, step: int | None = None, seed: int = 0
+) -> tuple[Configuration, ...]:
+    """The dense model, uniform scalings, the smallest model, Sobol points, and a held-out set.
+
+    configurations: how many to fit, dense included. held_out: how many more are never fitted; their
+    widths are as plans have them, scattered around a common share of 0.5 to 1 of each group.
+    step: makes every width a multiple of it (the default is a mixture, see STEPS; 8 held out).
+    """
+    groups = graph.prunable
+    rng = np.random.default_rng(seed)
+    shares: list[tuple[FloatArray, int]] = [(np.full(len(groups), share), step or 8) for share in UNIFORM]
+    shares.append((np.zeros(len(groups)), step or 8))
+    wanted = max(configurations - 1 - len(shares), 0)
+    points = _sobol(wanted, max(len(groups), 1), seed)[:, : len(groups)]
+    for index, point in enumerate(points):
+        # Every other one is uniform in the logarithm: small widths are few multiples of the tile.
+        share = SMALLEST**point if index % 2 else SMALLEST + (1 - SMALLEST) * point
+        shares.append((share, step or STEPS[index % len(STEPS)]))
+    plans = [
+        np.clip(rng.uniform(0.5, 1.0) * rng.uniform(0.65, 1.35, len(groups)), SMALLEST, 1.0) for _ in range(held_out)
+    ]
+    found = [Configuration(name=DENSE, widths=graph.units)]
+    for index, (share, multiple) in enumerate(shares[: max(configurations - 1, 0)]):
+        found.append(Configuration(name=f"fit-{index:02d}", widths=_widths(graph, groups, share, multiple)))
+    for index, share in enumerate(plans):
+        widths = _widths(graph, groups, share, step or 8)
+        found.append(Configuration(name=f"held-{index:02d}", widths=widths, held_out=True))
+    return tuple(found)
+
+
+def _sobol(count: int, dimensions: int, seed: int) -> FloatArray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # balance needs a power of two; spread does not
+        sampler = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
+        return np.asarray(sampler.random(count), dtype=np.float64)
+
+
+def _widths(graph: Graph, groups: tuple[Group, ...], shares: FloatArray, multiple: int) -> dict[str, int]:
+    widths = graph.units
+    for group, share in zip(groups, shares, strict=True):
+        step = int(np.lcm(group.step, multiple))
+        if step > group.units:
+            step = group.step
+        width = step * max(round(share * group.units / step), 1)
+        # The full width counts as a multiple of every step.
+        widths[group.name] = group.units if width > group.units else width
+    return widths

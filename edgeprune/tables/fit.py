@@ -1,0 +1,181 @@
+"""Latency tables from measured kernels: a bilinear cost on a staircase, found by cross-validation.
+
+A kernel that reads i and writes o channels takes a + b·I + c·O + d·I·O, where I and O are i and o
+rounded up to the tile the runtime computes at once, all coefficients >= 0. Only a pairwise term
+fits convolutions: an additive f(i) + g(o) misses 3×3 kernels by 17–32 %. What the formula leaves
+over is smoothed over the neighbourhood where that predicts left-out configurations better.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from edgeprune.core.records import FloatArray, IntArray, Table
+
+TILES = (1, 4, 8, 16, 32)
+ALIGNMENT = 4
+"""Runtimes leave their blocked layouts for sizes that are no multiple of it; such sizes cost extra."""
+FOLDS = 5
+MARGIN = 0.97
+"""A more complex form must predict left-out configurations with at most this share of the error."""
+SMOOTHING = tuple(itertools.product((0.3, 0.7, 1.5), (1.0, 4.0)))
+"""Bandwidth in octaves, and how many observations' weight pulls the correction to none."""
+FINEST_GRID = 24
+"""Points per axis where there is no staircase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observations:
+    """Timings of the kernels of one signature, one entry per kernel and configuration.
+
+    sizes_in: (n,), zeros where only the output counts. configuration: (n,) ids, the unit of
+    cross-validation. weight: (n,) > 0, 1 = as usual.
+    """
+
+    sizes_in: IntArray
+    sizes_out: IntArray
+    time_s: FloatArray
+    configuration: IntArray
+    weight: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A fitted cost: the staircase, its coefficients, and the local correction."""
+
+    tile_in: int
+    tile_out: int
+    coefficients: FloatArray
+    data: Observations
+    residuals: FloatArray
+    smoothing: tuple[float, float] | None = None
+    error: float = np.inf
+
+    def predict(self, sizes_in: npt.ArrayLike, sizes_out: npt.ArrayLike) -> FloatArray:
+        """Seconds for channel counts of equal shape."""
+        i, o = np.asarray(sizes_in, np.int64), np.asarray(sizes_out, np.int64)
+        cost = _features(i, o, self.tile_in, self.tile_out) @ self.coefficients
+        if self.smoothing is not None:
+            cost = cost * (1 + self._correction(i, o, *self.smoothing))
+        return np.asarray(cost, dtype=np.float64)
+
+    def _correction(self, i: IntArray, o: IntArray, bandwidth: float, shrink: float) -> FloatArray:
+        distance = np.zeros((len(i), len(self.residuals)))
+        pairs = ((i, self.data.sizes_in, self.tile_in), (o, self.data.sizes_out, self.tile_out))
+        for ours, theirs, tile in pairs:
+            distance += (_octaves(ours, tile)[:, None] - _octaves(theirs, tile)[None, :]) ** 2
+        weights = np.exp(-0.5 * distance / bandwidth**2) * self.data.weight
+        return np.asarray(weights @ self.residuals / (weights.sum(axis=1) + shrink))
+
+
+def fit_kernel(data: Observations) -> Fit:
+    """The form that predicts left-out configurations best, simpler ones first.
+
+    raises: ValueError without observations.
+    """
+    if not len(data.time_s):
+        raise ValueError("a kernel without observations")
+    candidates = [_cross_validate(data, tile_in, tile_out, None) for tile_in, tile_out in _tiles(data)]
+    best = min(candidates, key=lambda fit: fit.error)
+    for smoothing in SMOOTHING:
+        local = _cross_validate(data, best.tile_in, best.tile_out, smoothing)
+        if local.error < MARGIN * best.error:
+            best = local
+    return best
+
+
+def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Table:
+    """The fitted cost on a grid from the smallest tile to the largest size there is."""
+    sizes_in = _grid(largest_in, fit.tile_in) if largest_in else np.zeros(1, np.int64)
+    sizes_out = _grid(largest_out, fit.tile_out)
+    i, o = np.meshgrid(sizes_in, sizes_out, indexing="ij")
+    latency = fit.predict(i.ravel(), o.ravel()).reshape(i.shape)
+    return Table(
+        signature=signature, in_sizes=sizes_in, out_sizes=sizes_out, latency_s=np.maximum(latency, 0.0),
+        tile_in=fit.tile_in if largest_in else 1, tile_out=fit.tile_out,
+    )  # fmt: skip
+
+
+def _tiles(data: Observations) -> Sequence[tuple[int, int]]:
+    """Candidate staircases; none along an axis that was never varied."""
+    axes = [TILES if len(np.unique(sizes)) > 2 else (1,) for sizes in (data.sizes_in, data.sizes_out)]
+    return list(itertools.product(*axes))
+
+
+def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None) -> Fit:
+    """Fit to everything; the error is of predictions for configurations left out in turn."""
+    folds = data.configuration % FOLDS
+    errors = np.zeros(len(data.time_s))
+    for fold in np.unique(folds):
+        inside, outside = folds != fold, folds == fold
+        if not inside.any():
+            errors[outside] = np.inf
+            continue
+        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing)
+        errors[outside] = fit.predict(data.sizes_in[outside], data.sizes_out[outside]) / data.time_s[outside] - 1
+    # Absolute, not squared: one interrupted timing must not choose the tile.
+    error = float(np.average(np.abs(errors), weights=data.weight * data.time_s))
+    fit = _solve(data, tile_in, tile_out, smoothing)
+    return Fit(
+        tile_in=tile_in, tile_out=tile_out, coefficients=fit.coefficients, data=data, residuals=fit.residuals,
+        smoothing=smoothing, error=error,
+    )  # fmt: skip
+
+
+def _solve(data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None) -> Fit:
+    """Non-negative least squares on relative errors, reweighted twice against outliers (Huber)."""
+    features = _features(data.sizes_in, data.sizes_out, tile_in, tile_out)
+    scale = features.max(axis=0)
+    scale[scale == 0] = 1.0
+    relative = features / scale / data.time_s[:, None]
+    weight = np.sqrt(data.weight)
+    coefficients = np.zeros(features.shape[1])
+    residuals = np.zeros(len(data.time_s))
+    for _ in range(3):
+        coefficients, _ = nnls(relative * weight[:, None], weight)
+        residuals = 1 - relative @ coefficients
+        spread = 1.4826 * float(np.median(np.abs(residuals))) + 1e-9
+        weight = np.sqrt(data.weight * np.minimum(1.0, 2.5 * spread / np.maximum(np.abs(residuals), 1e-12)))
+    predicted = np.maximum(relative @ coefficients, 1e-12)
+    limit = 5 * (1.4826 * float(np.median(np.abs(residuals))) + 1e-9)
+    return Fit(
+        tile_in=tile_in, tile_out=tile_out, coefficients=coefficients / scale, data=data,
+        residuals=np.clip(1 / predicted - 1, -limit, limit), smoothing=smoothing,
+    )  # fmt: skip
+
+
+def _features(i: IntArray, o: IntArray, tile_in: int, tile_out: int) -> FloatArray:
+    """(n, 6): 1, I, O, I·O, and for sizes off the alignment 1 and I·O once more."""
+    wide_in, wide_out = -(-i // tile_in) * tile_in, -(-o // tile_out) * tile_out
+    columns = [np.ones_like(i), wide_in, wide_out, wide_in * wide_out]
+    odd = ((i % ALIGNMENT) | (o % ALIGNMENT)) > 0
+    volume = np.where(wide_in > 0, wide_in, 1) * wide_out
+    columns += [odd, odd * volume]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _select(data: Observations, mask: npt.NDArray[np.bool_]) -> Observations:
+    return Observations(
+        sizes_in=data.sizes_in[mask], sizes_out=data.sizes_out[mask], time_s=data.time_s[mask],
+        configuration=data.configuration[mask], weight=data.weight[mask],
+    )  # fmt: skip
+
+
+def _octaves(sizes: IntArray, tile: int) -> FloatArray:
+    return np.asarray(np.log2(np.maximum(-(-sizes // tile) * tile, 1)), dtype=np.float64)
+
+
+def _grid(largest: int, tile: int) -> IntArray:
+    """Multiples of the tile up to the largest size, which is the last point."""
+    if tile == 1:
+        step = max(-(-largest // FINEST_GRID), 1)
+        step = -(-step // ALIGNMENT) * ALIGNMENT if largest > ALIGNMENT else 1
+    else:
+        step = tile
+    return np.unique(np.append(np.arange(step, largest, step), largest)).astype(np.int64)
