@@ -30,6 +30,7 @@ class Server(asyncssh.SSHServer):
         connections.add(conn)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        del exc
         connections.discard(self._connection)
 
 
@@ -71,11 +72,17 @@ async def serve(folder: Path) -> None:
         line_editor=False,
     )
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGUSR1, lambda: [connection.abort() for connection in list(connections)])
+    loop.add_signal_handler(signal.SIGUSR1, cut_connections)
     print(server.get_port(), flush=True)
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     await reader.read()
+
+
+def cut_connections() -> None:
+    """Drop every connection without a word."""
+    for connection in list(connections):
+        connection.abort()
 
 
 def kill_descendants() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -78,10 +79,8 @@ class Job:
 
     def stop_quietly(self) -> None:
         """Stop the agent if the board can still be reached; on the way out, when something else is wrong."""
-        try:
+        with contextlib.suppress(Exception):  # the error that brought us here is the one to report
             self._stop()
-        except Exception:  # noqa: BLE001, S110  the error that brought us here is the one to report
-            pass
 
     def log_tail(self) -> str:
         """The last words of the agent, for messages."""

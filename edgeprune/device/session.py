@@ -2,7 +2,7 @@
 
 On the board everything lies under the target's workdir:
 
-    <workdir>/<client>-<space>/agent.py
+    <workdir>/<client>-<space>/agent.py, measure.py, runtime.py
                                files/         what was pushed, and outputs; manifest.json beside it
                                jobs/<job>/    job.json, results.jsonl, agent.log
 
@@ -33,9 +33,10 @@ from edgeprune.device.facts import Board, describe_conditions, gather_facts
 from edgeprune.device.job import Job
 from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
+from edgeprune.device.targets import connect_target
 from edgeprune.device.transports import Transport
 
-AGENT = Path(__file__).with_name("agent.py")
+HERE = Path(__file__).parent
 DISK_MARGIN_BYTES = 16 * 1024 * 1024
 
 
@@ -48,7 +49,7 @@ def open_session(
     trust_new_host: remember a host key never seen before instead of refusing it.
     raises: HostKeyError; ConnectionLost; BoardNotReady, saying the command that mends it.
     """
-    transport = connect(target, trust_new_host=trust_new_host)
+    transport = connect_target(target, trust_new_host=trust_new_host)
     try:
         board = gather_facts(target, transport)
         if board.facts.missing:
@@ -57,13 +58,6 @@ def open_session(
     except BaseException:
         transport.close()
         raise
-
-
-def connect(target: Target, *, trust_new_host: bool = False) -> Transport:
-    """The bare way to a target's board. raises: HostKeyError; ConnectionLost; UsageError."""
-    member = load_member("device.transports", target.transport)
-    transport: Transport = member.connect(target.address, name=target.name, trust_new_host=trust_new_host)
-    return transport
 
 
 class Session:
@@ -80,6 +74,11 @@ class Session:
         client = f"{getpass.getuser()}@{platform.node()}"
         self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{client}-{space}')}"
         self._files = f"{self._root}/files"
+        self._programs = {
+            "agent.py": HERE / "agent.py",
+            "measure.py": HERE / "measure.py",
+            "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
+        }
         self._manifest: dict[str, str] | None = None
         self._board = load_member("device.boards", target.board)
         self._meter = load_member("device.meters", target.meter)
@@ -159,6 +158,7 @@ class Session:
         spec = {
             "run": uuid.uuid4().hex,
             "owner": f"{getpass.getuser()} at {platform.node()}, process {os.getpid()}, job {job}",
+            "job": folder,
             "files": self._files,
             "threads": self.target.threads,
             "sources": self._sources(),
@@ -219,8 +219,9 @@ class Session:
         if self._manifest is None:
             self._command("mkdir", "-p", "-m", "700", "--", self._root)
             self._command("mkdir", "-p", "--", self._files)
-            if self._transport.read(f"{self._root}/agent.py") != (agent := AGENT.read_bytes()):
-                self._transport.write(f"{self._root}/agent.py", agent)
+            for name, source in self._programs.items():
+                if self._transport.read(f"{self._root}/{name}") != (content := source.read_bytes()):
+                    self._transport.write(f"{self._root}/{name}", content)
             try:
                 manifest = json.loads(self._transport.read(f"{self._root}/manifest.json") or b"{}")
             except ValueError:
@@ -264,8 +265,8 @@ class Session:
 
     def _full(self, needed: int, free: int) -> str:
         return (
-            f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {DISK_MARGIN_BYTES // 2**20} MiB to spare on "
-            f"the disk of {self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
+            f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {DISK_MARGIN_BYTES // 2**20} MiB to spare "
+            f"on the disk of {self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
         )
 
     def _command(self, *argv: str) -> None:

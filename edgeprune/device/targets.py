@@ -1,4 +1,4 @@
-"""The inventory: one TOML file per target, its name the file's. See `targets/localhost.toml`.
+"""The inventory: one TOML file per target, its name the file's; and what a target's board has and lacks.
 
 Looked for in the folders of $EDGEPRUNE_TARGETS (separated as in $PATH), in ./targets, then among
 those shipped with edgeprune; the first file of a name wins.
@@ -11,6 +11,7 @@ import site
 import sysconfig
 import tomllib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from typing import Any
 import msgspec
 
 from edgeprune.core.errors import UnknownMember, UsageError
-from edgeprune.core.family import list_members
-from edgeprune.core.records import Target
+from edgeprune.core.family import list_members, load_member
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import BoardFacts, Target
+from edgeprune.device.facts import gather_facts
+from edgeprune.device.install import install_runtime
+from edgeprune.device.transports import Transport
 
 CHECKED_FAMILIES = {"board": "boards", "transport": "transports", "runtime": "runtimes", "meter": "meters"}
 
@@ -72,11 +77,39 @@ def read_target(path: Path) -> Target:
         target = msgspec.convert({**table, "name": path.stem}, Target)
     except msgspec.ValidationError as error:
         raise UsageError(f"{path}: {error}") from error
-    check_target_fields(target, str(path))
+    _check_fields(target, str(path))
     return target
 
 
-def check_target_fields(target: Target, where: str) -> None:
+def connect_target(target: Target, *, trust_new_host: bool = False) -> Transport:
+    """The bare way to a target's board. raises: HostKeyError; ConnectionLost; UsageError."""
+    member = load_member("device.transports", target.transport)
+    transport: Transport = member.connect(target.address, name=target.name, trust_new_host=trust_new_host)
+    return transport
+
+
+def check_target(target: Target, *, trust_new_host: bool = False) -> BoardFacts:
+    """What a target's board is and has, and in `missing` what it lacks, with the command that mends it.
+
+    trust_new_host: remember a host key never seen before instead of refusing it.
+    raises: HostKeyError; ConnectionLost; DeviceError.
+    """
+    with closing(connect_target(target, trust_new_host=trust_new_host)) as transport:
+        return gather_facts(target, transport, thorough=True).facts
+
+
+def setup_target(target: Target, *, offline: bool = False, progress: Progress = silent) -> BoardFacts:
+    """Make a Python environment with the runtime in the target's workdir, and return the facts after it.
+
+    offline: the board has no network; this machine downloads what fits the board, and copies it there.
+    raises: BoardNotReady, saying what to do by hand; HostKeyError; ConnectionLost.
+    """
+    with closing(connect_target(target)) as transport:
+        install_runtime(target, transport, gather_facts(target, transport), offline=offline, progress=progress)
+        return gather_facts(target, transport, thorough=True).facts
+
+
+def _check_fields(target: Target, where: str) -> None:
     """See that a target's fields can be right. raises: UsageError; UnknownMember."""
     for field, family in CHECKED_FAMILIES.items():
         value: Any = getattr(target, field)

@@ -1,8 +1,30 @@
-"""What executes artifacts on the board: what to install, and how to ask for it."""
+"""What executes artifacts on the board: what to install there, and how the agent runs a model.
+
+A member is copied to the board as it is, beside the agent: at import it may need Python 3.9 and the
+standard library only.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Model(Protocol):
+    """A loaded model. Made as `Model(path, threads, profile)`; profile: prefix of the profiler's files, or None."""
+
+    inputs: dict[str, tuple[list[int], str]]
+    """Name -> shape, with 1 for what is free, and numpy's name of the type."""
+
+    outputs: list[str]
+
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
+        """One run; arrays in the order of `outputs`."""
+        ...
+
+    def end_profile(self) -> list[tuple[float, list[tuple[str, str, float]]]]:
+        """Per run made so far: its seconds, and (name, op, seconds) of each kernel in order."""
+        ...
 
 
 class Runtime(Protocol):
@@ -12,10 +34,13 @@ class Runtime(Protocol):
     """pip requirements of the agent with this runtime."""
 
     MODULES: tuple[str, ...]
-    """Python modules the agent imports; the first one's version is the runtime's."""
+    """Python modules that must import; the member's own name among them tells the runtime's version."""
 
     ARCHITECTURES: tuple[str, ...]
-    """`uname -m` of boards there are wheels for."""
+    """`uname -m` of boards that there are wheels for."""
 
     OLDEST_GLIBC: tuple[int, int]
-    """The C library the oldest usable wheel was built against."""
+    """The C library that the oldest usable wheel was built against."""
+
+    Model: type[Any]
+    """See `Model`."""

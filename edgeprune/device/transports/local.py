@@ -42,10 +42,10 @@ class LocalTransport:
 
     def get(self, path: str, destination: Path) -> None:
         with Path(path).open("rb") as file:
-            _replace(destination, iter(lambda: file.read(CHUNK_BYTES), b""), lambda count: None)
+            _replace(destination, iter(lambda: file.read(CHUNK_BYTES), b""), _ignore)
 
     def write(self, path: str, data: bytes) -> None:
-        _replace(Path(path), iter([data]), lambda count: None)
+        _replace(Path(path), iter([data]), _ignore)
 
     def read(self, path: str, offset: int = 0) -> bytes:
         try:
@@ -74,5 +74,10 @@ def _replace(path: Path, chunks: Iterator[bytes], advance: Callable[[int], None]
                 advance(len(chunk))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink()
         raise
+
+
+def _ignore(count: int) -> None:
+    """Nobody watches."""
+    del count

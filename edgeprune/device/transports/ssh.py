@@ -132,6 +132,7 @@ class _HostKeyPolicy(paramiko.MissingHostKeyPolicy):
         self._trust_new_host = trust_new_host
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+        del client
         if _trusted_keys(self._address).lookup(hostname):
             # A key of another kind than the trusted one: to a client that is a changed key too.
             raise _changed_key(self._address, self._name, key)
@@ -191,9 +192,9 @@ class SshTransport:
                 address.host,
                 address.port,
                 address.user,
-                key_filename=list(address.keys) or None,
+                key_filename=list(address.keys) or None,  # type: ignore[arg-type]  # the stubs know of one only
                 look_for_keys=not address.keys,
-                sock=paramiko.ProxyCommand(address.proxy) if address.proxy else None,  # type: ignore[arg-type]
+                sock=paramiko.ProxyCommand(address.proxy) if address.proxy else None,
                 timeout=address.timeout_s,
                 banner_timeout=address.timeout_s,
                 auth_timeout=address.timeout_s,
@@ -218,7 +219,8 @@ class SshTransport:
         except (OSError, EOFError, paramiko.SSHException) as error:
             client.close()
             raise ConnectionLost(
-                f"{where} cannot be reached ({str(error) or type(error).__name__}); is it on, and does it run an SSH server?"
+                f"{where} cannot be reached ({str(error) or type(error).__name__}); "
+                "is it on, and does it run an SSH server?"
             ) from error
         transport = client.get_transport()
         assert transport is not None
@@ -255,6 +257,7 @@ class SshTransport:
 
             def progress(done: int, total: int) -> None:
                 nonlocal sent
+                del total
                 advance(done - sent)
                 sent = done
 
@@ -272,7 +275,7 @@ class SshTransport:
                     self._files().getfo(path, file)
                 os.replace(temporary, destination)
             except BaseException:
-                os.unlink(temporary)
+                Path(temporary).unlink()
                 raise
 
         self._persist(f"fetching {path}", copy)
@@ -375,10 +378,11 @@ class SshTransport:
                 raise
             except ConnectionLost as error:
                 if time.monotonic() + pause > limit:
+                    reason = str(cause) or type(cause).__name__
                     raise ConnectionLost(
-                        f"target {self._name}: the connection to {self._address} was lost ({str(cause) or type(cause).__name__}) "
-                        f"and did not come back in {self._address.patience_s:g} s. What the agent has measured is kept on "
-                        "the board: run the same command again to go on"
+                        f"target {self._name}: the connection to {self._address} was lost ({reason}) and did not come "
+                        f"back in {self._address.patience_s:g} s. What the agent has measured is kept on the board: "
+                        "run the same command again to go on"
                     ) from error
             time.sleep(pause)
             pause = min(pause * 2, LONGEST_BACKOFF_S)

@@ -1,0 +1,228 @@
+"""The steps of a job, measured on the board. Copied there beside agent.py, with runtime.py.
+
+runtime.py is the module of `runtimes/` that the target names. Python 3.9, numpy and the runtime's own
+package, nothing else of edgeprune.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from edgeprune.device.runtimes import onnxruntime as runtime
+else:
+    import runtime
+
+MARK = "@@edgeprune@@"
+CLOCK_MULTIPLE = 1000
+"""One sample is at least this many ticks of the clock."""
+WARM_UP_WINDOW_S = 0.02
+WARM_UP_LIMIT_S = 3.0
+WARM_UP_TOLERANCE = 0.02
+MAX_SAMPLES = 20_000
+
+
+def load_examples(model: runtime.Model, inputs: str | None) -> dict[str, Any]:
+    """Model input -> array, leading axis examples; one random example where `inputs` is None."""
+    if inputs is not None:
+        with np.load(inputs, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        if sorted(arrays) != sorted(model.inputs):
+            raise ValueError(f"{inputs} holds {sorted(arrays)}, the model reads {sorted(model.inputs)}")
+        if len({len(array) for array in arrays.values()}) != 1 or 0 in map(len, arrays.values()):
+            raise ValueError(f"{inputs}: every array needs the same number of examples, at least one")
+        return arrays
+    generator = np.random.default_rng(0)
+    examples = {}
+    for name, (shape, dtype) in model.inputs.items():
+        # Zeros where numbers are indices: any other could lie outside the table they index.
+        values = generator.standard_normal(shape) if np.dtype(dtype).kind == "f" else np.zeros(shape)
+        examples[name] = values.astype(dtype)
+    return examples
+
+
+def open_step(step: dict[str, Any], threads: int, profile: str | None = None) -> tuple[runtime.Model, dict[str, Any]]:
+    """The step's model, and one feed of batch 1 for it."""
+    model = runtime.Model(step["artifact"], threads, profile)
+    examples = load_examples(model, step["inputs"])
+    # A random example has the shape the model asks for, whatever its batch.
+    return model, {name: array[:1] for name, array in examples.items()} if step["inputs"] else examples
+
+
+# --- the four kinds of step ----------------------------------------------------------------------
+
+
+def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Whole-model latency: warm up until stable, then samples of `loops` runs each, in seconds."""
+    model, feed = open_step(step, spec["threads"])
+    run_s, warmups = warm_up(model, feed)
+    loops = max(1, math.ceil(CLOCK_MULTIPLE * clock_tick_s() / run_s))
+    values: list[float] = []
+    clock, run, each = time.perf_counter_ns, model.run, range(loops)
+    gc.collect()
+    gc.disable()
+    try:
+        began = clock()
+        while True:
+            before = clock()
+            for _ in each:
+                run(feed)
+            after = clock()
+            values.append((after - before) * 1e-9 / loops)
+            if len(values) >= MAX_SAMPLES:
+                reason = "sample limit"
+                break
+            if (after - began) * 1e-9 >= step["seconds"] and len(values) >= step["min_samples"]:
+                reason = "time limit" if len(values) > step["min_samples"] else "minimum of samples"
+                break
+    finally:
+        gc.enable()
+    return {"values": values, "loops": loops, "warmups": warmups, "stopped_because": reason}
+
+
+def warm_up(model: runtime.Model, feed: dict[str, Any]) -> tuple[float, int]:
+    """Run until the medians of two successive windows agree. returns: seconds per run, runs made."""
+    began = time.perf_counter()
+    model.run(feed)
+    first = time.perf_counter() - began
+    window = min(50, max(2, math.ceil(WARM_UP_WINDOW_S / max(first, 1e-7))))
+    runs, previous = 1, math.inf
+    while True:
+        durations = []
+        for _ in range(window):
+            before = time.perf_counter()
+            model.run(feed)
+            durations.append(time.perf_counter() - before)
+        runs += window
+        median = max(statistics.median(durations), 1e-7)
+        stable = abs(median - previous) <= WARM_UP_TOLERANCE * median
+        if stable or time.perf_counter() - began > WARM_UP_LIMIT_S:
+            return median, runs
+        previous = median
+
+
+def clock_tick_s() -> float:
+    """The smallest step between two readings of the clock, calls included, in seconds."""
+    ticks = []
+    for _ in range(200):
+        before = time.perf_counter_ns()
+        after = time.perf_counter_ns()
+        while after == before:
+            after = time.perf_counter_ns()
+        ticks.append(after - before)
+    return statistics.median(ticks) * 1e-9
+
+
+def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Seconds per kernel in order of execution, from the runtime's own profiler."""
+    with tempfile.TemporaryDirectory(dir=spec["job"]) as folder:
+        model, feed = open_step(step, spec["threads"], profile=f"{folder}/profile")
+        warm_up(model, feed)
+        for _ in range(step["runs"]):
+            model.run(feed)
+        runs = model.end_profile()[-step["runs"] :]
+    if len(runs) < step["runs"] or not runs[0][1]:
+        raise ValueError(f"the runtime's profile holds {len(runs)} runs of {step['runs']}")
+    orders = [[(name, op) for name, op, _ in kernels] for _, kernels in runs]
+    if any(order != orders[0] for order in orders):
+        raise ValueError("the runtime executed its kernels in different orders")
+    typical = [
+        {"name": name, "op": op, "time_s": middle_mean([kernels[place][2] for _, kernels in runs])}
+        for place, (name, op) in enumerate(orders[0])
+    ]
+    return {"kernels": typical, "run_s": middle_mean([duration for duration, _ in runs])}
+
+
+def middle_mean(values: list[float]) -> float:
+    """Mean of the middle half.
+
+    A profiler may count whole microseconds, of which a median would keep no more than one: this keeps
+    the resolution and is as deaf to outliers.
+    """
+    ordered = sorted(values)
+    cut = len(ordered) // 4
+    return statistics.fmean(ordered[cut : len(ordered) - cut])
+
+
+def compute_outputs(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Outputs for every example, one example at a time, saved beside the artifact."""
+    model = runtime.Model(step["artifact"], spec["threads"])
+    examples = load_examples(model, step["inputs"])
+    if step["inputs"]:
+        count = len(next(iter(examples.values())))
+        rows = [model.run({name: array[i : i + 1] for name, array in examples.items()}) for i in range(count)]
+    else:
+        rows = [model.run(examples)]
+    arrays: dict[str, Any] = {name: np.concatenate([row[i] for row in rows]) for i, name in enumerate(model.outputs)}
+    path = f"{step['fingerprint'][:16]}.outputs.npz"
+    with Path(path + ".part").open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(path + ".part", path)
+    return {"outputs": path}
+
+
+def measure_memory(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Peak resident sets, in a process that does nothing else."""
+    argument = json.dumps({"step": step, "threads": spec["threads"]})
+    argv = [sys.executable, __file__, argument]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode != 0:
+        hint = " (killed: is the board out of memory?)" if done.returncode == -signal.SIGKILL else ""
+        tail = done.stderr.decode("utf-8", "replace")[-500:].strip()
+        raise RuntimeError(f"the memory measurement ended with {done.returncode}{hint}: {tail}")
+    value: dict[str, Any] = json.loads(done.stdout.rsplit(MARK.encode(), 1)[1])
+    return value
+
+
+def memory(argument: str) -> int:
+    """Open a model, run it a few times and print what that did to the resident set, in bytes."""
+    request = json.loads(argument)
+    model, feed = open_step(request["step"], request["threads"])
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        # Opening a model leaves freed pages behind, into which activations would fit unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+    peak_loading = resident_bytes("VmHWM")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
+    loaded, mapped, reset_to = resident_bytes("VmRSS"), resident_bytes("RssFile"), resident_bytes("VmHWM")
+    for _ in range(3):
+        model.run(feed)
+    peak = resident_bytes("VmHWM")
+    # Code and weights that a first run maps in from files are not activations.
+    growth = peak - loaded - (resident_bytes("RssFile") - mapped)
+    # Where the kernel does not reset, a peak no higher than that of loading tells nothing.
+    known = reset_to < peak_loading or peak > peak_loading or peak_loading == loaded
+    value = {"activation_bytes": max(0, growth) if known else None, "process_bytes": max(peak_loading, peak)}
+    print(MARK + json.dumps(value))
+    return 0
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS, VmHWM or RssFile of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+STEPS = {"time": measure_time, "kernels": measure_kernels, "outputs": compute_outputs, "memory": measure_memory}
+
+
+if __name__ == "__main__":
+    sys.exit(memory(sys.argv[1]))
