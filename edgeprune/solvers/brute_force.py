@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 
 from edgeprune.core.errors import UsageError
-from edgeprune.solvers import Problem, Solution, Status, is_feasible, losses_of
+from edgeprune.core.problem import Problem, is_feasible, losses_of
+from edgeprune.solvers import Solution, Status
 
 BATCH = 1 << 16
 

@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 
+from edgeprune.core.problem import TOLERANCE, Problem, costs_of, losses_of
 from edgeprune.core.records import FloatArray, IntArray
-from edgeprune.solvers import TOLERANCE, Problem, Solution, costs_of, losses_of
+from edgeprune.solvers import Solution
 
 
 def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:

@@ -29,8 +29,9 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, hstack, vstack
 
+from edgeprune.core.problem import TOLERANCE, Levels, Problem, Row, excess_of, is_feasible, losses_of
 from edgeprune.core.records import FloatArray, IntArray
-from edgeprune.solvers import TOLERANCE, Levels, Problem, Row, Solution, Status, excess_of, is_feasible, losses_of
+from edgeprune.solvers import Solution, Status
 
 Mask = npt.NDArray[np.bool_]
 

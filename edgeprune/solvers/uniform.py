@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from edgeprune.solvers import Problem, Solution, is_feasible, losses_of
+from edgeprune.core.problem import Problem, is_feasible, losses_of
+from edgeprune.solvers import Solution
 
 
 def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:  # noqa: ARG001 the contract has it

@@ -1,0 +1,87 @@
+"""Closing the loop on the board: what to ask of the tables next, until the measured latency fits.
+
+Tables are never exact. The planned network is measured, and the next request is corrected by what
+was found, until the measurement lies just within the budget or no plan lies nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+from edgeprune.core.budget import format_seconds
+from edgeprune.core.records import Budget, PlanRound
+
+LOWEST_SHARE = 0.97
+"""A measured latency below this share of the budget asks for a finer step."""
+
+AIM = 0.99
+"""Share of the budget that the closed loop aims at."""
+
+RESOLUTION = 1e-3
+"""Relative distance of two requests below which they are one."""
+
+
+def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
+    """The latency to ask of the tables next, so that the measured one comes within the budget.
+
+    rounds: what was asked, predicted and measured so far, in order; at least one.
+    returns: seconds, or None when the loop is over: the last plan measured within the budget and at
+             least LOWEST_SHARE of it, or there is no finer step (`no_finer_step` says why).
+
+    The ratio of measured to predicted corrects the next request. Requests stay between those that
+    gave too fast a plan and the prediction of the fastest plan that was too slow; widths that come back
+    a second time show that nothing lies between, except right below that plan, which is asked last.
+    """
+    limit = budget.latency_s
+    if limit is None or not rounds:
+        return limit
+    last = rounds[-1]
+    if LOWEST_SHARE * limit <= last.measured.median <= limit:
+        return None
+    low, high = _bracket(rounds, limit)
+    top = last.predicted_s * limit / last.measured.median
+    aimed = top * AIM
+    repeated = any(earlier.widths == last.widths for earlier in rounds[:-1])
+    if last.measured.median > limit:
+        request = aimed if aimed > low * (1 + RESOLUTION) else (low + high) / 2
+    else:
+        top = min(top, high * (1 - RESOLUTION / 2))
+        request = top if repeated or aimed <= low * (1 + RESOLUTION) else min(aimed, top)
+    return request if low * (1 + RESOLUTION) < request < high else None
+
+
+def no_finer_step(rounds: Sequence[PlanRound], budget: Budget) -> str | None:
+    """Why the closed loop ended below LOWEST_SHARE of the latency budget, or above it; None where it did not."""
+    limit = budget.latency_s
+    if limit is None or not rounds:
+        return None
+    fast = [r for r in rounds if r.measured.median <= limit]
+    slow = [r for r in rounds if r.measured.median > limit]
+    asked = f"asked of the tables: {', '.join(format_seconds(r.asked_s) for r in rounds)}"
+    if not fast:
+        nearest = min(r.measured.median for r in slow)
+        return f"no plan measured within {format_seconds(limit)}; the fastest took {format_seconds(nearest)} ({asked})"
+    best = max(r.measured.median for r in fast)
+    if best >= LOWEST_SHARE * limit:
+        return None
+    reached = f"the slowest plan within the budget measured {format_seconds(best)}, {best / limit:.1%} of it"
+    if slow:
+        above = min(r.measured.median for r in slow)
+        return (
+            f"{reached}; the next plan above it takes {format_seconds(above)} and nothing was found between ({asked})"
+        )
+    return f"{reached}; more latency buys no lower predicted loss within the other budgets ({asked})"
+
+
+def _bracket(rounds: Sequence[PlanRound], limit: float) -> tuple[float, float]:
+    """Highest request that gave a plan within the limit, least prediction of one that was not.
+
+    Tables that were corrected in between may make them cross; then only the last round counts.
+    """
+    low = max((r.asked_s for r in rounds if r.measured.median <= limit), default=0.0)
+    high = min((r.predicted_s for r in rounds if r.measured.median > limit), default=inf)
+    if low < high:
+        return low, high
+    last = rounds[-1]
+    return (last.asked_s, inf) if last.measured.median <= limit else (0.0, last.predicted_s)

@@ -1,0 +1,356 @@
+"""Choose the widths that lose least within the budgets, and which units to keep.
+
+Every group gets a short list of widths (levels), each with a predicted loss; kernels, weights and
+live activations become unary and pairwise terms of the levels; a solver does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd, lcm
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import isotonic_regression
+
+from edgeprune.core.budget import format_amount
+from edgeprune.core.closed_loop import LOWEST_SHARE, next_request, no_finer_step
+from edgeprune.core.cost import (
+    artifact_polynomial,
+    evaluate,
+    memory_steps,
+    predict_cost,
+)
+from edgeprune.core.errors import DataError, InfeasibleBudget, ModelError, RecordError, Unmet, UsageError
+from edgeprune.core.family import load_member
+from edgeprune.core.problem import (
+    Axes,
+    Choice,
+    Levels,
+    Problem,
+    Row,
+    costs_of,
+    is_feasible,
+    latency_terms,
+    polynomial_terms,
+)
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import (
+    Budget,
+    FloatArray,
+    Graph,
+    Group,
+    Importance,
+    IntArray,
+    Plan,
+    Profile,
+    SolverResult,
+)
+from edgeprune.core.stats import statistic
+from edgeprune.solvers import Solution
+
+__all__ = ["choose_widths", "next_request", "no_finer_step"]
+
+TIE_BREAK = 1e-4
+"""Weight of the units' own scores beside a measured curve: among equal losses, keep more."""
+
+
+def choose_widths(
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    budget: Budget,
+    *,
+    solver: str = "milp",
+    compare: Sequence[str] = ("greedy", "uniform"),
+    levels: int = 16,
+    time_limit_s: float = 20.0,
+    min_keep: float = 1 / 16,
+    latency_scale: float = 1.0,
+    progress: Progress = silent,
+) -> Plan:
+    """The widths of least predicted loss that meet every budget at once.
+
+    solver, compare: members of `solvers`; what the compared ones would reach is in the plan.
+    levels: most widths to consider per group. time_limit_s: for each solver.
+    min_keep: least share of a group's units to keep, in (0, 1].
+    latency_scale: measured / predicted latency, where a measurement has shown the tables to be off.
+    raises: RecordError, DataError, UsageError for what cannot be planned from; InfeasibleBudget.
+    """
+    check_inputs(graph, profile, importance, budget)
+    problem = build_problem(
+        graph, profile, importance, budget, levels=levels, min_keep=min_keep, latency_scale=latency_scale
+    )
+    names = list(dict.fromkeys([solver, *compare]))
+    members = [load_member("solvers", name) for name in names]
+    solutions: dict[str, Solution] = {}
+    for done, (name, member) in enumerate(zip(names, members, strict=True)):
+        progress(f"planning with {name}", done, len(names))
+        solutions[name] = member.solve(problem, time_limit_s=time_limit_s)
+    progress("planned", len(names), len(names))
+    chosen = solutions[solver]
+    if chosen.levels is None:
+        raise _no_solution(problem, solver, chosen, time_limit_s)
+    widths = _widths(problem, chosen.levels)
+    predicted = predict_cost(graph, widths, profile)
+    results = tuple(
+        SolverResult(
+            solver=name,
+            status=solution.status,
+            widths=_widths(problem, solution.levels),
+            loss=solution.loss,
+            cost=predict_cost(graph, _widths(problem, solution.levels), profile),
+            gap=solution.gap,
+            seconds=solution.seconds,
+        )
+        for name, solution in solutions.items()
+        if solution.levels is not None
+    )
+    return Plan(
+        graph_sha256=graph.model_sha256,
+        budget=budget,
+        widths=widths,
+        keep=keep_units(importance, widths, graph),
+        predicted=predicted,
+        solver=solver,
+        status=chosen.status,
+        gap=chosen.gap,
+        loss=chosen.loss,
+        alternatives=results,
+        finer_step=_next_step(problem, chosen.levels),
+    )
+
+
+def keep_units(importance: Importance, widths: dict[str, int], graph: Graph) -> dict[str, IntArray]:
+    """Per pruned group the indices of its highest-scored units, ascending (ties: the first)."""
+    units = graph.units
+    return {
+        name: np.sort(np.argsort(-importance.scores[name], kind="stable")[:width]).astype(np.int64)
+        for name, width in widths.items()
+        if width < units[name]
+    }
+
+
+# --- what can be planned from --------------------------------------------------------------------
+
+
+def check_inputs(graph: Graph, profile: Profile, importance: Importance, budget: Budget) -> None:
+    """Refuse records of another model, scores that are no numbers, and budgets nobody measured.
+
+    raises: RecordError, DataError, ModelError, UsageError.
+    """
+    for what, sha256 in (("profile", profile.graph_sha256), ("importance", importance.graph_sha256)):
+        if sha256 != graph.model_sha256:
+            raise RecordError(
+                f"the {what} was made from another graph ({sha256[:12]}) than the model ({graph.model_sha256[:12]});"
+                f" make it again for this model"
+            )
+    if not graph.prunable:
+        raise ModelError("no group of the model can be pruned; `edgeprune trace` says why")
+    for group in graph.prunable:
+        scores = importance.scores.get(group.name)
+        if scores is None or len(scores) != group.units:
+            raise RecordError(f"the importance does not score all {group.units} units of '{group.name}'; score again")
+        curve = importance.curves.get(group.name)
+        if not np.isfinite(scores).all() or (curve is not None and not np.isfinite(curve.loss).all()):
+            raise DataError(f"the importance of '{group.name}' has values that are not finite; score again")
+    if budget.energy_j is not None:
+        raise UsageError("an energy budget needs a board with a power meter, and this profile has no energy")
+    limits = {name: getattr(budget, name) for name in ("latency_s", "artifact_bytes", "peak_memory_bytes")}
+    if all(limit is None for limit in limits.values()):
+        raise UsageError("no budget given; ask for at least one of latency, memory or size")
+    for name, limit in limits.items():
+        if limit is not None and limit <= 0:
+            raise UsageError(f"the {name} budget is {limit}; it must be above zero")
+
+
+# --- the problem ---------------------------------------------------------------------------------
+
+
+def build_problem(
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    budget: Budget,
+    *,
+    levels: int = 16,
+    min_keep: float = 1 / 16,
+    latency_scale: float = 1.0,
+) -> Problem:
+    """Levels, losses and cost terms; arguments as in `choose_widths`."""
+    tiles = _tiles(graph, profile)
+    fine = budget.artifact_bytes is not None or budget.peak_memory_bytes is not None
+    widths = {g.name: candidate_widths(g, tiles.get(g.name, 1), levels, min_keep, fine) for g in graph.prunable}
+    losses = level_losses(importance, widths)
+    choices = tuple(Choice(name=name, widths=widths[name], loss=losses[name]) for name in widths)
+    axes = Axes(choices, graph.units)
+    rows: list[Row] = []
+    if budget.latency_s is not None:
+        limit = budget.latency_s / (latency_scale * _tail(profile, budget))
+        rows.append(latency_terms(profile, axes).row("latency_s", limit))
+    if budget.artifact_bytes is not None:
+        weights = artifact_polynomial(graph)
+        terms = polynomial_terms(weights, axes)
+        terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
+        rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
+    if budget.peak_memory_bytes is not None:
+        distinct = {tuple(sorted(step.bytes.items())): step.bytes for step in memory_steps(graph)}
+        rows.extend(
+            polynomial_terms(step, axes).row("peak_memory_bytes", budget.peak_memory_bytes)
+            for step in distinct.values()
+        )
+    return Problem(choices=choices, rows=tuple(rows), sums=tuple(axes.sums))
+
+
+def candidate_widths(group: Group, tile: int, levels: int, min_keep: float, fine: bool) -> IntArray:
+    """Ascending widths to consider, the full one last.
+
+    Multiples of the group's step and of the tile (units computed at once: a width in between costs
+    time without need), thinned evenly to `levels`. fine: budgets other than latency also gain below
+    the tile, so a group with few tiles is offered widths between them.
+    """
+    floor = max(group.step, int(np.ceil(min_keep * group.units)))
+    quantum = lcm(group.step, tile)
+    if fine and group.units < levels * quantum:
+        quantum = group.step * max(1, group.units // (levels * group.step))
+    widths = np.arange(quantum, group.units, quantum)
+    widths = np.append(widths[widths >= floor], group.units)
+    if len(widths) > levels:
+        widths = widths[np.unique(np.linspace(0, len(widths) - 1, levels).round().astype(int))]
+    return widths.astype(np.int64)
+
+
+def level_losses(importance: Importance, widths: dict[str, IntArray]) -> dict[str, FloatArray]:
+    """Predicted rise of the loss per group and level, never falling as the width falls.
+
+    From the measured curve (made monotone, interpolated by PCHIP) where there is one; else from
+    the summed scores of the removed units, scaled to the curves of the other groups if any.
+    """
+    removed = {name: _removed_score(importance.scores[name], levels) for name, levels in widths.items()}
+    rises: dict[str, FloatArray] = {}
+    ratios: list[float] = []
+    for name, levels in widths.items():
+        curve = importance.curves.get(name)
+        if curve is None or len(curve.widths) < 2:
+            continue
+        monotone = np.asarray(isotonic_regression(curve.loss, increasing=False).x)
+        rises[name] = _interpolate(curve.widths, monotone - monotone[-1], levels)
+        if removed[name][0] > 0:
+            ratios.append(float(rises[name][0] / removed[name][0]))
+    scale = float(np.median(ratios)) if ratios else 1.0
+    largest = max((float(rise[0]) for rise in rises.values()), default=0.0)
+    for name in widths:
+        if name in rises:
+            share = removed[name] / removed[name][0] if removed[name][0] > 0 else np.zeros(len(removed[name]))
+            rises[name] = rises[name] + TIE_BREAK * largest * share
+        else:
+            rises[name] = removed[name] * scale
+    return {name: rises[name] for name in widths}
+
+
+def _removed_score(scores: FloatArray, widths: IntArray) -> FloatArray:
+    """Summed scores of the units that each width removes, lowest first."""
+    total = np.concatenate(([0.0], np.cumsum(np.sort(scores))))
+    return np.asarray(total[len(scores) - widths], dtype=np.float64)
+
+
+def _interpolate(widths: IntArray, rises: FloatArray, wanted: IntArray) -> FloatArray:
+    """Monotone interpolation; below the narrowest measured width along the first segment."""
+    inside = PchipInterpolator(widths, rises)(np.clip(wanted, widths[0], widths[-1]))
+    slope = (rises[0] - rises[1]) / (widths[1] - widths[0])
+    return np.asarray(inside + slope * np.maximum(widths[0] - wanted, 0), dtype=np.float64)
+
+
+def _tiles(graph: Graph, profile: Profile) -> dict[str, int]:
+    """Per group the units that a kernel touching it computes at once."""
+    tables = {table.signature: table for table in profile.tables}
+    result: dict[str, int] = {}
+    for kernel in profile.kernels:
+        table = tables[kernel.signature]
+        for extent, tile in ((kernel.in_extent, table.tile_in), (kernel.out_extent, table.tile_out)):
+            for name, count in extent.groups if extent is not None else ():
+                units = tile // gcd(tile, count)
+                result[name] = min(lcm(result.get(name, 1), units), graph.units[name])
+    return result
+
+
+def _tail(profile: Profile, budget: Budget) -> float:
+    """How far the statistic of the latency budget lies above the median, as measured."""
+    ratios = [
+        statistic(m.samples.values, budget.statistic) / statistic(m.samples.values, "median")
+        for m in profile.measurements
+    ]
+    return float(np.median(ratios)) if ratios else 1.0
+
+
+# --- what comes of it ----------------------------------------------------------------------------
+
+
+def _widths(problem: Problem, levels: Levels) -> dict[str, int]:
+    return {choice.name: int(choice.widths[level]) for choice, level in zip(problem.choices, levels, strict=True)}
+
+
+def _no_solution(problem: Problem, solver: str, answer: Solution, time_limit_s: float) -> Unmet:
+    """Why there is no plan: the binding budget and what can be reached, or that the solver gave up."""
+    limits = {row.quantity: row.limit for row in problem.rows}
+    milp = load_member("solvers", "milp")
+    best: dict[str, float] = {}
+    for quantity in limits:
+        alone = Problem(
+            choices=problem.choices, sums=problem.sums, rows=tuple(r for r in problem.rows if r.quantity == quantity)
+        )
+        best[quantity] = milp.least_excess(alone, time_limit_s=time_limit_s).loss
+    text = "; ".join(f"{_called(q)} {format_amount(q, best[q] * limits[q])}" for q in limits)
+    binding = max(best, key=lambda quantity: best[quantity])
+    if best[binding] > 1:
+        limit = format_amount(binding, limits[binding])
+        return InfeasibleBudget(
+            f"no widths meet the {_called(binding)} budget of {limit}; the least that can be reached is {text}."
+            f" Ask for more, or let it keep fewer units"
+        )
+    together = milp.least_excess(problem, time_limit_s=time_limit_s)
+    if together.loss > 1 and together.levels is not None:
+        costs = costs_of(problem, together.levels)
+        row = max(range(len(costs)), key=lambda k: costs[k] / problem.rows[k].limit)
+        binding = problem.rows[row].quantity
+        return InfeasibleBudget(
+            f"every budget can be met alone but not all at once; closest is {_called(binding)}"
+            f" {format_amount(binding, costs[row])} against {format_amount(binding, limits[binding])}."
+            f" Alone they reach: {text}"
+        )
+    return Unmet(
+        f"solver '{solver}' found no widths within the budgets in {answer.seconds:.0f} s, though there are some;"
+        f" use the milp solver or allow more than {time_limit_s:g} s"
+    )
+
+
+def _called(quantity: str) -> str:
+    return {"latency_s": "latency", "artifact_bytes": "size", "peak_memory_bytes": "memory"}[quantity]
+
+
+def _next_step(problem: Problem, levels: Levels) -> str | None:
+    """The cheapest step up where the plan is predicted well below the latency budget, or None."""
+    index = next((k for k, row in enumerate(problem.rows) if row.quantity == "latency_s"), None)
+    if index is None:
+        return None
+    limit = problem.rows[index].limit
+    now = float(costs_of(problem, levels)[index])
+    wider = [
+        (v, (*levels[:v], level + 1, *levels[v + 1 :]))
+        for v, level in enumerate(levels)
+        if level + 1 < len(problem.choices[v].widths)
+    ]
+    if now >= LOWEST_SHARE * limit or not wider:
+        return None
+    steps = [step for _, step in wider]
+    if is_feasible(problem, steps).any():
+        return None
+    slower = costs_of(problem, steps)[:, index]
+    cheapest = int(np.argmin(np.where(slower > now, slower, np.inf)))
+    v, step = wider[cheapest]
+    choice = problem.choices[v]
+    return (
+        f"the tables predict {now / limit:.1%} of the latency budget and no single group can be wider within all"
+        f" budgets; the cheapest step, '{choice.name}' from {choice.widths[levels[v]]} to {choice.widths[step[v]]},"
+        f" would take it to {slower[cheapest] / limit:.1%}"
+    )
