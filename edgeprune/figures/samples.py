@@ -1,0 +1,77 @@
+"""Every raw latency on the board, round by round, dense and pruned."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeprune.core.records import Samples
+from edgeprune.figures import DENSE, LIMIT, PRUNED, Figure, Layout, Run, Table, Trace, axis, time_scale
+
+ORDER = 10
+NEAR = 0.15
+"""The budget line is drawn when it is this close to the samples; further off it would flatten them."""
+
+
+def draw(run: Run) -> Figure | None:
+    """Two panels of their own scale, so that the spread is seen and not only the difference."""
+    samples = run.report.samples
+    if not samples.get("dense") or not samples.get("compact"):
+        return None
+    scale, unit = time_scale(value for rounds in samples.values() for s in rounds for value in s.values)
+    traces = [
+        _boxes("dense", samples["dense"], DENSE, scale, "y"),
+        _boxes("pruned", samples["compact"], PRUNED, scale, "y2"),
+    ]
+    layout: Layout = {
+        "height": 400,
+        "showlegend": False,
+        "xaxis": axis("round", type="category", anchor="y2"),
+        "yaxis": axis(f"dense ({unit})", domain=[0.54, 1]),
+        "yaxis2": axis(f"pruned ({unit})", domain=[0, 0.46]),
+    }
+    limit = run.report.budget.latency_s
+    values = [value for s in samples["compact"] for value in s.values]
+    if limit is not None and min(values) * (1 - NEAR) <= limit <= max(values) * (1 + NEAR):
+        ends = {"x0": 0, "x1": 1, "xref": "paper", "y0": limit * scale, "y1": limit * scale, "yref": "y2"}
+        layout["shapes"] = [{"type": "line", **ends, "line": {"color": LIMIT, "width": 1.5, "dash": "dash"}}]
+        place = {"x": 1, "xref": "paper", "xanchor": "right", "y": limit * scale, "yref": "y2", "yanchor": "bottom"}
+        layout["annotations"] = [{**place, "text": "budget", "showarrow": False, "font": {"color": LIMIT}}]
+        # An annotation does not widen the axis; a point that nobody sees does.
+        traces.append({"type": "scatter", "x": ["1"], "y": [limit * scale], "yaxis": "y2", "opacity": 0})
+    columns = [f"{name} ({unit})" for name in ("least", "25 %", "median", "75 %", "most")]
+    rows = [
+        (
+            name,
+            str(number),
+            str(len(s.values)),
+            *(f"{q * scale:.4g}" for q in np.percentile(s.values, range(0, 101, 25))),
+        )
+        for name, key in (("dense", "dense"), ("pruned", "compact"))
+        for number, s in enumerate(samples[key], 1)
+    ]
+    return Figure(
+        name="samples",
+        title="Measured latency, sample by sample",
+        says=f"Both models were timed in turn on {run.report.target}, so that a drift of the board shows in both. "
+        "Each point is one sample; the panels have scales of their own.",
+        traces=traces,
+        layout=layout,
+        table=Table(header=("model", "round", "samples", *columns), rows=tuple(rows)),
+        half=True,
+    )
+
+
+def _boxes(name: str, rounds: tuple[Samples, ...], colour: str, scale: float, panel: str) -> Trace:
+    return {
+        "type": "box",
+        "name": name,
+        "x": [f"{number}" for number, s in enumerate(rounds, 1) for _ in s.values],
+        "y": [value * scale for s in rounds for value in s.values],
+        "yaxis": panel,
+        "boxpoints": "all",
+        "jitter": 0.7,
+        "pointpos": 0,
+        "line": {"width": 1.5},
+        "fillcolor": "rgba(0,0,0,0)",
+        "marker": {"color": colour, "size": 5, "opacity": 0.6},
+    }

@@ -1,0 +1,203 @@
+"""One self-contained HTML page from the records of a run: what was reached, and the evidence for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
+from edgeprune.core.describe import interval
+from edgeprune.core.family import list_members, load_member
+from edgeprune.core.records import Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
+from edgeprune.core.store import to_builtins, write_atomic
+from edgeprune.figures import DENSE, PRUNED, Figure, Run, Table
+
+UNKNOWN = "–"
+AMOUNTS = {"s": "latency_s", "bytes": "artifact_bytes", "J": "energy_j"}
+"""Unit of a check -> a budget field of that unit, which is how `format_amount` is told."""
+
+
+def write_report(
+    path: Path, *, report: Report, plan: Plan, graph: Graph, profile: Profile, importance: Importance
+) -> None:
+    """Write the page, whole or not at all. raises: UsageError when the folder cannot be written."""
+    page = render_report(report=report, plan=plan, graph=graph, profile=profile, importance=importance)
+    write_atomic(path, page.encode())
+
+
+def render_report(*, report: Report, plan: Plan, graph: Graph, profile: Profile, importance: Importance) -> str:
+    """The page: needs no network, works in light and dark and on a narrow screen.
+
+    report, plan, graph, profile, importance: of one run; the profile with the closed loop's measurements.
+    """
+    run = Run(report=report, plan=plan, graph=graph, profile=profile, importance=importance)
+    environment = Environment(
+        loader=DictLoader({"page": files("edgeprune").joinpath("templates", "report.html.j2").read_text("utf-8")}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page").render(
+        headline=headline(report),
+        report=report,
+        plan=plan,
+        graph=graph,
+        failed=sum(not check.passed for check in report.checks),
+        figures=draw_figures(run),
+        costs=tabulate_costs(report),
+        checks=tabulate_checks(report.checks),
+        rounds=tabulate_rounds(plan, report.budget),
+        solvers=tabulate_solvers(plan, graph),
+        frozen=tabulate_frozen(graph),
+        conditions=_facts(to_builtins(report.conditions)),
+        provenance=_facts({"artifact_sha256": report.artifact_sha256, **report.provenance}),
+        colours={"dense": DENSE, "pruned": PRUNED},
+        plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
+    )
+
+
+def headline(report: Report) -> str:
+    """The result in one sentence."""
+    dense, compact, accuracy = report.dense.latency_s, report.compact.latency_s, report.accuracy
+    result = f"Pruned for {report.target}"
+    if dense is not None and compact is not None:
+        ratio = dense.median / compact.median
+        change = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
+        times = f"{format_seconds(dense.median)} → {format_seconds(compact.median)}"
+        result = f"{change} on {report.target}: {times} measured"
+    shares = (accuracy.on_board, accuracy.after_recovery, accuracy.before_recovery)
+    after = next((share for share in shares if share is not None), None)
+    if accuracy.dense is not None and after is not None:
+        result += f", accuracy {accuracy.dense:.1%} → {after:.1%}"
+    return result
+
+
+def draw_figures(run: Run) -> list[Figure]:
+    """Every figure of the family that this run can fill, in the order of the page."""
+    members = sorted((load_member("figures", name) for name in list_members("figures")), key=lambda m: int(m.ORDER))
+    drawn = [member.draw(run) for member in members]
+    return [figure for figure in drawn if figure is not None]
+
+
+def tabulate_costs(report: Report) -> Table:
+    """Dense against pruned: every quantity that was measured or counted."""
+    costs = (report.dense, report.compact, report.predicted)
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, pick: Callable[[Cost], Any], show: Callable[[Any], str], size: Callable[[Any], float]) -> None:
+        values = [pick(cost) for cost in costs]
+        if values[0] is None and values[1] is None:
+            return
+        known = values[0] is not None and values[1] is not None and size(values[0]) > 0
+        ratio = f"{size(values[1]) / size(values[0]):.1%}" if known else UNKNOWN
+        rows.append((name, *(UNKNOWN if value is None else show(value) for value in values), ratio))
+
+    add("latency, median", lambda cost: cost.latency_s, interval, lambda value: value.median)
+    add("energy", lambda cost: cost.energy_j, lambda value: format_energy(value.median), lambda value: value.median)
+    add("peak activation memory", lambda cost: cost.peak_memory_bytes, format_bytes, float)
+    add("artifact size", lambda cost: cost.artifact_bytes, format_bytes, float)
+    add("parameters", lambda cost: cost.parameters, _count, float)
+    add("multiply-accumulates", lambda cost: cost.macs, _count, float)
+    accuracy = report.accuracy
+    for name, share in (
+        ("accuracy, not retrained", accuracy.before_recovery),
+        ("accuracy, recovered", accuracy.after_recovery),
+        ("accuracy on the board", accuracy.on_board),
+    ):
+        if share is not None:
+            rows.append((name, _share(accuracy.dense), _share(share), UNKNOWN, UNKNOWN))
+    return Table(header=("", "dense", "pruned", "predicted", "pruned / dense"), rows=tuple(rows))
+
+
+def tabulate_checks(checks: Sequence[Check]) -> Table:
+    """What was asked, predicted and measured."""
+    rows = tuple(
+        (
+            "passed" if check.passed else "FAILED",
+            check.name,
+            *(_amount(value, check.unit) for value in (check.limit, check.predicted, check.measured)),
+            check.note,
+        )
+        for check in checks
+    )
+    return Table(header=("", "check", "limit", "predicted", "measured", "note"), rows=rows)
+
+
+def tabulate_rounds(plan: Plan, budget: Budget) -> Table:
+    """The closed loop: what was asked of the tables, and what the board said. The taken round is marked."""
+    rows = tuple(
+        (
+            str(number),
+            format_seconds(turn.asked_s),
+            format_seconds(turn.predicted_s),
+            interval(turn.measured),
+            f"{turn.measured.median / budget.latency_s:.1%}" if budget.latency_s else UNKNOWN,
+        )
+        for number, turn in enumerate(plan.rounds, 1)
+    )
+    taken = [number for number, turn in enumerate(plan.rounds) if turn.widths == plan.widths]
+    header = ("round", "asked", "predicted", "measured", "of the budget")
+    return Table(header=header, rows=rows, marked=frozenset(taken[-1:]))
+
+
+def tabulate_solvers(plan: Plan, graph: Graph) -> Table:
+    """What every search would have reached under the same budget. The chosen one is marked."""
+    units = sum(group.units for group in graph.prunable)
+    rows = tuple(
+        (
+            result.solver,
+            result.status,
+            f"{result.loss:.4g}",
+            format_seconds(result.cost.latency_s.median) if result.cost.latency_s else UNKNOWN,
+            f"{sum(result.widths.get(group.name, group.units) for group in graph.prunable) / max(units, 1):.0%}",
+            UNKNOWN if result.gap is None else f"{result.gap:.2%}",
+            format_seconds(result.seconds),
+        )
+        for result in plan.alternatives
+    )
+    chosen = [number for number, result in enumerate(plan.alternatives) if result.solver == plan.solver]
+    header = ("solver", "status", "predicted loss", "predicted latency", "units kept", "proven gap", "time")
+    return Table(header=header, rows=rows, marked=frozenset(chosen))
+
+
+def tabulate_frozen(graph: Graph) -> Table:
+    """Groups that keep every unit, and why; groups whose pruning is not exact."""
+    reasons = ((group, group.frozen_because or group.inexact_because) for group in graph.groups)
+    rows = tuple(
+        (group.name, str(group.units), reason if group.frozen_because else f"pruned, but not exact: {reason}")
+        for group, reason in reasons
+        if reason is not None
+    )
+    return Table(header=("group", "units", "reason"), rows=rows)
+
+
+def _count(value: float) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2%}"
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return UNKNOWN
+    if unit in AMOUNTS:
+        return format_amount(AMOUNTS[unit], value)
+    return f"{value:.1%}" if unit == "share" else f"{value:.2g}"
+
+
+def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of every value that is known."""
+    known = ((name, value) for name, value in values.items() if value is not None)
+    return [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in known]
