@@ -36,7 +36,7 @@ def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = Fals
         model_sha256=structure_sha256(captured),
         inputs=tuple(n.name for n in nodes if n.op == "placeholder"),
         outputs=_outputs(captured),
-        nodes=tuple(_node(n, captured, found, partition, batch) for n in nodes),
+        nodes=tuple(_node(n, found, partition, batch) for n in nodes),
         parameters=tuple(_parameter(captured, key, value, partition) for key, value in found.parameters.items()),
         groups=partition.groups,
         unsupported=tuple(found.unsupported),
@@ -85,7 +85,7 @@ class Partition:
         self._sizes = [len(roots) for roots in members]
         self.names = _names(found, self._number, len(members))
         self.groups = tuple(
-            self._group(found, number, frozen.get(roots[0]), inexact.get(roots[0])) for number, roots in enumerate(members)
+            self._group(found, number, frozen.get(root), inexact.get(root)) for number, (root, *_) in enumerate(members)
         )
 
     def _signatures(self, found: Propagation) -> IntArray:
@@ -120,8 +120,8 @@ class Partition:
                 if ids is not None and (here := np.flatnonzero(self._number[ids] == number)).size:
                     order = np.argsort(self._rank[ids[here]], kind="stable")
                     index = here[order].reshape(units, -1)
-                    role = "in" if (key, axis) in found.consumed else "out"
-                    members.append(Member(parameter=key, axis=axis, index=index, role=role))
+                    consumed = (key, axis) in found.consumed
+                    members.append(Member(parameter=key, axis=axis, index=index, role="in" if consumed else "out"))
         constants = []
         for node, place, ids in found.constants:
             if (here := self._number[ids] == number).any():
@@ -168,7 +168,7 @@ def _outputs(captured: fx.GraphModule) -> tuple[str, ...]:
     return tuple(source.name for source in node.all_input_nodes)
 
 
-def _node(node: fx.Node, captured: fx.GraphModule, found: Propagation, partition: Partition, batch: int) -> Node:
+def _node(node: fx.Node, found: Propagation, partition: Partition, batch: int) -> Node:
     value = found.values[node.name]
     shape = () if isinstance(value, tuple) else concrete(node.meta["val"].shape, batch)
     axes = () if isinstance(value, tuple) else value.axes
@@ -180,14 +180,14 @@ def _node(node: fx.Node, captured: fx.GraphModule, found: Propagation, partition
         op="input" if node.op == "placeholder" else operator_name(node),
         inputs=tuple(s.name for s in sources if s.op != "get_attr" and s.name in found.values),
         parameters=tuple(key for key in parameters if key is not None),
-        attributes=_attributes(node, found),
+        attributes=_attributes(node),
         out_shape=shape,
         out_extents=tuple(partition.extent(ids, size) for ids, size in zip(axes, shape, strict=True)),
         view=_shares_memory(node),
     )
 
 
-def _attributes(node: fx.Node, found: Propagation) -> dict[str, Any]:
+def _attributes(node: fx.Node) -> dict[str, Any]:
     """Arguments that are plain values, by schema name; kernel_size where a weight has one."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
@@ -198,8 +198,9 @@ def _attributes(node: fx.Node, found: Propagation) -> dict[str, Any]:
         if (plain := _plain(given)) is not None:
             attributes[argument.name] = plain
     if operator_name(node).startswith("conv"):
-        weight = found.values[node.args[1].name]  # type: ignore[union-attr]
-        attributes["kernel_size"] = list(weight.shape[2:])  # type: ignore[union-attr]
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        attributes["kernel_size"] = list(weight.meta["val"].shape[2:])
     return attributes
 
 

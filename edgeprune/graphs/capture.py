@@ -7,7 +7,7 @@ import operator
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,16 @@ def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
         gives the same node names each time.
     raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module.
     """
+    return import_program(export_program(module, inputs))
+
+
+def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """torch.export in evaluation mode, with a free batch size where the model allows one.
+
+    raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module.
+    """
     with evaluating(module), torch.no_grad():
-        return import_program(_export(module, inputs))
+        return _export(module, inputs)
 
 
 def import_program(program: ExportedProgram) -> fx.GraphModule:
@@ -43,7 +51,8 @@ def import_program(program: ExportedProgram) -> fx.GraphModule:
         if node.op == "call_module":
             continue
         if node.op == "output":
-            out_spec = source._out_spec  # type: ignore[union-attr]
+            out_spec = source._out_spec
+            assert out_spec is not None
             leaves = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in pytree.tree_leaves(node.args[0])]
             graph.output(pytree.tree_unflatten(leaves, out_spec))
             continue
@@ -52,8 +61,15 @@ def import_program(program: ExportedProgram) -> fx.GraphModule:
             _normalise(copies[node])
     captured = fx.GraphModule(source, graph)
     _keep_counters(source, captured)
+    mark_persistent(captured, set(program.state_dict))
     captured.graph.lint()
     return captured
+
+
+def mark_persistent(module: nn.Module, keys: set[str]) -> None:
+    """Leave buffers that are not among `keys` (constants of the code) out of the state dict."""
+    for prefix, part in module.named_modules():
+        part._non_persistent_buffers_set = {n for n in part._buffers if f"{prefix}.{n}".lstrip(".") not in keys}
 
 
 @contextmanager
@@ -71,19 +87,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def _export(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     # A batch of one would be taken for a constant.
     several = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in inputs)
-    free: Any = tuple({0: Dim.AUTO} if x.ndim else None for x in several)  # type: ignore[attr-defined]
-    try:
+    free: Any = tuple({0: Dim.AUTO} if x.ndim else None for x in several)
+    with suppress(Exception):  # the next attempt says why
         program = export(module, several, dynamic_shapes=free, strict=False)
-        if all(not x.ndim or isinstance(size, torch.SymInt) for x, size in zip(inputs, _batches(program), strict=True)):
+        free_sizes = zip(inputs, _batches(program), strict=True)
+        if all(not x.ndim or isinstance(size, torch.SymInt) for x, size in free_sizes):
             return program
-    except Exception:  # the next attempt says why
-        pass
     try:
         module(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ModelError(
-            f"the model does not accept inputs of shape {shapes}: {_reason(error)}; correct the input shapes or the model"
+            f"the model does not accept inputs of shape {shapes}: {_reason(error)}; "
+            "correct the input shapes or the model"
         ) from error
     try:
         return export(module, inputs, strict=False)
@@ -126,7 +142,8 @@ def _normalise(node: fx.Node) -> None:
         return
     schema = node.target._schema.arguments
     positional = [argument.name for argument in schema if not argument.kwarg_only]
-    args, kwargs = list(node.args), dict(node.kwargs)
+    args: list[Any] = list(node.args)
+    kwargs = dict(node.kwargs)
     while len(args) < len(positional) and any(name in kwargs for name in positional[len(args) :]):
         argument = schema[len(args)]
         args.append(kwargs.pop(argument.name, argument.default_value))
@@ -137,6 +154,8 @@ def _normalise(node: fx.Node) -> None:
         if all(isinstance(size, int) for size in sizes):
             node.target = torch.ops.aten.split_with_sizes.default
             args = [args[0], sizes, dim]
+    elif name in ("max", "min") and "other" in positional:
+        node.target = torch.ops.aten.maximum.default if name == "max" else torch.ops.aten.minimum.default
     elif name == "squeeze" and len(args) == 1:
         # Without axes, it would also squeeze a channel axis that is pruned to one channel.
         node.target = torch.ops.aten.squeeze.dims
@@ -178,11 +197,10 @@ def module_path(node: fx.Node) -> str:
 def structure_sha256(captured: fx.GraphModule) -> str:
     """Digest of operators, arguments, shapes and parameter names; the weights' values do not count."""
     digest = hashlib.sha256()
-    tensors = {**dict(captured.named_parameters(remove_duplicate=False)), **dict(captured.named_buffers(remove_duplicate=False))}
     for node in captured.graph.nodes:
         line = [node.op, node.name, operator_name(node) if node.op == "call_function" else str(node.target)]
         if node.op == "get_attr":
-            line.append(str(tuple(tensors[str(node.target)].shape)))
+            line.append(str(tuple(operator.attrgetter(str(node.target))(captured).shape)))
         elif node.op == "placeholder":
             # The first axis is the batch; its symbol's name changes from run to run.
             line.append(str([size if isinstance(size, int) else "batch" for size in node.meta["val"].shape]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from edgeprune.graphs.capture import module_path, operator_name
+from edgeprune.graphs.capture import mark_persistent, module_path, operator_name
 
 CONVOLUTIONS: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
@@ -39,10 +39,9 @@ def lift(captured: fx.GraphModule) -> fx.GraphModule:
     for node in captured.graph.nodes:
         if node.op == "call_function":
             _collect(captured, node, calls)
-    graph = captured.graph
-    root = captured
+    graph, keys = captured.graph, set(captured.state_dict())
     for path, (layer, nodes) in calls.items():
-        _install(root, path, layer)
+        _install(captured, path, layer)
         for node in nodes:
             with graph.inserting_before(node):
                 new = graph.call_module(path, (node.args[0],))
@@ -51,7 +50,8 @@ def lift(captured: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    lifted = fx.GraphModule(root, graph, class_name="Lifted")
+    lifted = fx.GraphModule(captured, graph, class_name="Lifted")
+    mark_persistent(lifted, keys)
     for node in lifted.graph.nodes:
         node.meta = {}
     lifted.graph.lint()
@@ -62,9 +62,9 @@ def _collect(captured: fx.GraphModule, node: fx.Node, calls: dict[str, tuple[nn.
     """Add the call to the layer that stands for it, where one can."""
     op = operator_name(node)
     if op in DROPOUTS:
-        path = _free_path(captured, module_path(node), op, calls)
+        beside = _free_path(captured, module_path(node), op, calls)
         inplace = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.endswith("_")
-        calls[path] = (DROPOUTS[op](p=node.args[1], inplace=inplace), [node])
+        calls[beside] = (DROPOUTS[op](p=node.args[1], inplace=inplace), [node])
         return
     build = LAYERS.get(op)
     arguments = _arguments(node)
@@ -72,7 +72,7 @@ def _collect(captured: fx.GraphModule, node: fx.Node, calls: dict[str, tuple[nn.
     if build is None or path is None:
         return
     tensors = {
-        name: operator.attrgetter(given.target)(captured)
+        name: operator.attrgetter(str(given.target))(captured)
         for name, given in arguments.items()
         if name in PARAMETERS and isinstance(given, fx.Node)
     }
@@ -98,7 +98,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):
         default = argument.default_value
-        arguments[argument.name] = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+        arguments[argument.name] = (
+            node.args[position] if position < len(node.args) else node.kwargs.get(argument.name, default)
+        )
     return arguments
 
 
@@ -147,7 +149,8 @@ def _install(root: nn.Module, path: str, layer: nn.Module) -> None:
 
 def _hold(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        (layer._parameters if isinstance(tensor, nn.Parameter) else layer._buffers)[name] = tensor  # type: ignore[index]
+        owned: dict[str, Any] = layer._parameters if isinstance(tensor, nn.Parameter) else layer._buffers
+        owned[name] = tensor
 
 
 # --- one builder per layer -----------------------------------------------------------------------

@@ -83,14 +83,15 @@ def _parameter(units: Units, key: str, tensor: torch.Tensor, channels: int) -> V
 
 def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node) -> None:
     if node.target is operator.getitem:
-        source = found.values.get(node.args[0].name)  # type: ignore[union-attr]
-        if isinstance(source, tuple):
-            found.values[node.name] = source[node.args[1]]  # type: ignore[index]
+        whole, index = node.args
+        assert isinstance(whole, fx.Node) and isinstance(index, int)
+        if isinstance(parts := found.values.get(whole.name), tuple):
+            found.values[node.name] = parts[index]
         return
     outputs = node.meta.get("val")
     several = isinstance(outputs, list | tuple)
-    tensors = list(outputs) if several else [outputs]  # type: ignore[arg-type]
-    if operator_name(node) == "sym_size" or not any(isinstance(t, torch.Tensor) for t in tensors):
+    tensors = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    if not any(isinstance(t, torch.Tensor) for t in tensors):
         if operator_name(node) != "sym_size":
             _give_up(found, node)
         return

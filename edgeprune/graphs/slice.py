@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -37,21 +36,21 @@ def slice_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep) -> 
             for constant in group.constants:
                 _lower(nodes[constant.node], constant, removed[group.name])
     slices = parameter_slices(graph, removed)
-    _replace_tensors(captured, slices)
+    replace_tensors(captured, {name: slices.get(name, {}) for name in named_tensors(captured)})
     captured.recompile()
     return lift(captured)
 
 
-def _replace_tensors(captured: fx.GraphModule, slices: Mapping[str, Mapping[int, IntArray]]) -> None:
-    """Give every parameter and buffer its own sliced copy; what is shared stays shared."""
-    copies: dict[int, torch.Tensor] = {}
-    named = named_tensors(captured)
-    for name, tensor in named.items():
-        if name in slices or id(tensor) not in copies:
-            copies[id(tensor)] = slice_tensor(tensor, slices.get(name, {}))
-    for part in captured.modules():
-        part._parameters.update({n: copies[id(t)] for n, t in part._parameters.items() if t is not None})  # type: ignore[misc]
-        part._buffers.update({n: copies[id(t)] for n, t in part._buffers.items() if t is not None})
+def replace_tensors(module: nn.Module, slices: Mapping[str, Mapping[int, IntArray]]) -> None:
+    """Put a sliced copy in the place of every tensor named in `slices`; what is shared stays shared."""
+    copies = {
+        id(tensor): slice_tensor(tensor, slices[name])
+        for name, tensor in named_tensors(module).items()
+        if name in slices
+    }
+    for part in module.modules():
+        for owned in (part._parameters, part._buffers):
+            owned.update({name: copies[id(t)] for name, t in owned.items() if id(t) in copies})  # type: ignore[misc]
 
 
 def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
@@ -73,7 +72,10 @@ def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by state-dict key, shared ones under each of theirs."""
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def removed_units(graph: Graph, keep: Keep) -> dict[str, IntArray]:

@@ -27,7 +27,7 @@ Axes = tuple[Axis, ...]
 Rule = Callable[["Call"], "Axes | list[Axes]"]
 
 
-class NoRule(Exception):  # noqa: N818 - an outcome, not an error
+class NoRule(Exception):
     """The rule does not cover this call; says why."""
 
 
@@ -150,7 +150,8 @@ class Call:
             return None
         columns = ids.reshape(parts, -1)
         self.units.union(columns[1:], columns[:1])
-        return columns[0]
+        first: IntArray = columns[0]
+        return first
 
     def tie_blocks(self, ids: Axis, blocks: int) -> Axis:
         """Tie all positions within each of `blocks` equal blocks, and return one id per block."""
@@ -158,7 +159,8 @@ class Call:
             return None
         rows = ids.reshape(blocks, -1)
         self.units.union(rows[:, 1:], rows[:, :1])
-        return rows[:, 0]
+        first: IntArray = rows[:, 0]
+        return first
 
 
 def load_rules() -> dict[str, Rule]:

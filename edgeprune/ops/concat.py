@@ -98,6 +98,18 @@ def select(call: Call) -> Axes:
     return (*x.axes[:dim], *x.axes[dim + 1 :])
 
 
+def index(call: Call) -> Axes:
+    """x[..., integers, ...]: the indexed axis gives way to the axes of the integers, the others pass."""
+    x, indices = call.value("self"), call.plain("indices")
+    places = [axis for axis, given in enumerate(indices) if given is not None]
+    if len(places) != 1:
+        raise NoRule("several axes are indexed")
+    (dim,) = places
+    call.freeze(x.axes[dim], "is indexed")
+    call.masked = x.masked
+    return (*x.axes[:dim], *[None] * len(indices[dim].shape), *x.axes[dim + 1 :])
+
+
 def unbind(call: Call) -> list[Axes]:
     """Every x[index] along `dim`."""
     x = call.value("self")
@@ -121,6 +133,7 @@ RULES: dict[str, Rule] = {
     "slice": slice_axis,
     "narrow": narrow,
     "select": select,
+    "index": index,
     "unbind": unbind,
     "glu": glu,
 }

@@ -38,15 +38,16 @@ def mixed_in_place(call: Call) -> Axes:
     return x.axes
 
 
-RULES: dict[str, Rule] = {
-    name: pool
-    for name in (
-        *(f"{adaptive}{kind}_pool{n}d" for adaptive in ("", "adaptive_") for kind in ("max", "avg") for n in (1, 2, 3)),
-        *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
-    )
-}
-RULES |= dict.fromkeys(
-    ("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin", "prod"),
-    reduce,
+POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool")
+REDUCTIONS = (
+    *("mean", "sum", "prod", "max", "min", "amax", "amin", "argmax", "argmin", "any", "all", "var", "std"),
+    *("norm", "linalg_vector_norm", "logsumexp"),
 )
-RULES |= dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum"), mixed_in_place)
+RUNNING = ("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys((f"{kind}{n}d" for kind in POOLS for n in (1, 2, 3)), pool),
+    **dict.fromkeys((f"max_pool{n}d_with_indices" for n in (1, 2, 3)), pool),
+    **dict.fromkeys(REDUCTIONS, reduce),
+    **dict.fromkeys(RUNNING, mixed_in_place),
+}

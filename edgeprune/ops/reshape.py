@@ -76,10 +76,12 @@ def _split(call: Call, ids: Axis, sizes: list[int], axes: list[int]) -> list[Axi
     if not varying:
         call.freeze(ids, "is one unit that a view splits")
         return [None] * len(sizes)
-    # Channels first (a shuffle): the inner part are the channels. Channels last (attention heads): the
-    # innermost part is contracted head by head, so the part before it can be removed.
-    last = axes[-1] == len(call.out_shape) - 1
-    carrier = varying[-2] if last and len(varying) > 1 else varying[-1]
+    # The largest part leaves most units. Only in channels-last tensors, split into attention heads, is
+    # the innermost part summed head by head, so there the part before it can be removed.
+    if axes[-1] == len(call.out_shape) - 1 and len(varying) > 1:
+        carrier = varying[-2]
+    else:
+        carrier = max(varying, key=lambda axis: (sizes[axis], axis))
     first = roots
     for axis in range(len(sizes)):
         if axis != carrier:
@@ -162,7 +164,8 @@ def repeat(call: Call) -> Axes:
     new = len(times) - len(x.shape)
     if not all(isinstance(t, int) or x.axes[a - new] is None for a, t in enumerate(times) if a >= new):
         raise NoRule("repeats computed at run time")
-    return (*[None] * new, *(None if ids is None else np.tile(ids, t) for ids, t in zip(x.axes, times[new:], strict=True)))
+    tiled = (None if ids is None else np.tile(ids, t) for ids, t in zip(x.axes, times[new:], strict=True))
+    return (*[None] * new, *tiled)
 
 
 def repeat_interleave(call: Call) -> Axes:
