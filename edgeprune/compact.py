@@ -45,16 +45,16 @@ def compact_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep, *
     return module
 
 
-def save_compact(module: nn.Module, inputs: Inputs, directory: Path) -> None:
-    """Write `compact.pt2` (program with a free batch size) and `compact.safetensors` (state dict), atomically.
+def save_compact(module: nn.Module, inputs: Inputs, directory: Path, *, name: str = "compact") -> None:
+    """Write `NAME.pt2` (program with a free batch size) and `NAME.safetensors` (state dict), atomically.
 
     raises: ModelError from torch.export; UsageError when the folder cannot be written.
     """
     file = io.BytesIO()
     torch.export.save(export_program(module, inputs), file)
     state = {key: tensor.detach().clone().contiguous() for key, tensor in module.state_dict().items()}
-    write_atomic(directory / "compact.safetensors", serialise(state))
-    write_atomic(directory / "compact.pt2", file.getvalue())
+    write_atomic(directory / f"{name}.safetensors", serialise(state))
+    write_atomic(directory / f"{name}.pt2", file.getvalue())
 
 
 def _slice_layers(module: nn.Module, graph: Graph, keep: Keep) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -47,6 +47,13 @@ class Data:
     labels: tuple[str, ...] | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
+    def require(self, split: Literal["train", "calibration", "test"]) -> Batches:
+        """A split that cannot be done without. raises: DataError when the source lacks it."""
+        batches: Batches | None = getattr(self, split)
+        if batches is None:
+            raise DataError(f"the data source has no .{split}; add it: batches of (inputs, targets)")
+        return batches
+
 
 class ArrayBatches:
     """Batches of arrays in memory; shuffled anew by torch's global generator in each pass if asked to."""
@@ -67,15 +74,28 @@ class ArrayBatches:
 # --- the model -----------------------------------------------------------------------------------
 
 
-def example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Tensor, ...]:
     """Inputs of the shapes in the specification: standard normal, the same every time.
 
-    raises: ModelError when the specification names no shapes.
+    module: a `.pt2` knows its own shapes (batch 1 where it is free), for when the specification names none.
+    raises: ModelError when neither does.
     """
-    if not spec.inputs:
-        raise ModelError("the model's input shapes are not given; add e.g. inputs = [[1, 3, 32, 32]] to [model]")
+    shapes = spec.inputs or _traced_shapes(module)
+    if not shapes:
+        raise ModelError(
+            "the model's input shapes are not given; add e.g. inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
+        )
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in spec.inputs)
+    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
+
+
+def _traced_shapes(module: nn.Module | None) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(module, torch.fx.GraphModule):
+        return ()
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    if not all(isinstance(value, Tensor) for value in values):
+        return ()
+    return tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
 
 
 def load_model(spec: ModelSpec, base: Path) -> nn.Module:
