@@ -87,10 +87,11 @@ def choose_widths(
     for done, (name, member) in enumerate(zip(names, members, strict=True)):
         progress(f"planning with {name}", done, len(names))
         solutions[name] = member.solve(problem, time_limit_s=time_limit_s)
+        if name == solver and solutions[name].levels is None:
+            raise _no_solution(problem, solver, solutions[name], time_limit_s)
     progress("planned", len(names), len(names))
     chosen = solutions[solver]
-    if chosen.levels is None:
-        raise _no_solution(problem, solver, chosen, time_limit_s)
+    assert chosen.levels is not None
     widths = _widths(problem, chosen.levels)
     predicted = predict_cost(graph, widths, profile)
     results = tuple(

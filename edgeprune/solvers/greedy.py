@@ -32,7 +32,8 @@ def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:
         return total
 
     while (excess := over(levels)) > 0:
-        steps = np.array([(v, lower) for v, level in enumerate(levels) for lower in range(level)]).reshape(-1, 2)
+        steps = np.array([(v, lower) for v, level in enumerate(levels) for lower in range(level)], dtype=np.int64)
+        steps = steps.reshape(-1, 2)
         batch = np.repeat(levels[None], len(steps), axis=0)
         batch[np.arange(len(steps)), steps[:, 0]] = steps[:, 1]
         gain = excess - over(batch)
