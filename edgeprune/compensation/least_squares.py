@@ -43,7 +43,7 @@ def compensate(
     keep: Keep,
     batches: Iterable[tuple[Any, Tensor]],
     *,
-    damping: float = 1e-3,
+    damping: float = 1e-2,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[str]:
@@ -367,16 +367,21 @@ def _by_group(layer: Layer, y: Tensor) -> Tensor:
 def collect_gram(layer: Layer, x: Tensor) -> Tensor | None:
     """XᵀX (d, d) in float64 of an ungrouped layer's unfolded inputs, with a column of ones for its bias.
 
-    None when it would be larger than MAX_FEATURES on a side.
+    Positions are thinned out evenly to 16 a feature, more tell little. None when it would be larger
+    than MAX_FEATURES on a side.
     """
     features = layer.weight[0].numel()
     if features > MAX_FEATURES:
         return None
     size = features + (layer.bias is not None)
     gram = torch.zeros(size, size, dtype=torch.float64)
-    step = max(1, CHUNK_BYTES // max(1, _positions(layer, x[:1]) * features * 4))
+    per_example = _positions(layer, x[:1])
+    stride = max(1, len(x) * per_example // (16 * features))
+    step = max(1, CHUNK_BYTES // max(1, per_example * features * 4))
     for start in range(0, len(x), step):
         rows = _unfold(layer, x[start : start + step])[0]
+        # A stride that shares a factor with the image's width would always meet the same columns.
+        rows = rows[torch.arange(0, len(rows), stride | 1)]
         if layer.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         gram += (rows.T @ rows).double()
