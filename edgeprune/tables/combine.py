@@ -7,10 +7,9 @@ their sum is calibrated against the whole model timed without the profiler.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
 
 from edgeprune.core.cost import kernel_latency, kernel_sizes
 from edgeprune.core.errors import RecordError
@@ -21,6 +20,9 @@ from edgeprune.tables.fit import Observations, fit_kernel, tabulate
 
 DRIFT_STIFFNESS = 6.0
 """Variance of one timing over that of the board's change of speed from one timing to the next."""
+LEAST_SHARE = 0.1
+"""Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
+FEWEST_FOR_INTERCEPT = 4
 PLANNED = "plan-"
 """Names of configurations that were measured because a planner chose them."""
 PLANNED_WEIGHT = 4.0
@@ -58,20 +60,24 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> C
     dense = next((item for item in fitted if item.name == DENSE), None)
     if dense is None:
         raise RecordError("the profile has no complete measurement of the dense model; profile again")
-    scale, _ = _calibrate([sum(item.kernels.values()) for item in fitted], [item.whole_s for item in fitted])
-    tables = _fit_tables(kernels, fitted, dense, scale or 1.0)
+    tables = _fit_tables(kernels, _unprofiled(fitted), dense)
     by_signature = {table.signature: table for table in tables}
-    predicted = [predict_kernels(kernels, by_signature, item.widths) for item in fitted]
-    scale, overhead = _calibrate(predicted, [item.whole_s for item in fitted])
-    tables = tuple(_scale(table, scale or 1.0) for table in tables)
+    wholes = np.array([item.whole_s for item in fitted])
+    predicted = np.array([predict_kernels(kernels, by_signature, item.widths) for item in fitted])
+    scale, overhead = _calibrate(predicted, wholes)
+    if overhead < 0:
+        scale, overhead = _calibrate(predicted, wholes, intercept=False)
+    tables = tuple(_scale(table, scale) for table in tables)
     by_signature = {table.signature: table for table in tables}
     errors = [
         abs(overhead + predict_kernels(kernels, by_signature, item.widths) - item.whole_s) / item.whole_s
         for item in configured if item.held_out
     ]  # fmt: skip
+    held_out = (
+        HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None
+    )
     return Combined(
-        tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements),
-        held_out=HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None,
+        tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements), held_out=held_out,
     )  # fmt: skip
 
 
@@ -88,8 +94,8 @@ def estimate_drift(names: Sequence[str], times: Sequence[float]) -> FloatArray:
     repeats of all configurations tell how the board's speed moved, not the anchor alone.
     returns: (n,), median 1.
     """
-    labels, index = np.unique(np.asarray(names), return_inverse=True)
-    n, m = len(times), len(labels)
+    _, index = np.unique(np.asarray(names), return_inverse=True)
+    n, m = len(times), len(set(names))
     y = np.log(np.asarray(times, dtype=np.float64))
     if n == m:
         return np.ones(n)
@@ -119,11 +125,11 @@ def average_rounds(measurements: Sequence[Measurement]) -> list[Configured]:
     if not measurements:
         return []
     names = [item.configuration for item in measurements]
-    whole = np.array([median(item.samples.values) for item in measurements])
-    whole = whole / estimate_drift(names, whole.tolist())
+    raw = [median(item.samples.values) for item in measurements]
+    whole = np.asarray(raw) / estimate_drift(names, raw)
     profiled = [index for index, item in enumerate(measurements) if item.kernels]
     sums = [sum(measurements[index].kernels.values()) for index in profiled]
-    drift = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
+    drift: FloatArray = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
     slowness = dict(zip(profiled, drift.tolist(), strict=True))
     result = []
     for name in dict.fromkeys(names):
@@ -159,28 +165,43 @@ def measured_latency(measurements: Sequence[Measurement], configuration: str = D
     return Quantity(median=center, low=min(low, center), high=max(high, center))
 
 
-def _calibrate(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """(scale, overhead) with whole = scale x part + overhead, both >= 0, least relative error."""
-    whole = np.asarray(wholes)
-    rows = np.stack([np.asarray(parts) / whole, 1.0 / whole], axis=1)
-    # With few configurations the overhead cannot be told from the scale: leave it out.
-    if len(whole) < 4:
-        rows[:, 1] = 0.0
-    size = np.maximum(rows.max(axis=0), 1e-30)
-    weight = np.ones(len(whole))
+def _unprofiled(fitted: Sequence[Configured]) -> list[Configured]:
+    """Kernel times without what the profiler adds to each: in small models it is half of the sum.
+
+    The sum over kernels against the unprofiled whole gives a scale and an intercept. A negative
+    intercept is the profiler's own time, taken off every kernel alike.
+    """
+    sums = np.array([sum(item.kernels.values()) for item in fitted])
+    scale, intercept = _calibrate(sums, np.array([item.whole_s for item in fitted]))
+    result = []
+    for item in fitted:
+        added = max(-intercept / scale, 0.0) / len(item.kernels)
+        kernels = {name: scale * max(time - added, LEAST_SHARE * time) for name, time in item.kernels.items()}
+        result.append(replace(item, kernels=kernels))
+    return result
+
+
+def _calibrate(parts: FloatArray, wholes: FloatArray, *, intercept: bool = True) -> tuple[float, float]:
+    """(scale, intercept) of whole = scale x part + intercept: least relative error, Huber weights."""
+    # With few configurations the intercept cannot be told from the scale.
+    used = 2 if intercept and len(wholes) >= FEWEST_FOR_INTERCEPT else 1
+    rows = (np.stack([parts, np.full(len(parts), parts.mean())], axis=1) / wholes[:, None])[:, :used]
+    # Plans are seldom tiny: a model of a tenth of the time counts a tenth.
+    usual = np.sqrt(wholes / wholes.max())
+    weight = usual
     solution = np.zeros(2)
-    for _ in range(3):
-        solution, _ = nnls(rows / size * weight[:, None], weight)
-        residual = np.abs(1 - rows / size @ solution)
+    for _ in range(5):
+        solution = np.zeros(2)
+        solution[:used] = np.linalg.lstsq(rows * weight[:, None], weight, rcond=None)[0]
+        residual = np.abs(1 - rows @ solution[:used])
         spread = 1.4826 * float(np.median(residual)) + 1e-4
-        weight = np.sqrt(np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12)))
-    scale, overhead = solution / size
-    return float(scale), float(overhead)
+        weight = usual * np.sqrt(np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12)))
+    if solution[0] <= 0:
+        return float(np.median(wholes / parts)), 0.0
+    return float(solution[0]), float(solution[1] * parts.mean())
 
 
-def _fit_tables(
-    kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured, scale: float
-) -> tuple[Table, ...]:
+def _fit_tables(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured) -> tuple[Table, ...]:
     weights = _closeness(fitted, dense)
     pooled: dict[str, list[Kernel]] = {}
     for kernel in kernels:
@@ -188,7 +209,7 @@ def _fit_tables(
     tables = []
     for signature, members in pooled.items():
         rows = [
-            (*kernel_sizes(kernel, item.widths, item.widths), item.kernels[kernel.name] * scale, index, weights[index])
+            (*kernel_sizes(kernel, item.widths, item.widths), item.kernels[kernel.name], index, weights[index])
             for index, item in enumerate(fitted)
             for kernel in members
             if item.kernels.get(kernel.name, 0.0) > 0
@@ -223,7 +244,4 @@ def _additivity_gap(measurements: Sequence[Measurement]) -> float:
 
 
 def _scale(table: Table, factor: float) -> Table:
-    return Table(
-        signature=table.signature, in_sizes=table.in_sizes, out_sizes=table.out_sizes,
-        latency_s=table.latency_s * factor, tile_in=table.tile_in, tile_out=table.tile_out,
-    )  # fmt: skip
+    return replace(table, latency_s=table.latency_s * factor)

@@ -9,7 +9,6 @@ over is smoothed over the neighbourhood where that predicts left-out configurati
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +17,13 @@ from scipy.optimize import nnls
 
 from edgeprune.core.records import FloatArray, IntArray, Table
 
-TILES = (1, 4, 8, 16, 32)
+TILES = (4, 8, 16, 32)
 ALIGNMENT = 4
 """Runtimes leave their blocked layouts for sizes that are no multiple of it; such sizes cost extra."""
 FOLDS = 5
 MARGIN = 0.97
 """A more complex form must predict left-out configurations with at most this share of the error."""
+STAIRCASE_MARGIN = 0.99
 SMOOTHING = tuple(itertools.product((0.3, 0.7, 1.5), (1.0, 4.0)))
 """Bandwidth in octaves, and how many observations' weight pulls the correction to none."""
 FINEST_GRID = 24
@@ -81,8 +81,12 @@ def fit_kernel(data: Observations) -> Fit:
     """
     if not len(data.time_s):
         raise ValueError("a kernel without observations")
-    candidates = [_cross_validate(data, tile_in, tile_out, None) for tile_in, tile_out in _tiles(data)]
-    best = min(candidates, key=lambda fit: fit.error)
+    best = _cross_validate(data, 1, 1, None)
+    for _ in range(2):
+        for tile in _tiles(data.sizes_out):
+            best = _better(best, _cross_validate(data, best.tile_in, tile, None))
+        for tile in _tiles(data.sizes_in):
+            best = _better(best, _cross_validate(data, tile, best.tile_out, None))
     for smoothing in SMOOTHING:
         local = _cross_validate(data, best.tile_in, best.tile_out, smoothing)
         if local.error < MARGIN * best.error:
@@ -102,10 +106,13 @@ def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Tab
     )  # fmt: skip
 
 
-def _tiles(data: Observations) -> Sequence[tuple[int, int]]:
-    """Candidate staircases; none along an axis that was never varied."""
-    axes = [TILES if len(np.unique(sizes)) > 2 else (1,) for sizes in (data.sizes_in, data.sizes_out)]
-    return list(itertools.product(*axes))
+def _tiles(sizes: IntArray) -> tuple[int, ...]:
+    """Candidate staircases along an axis; none along one that was hardly varied."""
+    return TILES if len(np.unique(sizes)) > 2 else ()
+
+
+def _better(best: Fit, other: Fit) -> Fit:
+    return other if other.error < STAIRCASE_MARGIN * best.error else best
 
 
 def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None) -> Fit:
@@ -117,7 +124,7 @@ def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: 
         if not inside.any():
             errors[outside] = np.inf
             continue
-        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing)
+        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, passes=2)
         errors[outside] = fit.predict(data.sizes_in[outside], data.sizes_out[outside]) / data.time_s[outside] - 1
     # Absolute, not squared: one interrupted timing must not choose the tile.
     error = float(np.average(np.abs(errors), weights=data.weight * data.time_s))
@@ -128,20 +135,24 @@ def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: 
     )  # fmt: skip
 
 
-def _solve(data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None) -> Fit:
-    """Non-negative least squares on relative errors, reweighted twice against outliers (Huber)."""
+def _solve(
+    data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None, *, passes: int = 3
+) -> Fit:
+    """Non-negative least squares on relative errors, reweighted between passes against outliers (Huber)."""
     features = _features(data.sizes_in, data.sizes_out, tile_in, tile_out)
     scale = features.max(axis=0)
     scale[scale == 0] = 1.0
     relative = features / scale / data.time_s[:, None]
-    weight = np.sqrt(data.weight)
+    # Large kernels decide the latency: an error counts by the root of the time it is a share of.
+    usual = np.sqrt(data.weight * data.time_s / data.time_s.max())
+    weight = usual
     coefficients = np.zeros(features.shape[1])
     residuals = np.zeros(len(data.time_s))
-    for _ in range(3):
+    for _ in range(passes):
         coefficients, _ = nnls(relative * weight[:, None], weight)
         residuals = 1 - relative @ coefficients
         spread = 1.4826 * float(np.median(np.abs(residuals))) + 1e-9
-        weight = np.sqrt(data.weight * np.minimum(1.0, 2.5 * spread / np.maximum(np.abs(residuals), 1e-12)))
+        weight = usual * np.sqrt(np.minimum(1.0, 2.5 * spread / np.maximum(np.abs(residuals), 1e-12)))
     predicted = np.maximum(relative @ coefficients, 1e-12)
     limit = 5 * (1.4826 * float(np.median(np.abs(residuals))) + 1e-9)
     return Fit(
@@ -154,7 +165,7 @@ def _features(i: IntArray, o: IntArray, tile_in: int, tile_out: int) -> FloatArr
     """(n, 6): 1, I, O, I·O, and for sizes off the alignment 1 and I·O once more."""
     wide_in, wide_out = -(-i // tile_in) * tile_in, -(-o // tile_out) * tile_out
     columns = [np.ones_like(i), wide_in, wide_out, wide_in * wide_out]
-    odd = ((i % ALIGNMENT) | (o % ALIGNMENT)) > 0
+    odd = (((i % ALIGNMENT) | (o % ALIGNMENT)) > 0).astype(np.int64)
     volume = np.where(wide_in > 0, wide_in, 1) * wide_out
     columns += [odd, odd * volume]
     return np.stack(columns, axis=1).astype(np.float64)
