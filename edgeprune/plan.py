@@ -7,6 +7,7 @@ live activations become unary and pairwise terms of the levels; a solver does th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd, lcm
 
 import numpy as np
@@ -88,7 +89,7 @@ def choose_widths(
         progress(f"planning with {name}", done, len(names))
         solutions[name] = member.solve(problem, time_limit_s=time_limit_s)
         if name == solver and solutions[name].levels is None:
-            raise _no_solution(problem, solver, solutions[name], time_limit_s)
+            raise _no_solution(problem, budget, solver, solutions[name], time_limit_s)
     progress("planned", len(names), len(names))
     chosen = solutions[solver]
     assert chosen.levels is not None
@@ -291,37 +292,36 @@ def _widths(problem: Problem, levels: Levels) -> dict[str, int]:
     return {choice.name: int(choice.widths[level]) for choice, level in zip(problem.choices, levels, strict=True)}
 
 
-def _no_solution(problem: Problem, solver: str, answer: Solution, time_limit_s: float) -> Unmet:
+def _no_solution(problem: Problem, budget: Budget, solver: str, answer: Solution, time_limit_s: float) -> Unmet:
     """Why there is no plan: the binding budget and what can be reached, or that the solver gave up."""
-    limits = {row.quantity: row.limit for row in problem.rows}
-    milp = load_member("solvers", "milp")
+    least_excess = load_member("solvers", "milp").least_excess
+    quantities = list(dict.fromkeys(row.quantity for row in problem.rows))
     best: dict[str, float] = {}
-    for quantity in limits:
-        alone = Problem(
-            choices=problem.choices, sums=problem.sums, rows=tuple(r for r in problem.rows if r.quantity == quantity)
-        )
-        best[quantity] = milp.least_excess(alone, time_limit_s=time_limit_s).loss
-    text = "; ".join(f"{_called(q)} {format_amount(q, best[q] * limits[q])}" for q in limits)
+    for quantity in quantities:
+        rows = tuple(row for row in problem.rows if row.quantity == quantity)
+        best[quantity] = least_excess(replace(problem, rows=rows), time_limit_s=time_limit_s).loss
+
+    def amount(quantity: str, share: float) -> str:
+        return f"{_called(quantity)} {format_amount(quantity, share * getattr(budget, quantity))}"
+
+    reachable = ", ".join(amount(quantity, best[quantity]) for quantity in quantities)
     binding = max(best, key=lambda quantity: best[quantity])
     if best[binding] > 1:
-        limit = format_amount(binding, limits[binding])
         return InfeasibleBudget(
-            f"no widths meet the {_called(binding)} budget of {limit}; the least that can be reached is {text}."
-            f" Ask for more, or let it keep fewer units"
+            f"no widths meet the budget of {amount(binding, 1.0)}; at best {reachable} can be reached."
+            f" Allow more, or let groups keep fewer units (min_keep)"
         )
-    together = milp.least_excess(problem, time_limit_s=time_limit_s)
-    if together.loss > 1 and together.levels is not None:
-        costs = costs_of(problem, together.levels)
-        row = max(range(len(costs)), key=lambda k: costs[k] / problem.rows[k].limit)
-        binding = problem.rows[row].quantity
+    together = least_excess(problem, time_limit_s=time_limit_s)
+    if together.levels is not None and together.loss > 1:
+        shares = costs_of(problem, together.levels) / np.array([row.limit for row in problem.rows])
+        binding = problem.rows[int(np.argmax(shares))].quantity
         return InfeasibleBudget(
-            f"every budget can be met alone but not all at once; closest is {_called(binding)}"
-            f" {format_amount(binding, costs[row])} against {format_amount(binding, limits[binding])}."
-            f" Alone they reach: {text}"
+            f"each budget can be met alone ({reachable}) but not all at once: at the closest,"
+            f" {amount(binding, float(shares.max()))} exceeds the budget of {amount(binding, 1.0)}. Allow more"
         )
     return Unmet(
-        f"solver '{solver}' found no widths within the budgets in {answer.seconds:.0f} s, though there are some;"
-        f" use the milp solver or allow more than {time_limit_s:g} s"
+        f"solver '{solver}' found no widths within the budgets in {answer.seconds:.1f} s, though there are some;"
+        f" use the milp solver, or allow more than {time_limit_s:g} s"
     )
 
 
