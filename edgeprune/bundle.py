@@ -11,11 +11,11 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgeprune import __version__
 from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.records import Artifact, Bundle, Plan, Report, TensorInfo
 from edgeprune.core.store import sha256_bytes, sha256_file, to_builtins, write_atomic
@@ -57,7 +57,7 @@ def write_bundle(
             raise UsageError("a label is one line of text; take the line breaks out of the labels")
         contents["labels.txt"] = "".join(f"{label}\n" for label in labels).encode()
     known = {
-        "@VERSION@": __version__,
+        "@VERSION@": version("edgeprune"),
         "@MODEL@": f"model{artifact_path.suffix}",
         "@THREADS@": str(report.conditions.threads),
     }

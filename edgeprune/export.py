@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from edgeprune import __version__
 from edgeprune.core.errors import ModelError
 from edgeprune.core.family import load_member
 from edgeprune.core.records import Artifact, Graph
@@ -45,7 +45,7 @@ def export_model(
         artifact: Artifact = member.export(module, inputs, temporary)
         for kind, given in (("example", inputs), ("random", _random_like(inputs))):
             _check_outputs(module, given, member, temporary, kind=kind, tolerance=tolerance)
-    tools = {"edgeprune": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    tools = {"edgeprune": version("edgeprune"), "python": platform.python_version(), "torch": str(torch.__version__)}
     return replace(
         artifact,
         path=str(path),

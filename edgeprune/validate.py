@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune import __version__
-from edgeprune.core.errors import AgentError, DataError, RecordError
+from edgeprune.core.checks import check_budget, check_parity
+from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Accuracy,
     Artifact,
     Budget,
-    Check,
     Conditions,
     Cost,
     IntArray,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Session
 
 NumberArray = npt.NDArray[Any]
-WINDOW = 0.97
-"""A plan should use at least this share of its latency budget; below it accuracy was given away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,19 +131,19 @@ def validate_artifact(
     for each in (artifact, dense):
         _check_unaltered(each)
     # A job of its own: a second validation measures again instead of repeating the first one's answer.
-    board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress, rounds + 2)
+    board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress)
     try:
-        outputs = board.outputs(artifact, dense, examples)
-        memory = board.memory()
+        board.push(artifact, dense, examples)
+        board.measure(rounds, seconds, first=True)
+        outputs = board.fetch_outputs(artifact)
         while True:
-            board.round(seconds)
             measured = {name: quantity([_median(s) for s in samples]) for name, samples in board.samples.items()}
             limit = budget.latency_s if latency_ratio is None else latency_ratio * measured["dense"].median
             asked = _latency(board.samples["compact"], budget)
-            done = len(board.samples["compact"])
             undecided = limit is not None and asked.low <= limit <= asked.high
-            if done >= max_rounds or (done >= rounds and not undecided):
+            if not undecided or len(board.samples["compact"]) >= max_rounds:
                 break
+            board.measure(1, seconds)
     finally:
         board.clear()
 
@@ -155,7 +153,7 @@ def validate_artifact(
     costs = {
         name: Cost(
             latency_s=measured[name],
-            peak_memory_bytes=memory[name],
+            peak_memory_bytes=board.memory[name],
             artifact_bytes=file.bytes,
             parameters=counts[name].parameters,
             macs=counts[name].macs,
@@ -163,8 +161,8 @@ def validate_artifact(
         for name, file in (("dense", dense), ("compact", artifact))
     }
     checks = [
-        *_budget_checks(replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions),
-        *_parity_checks(error, outputs, tolerance, agreement),
+        *check_budget(replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions),
+        *check_parity(error, tolerance, agreement),
     ]
     return Report(
         artifact_sha256=artifact.sha256,
@@ -179,7 +177,6 @@ def validate_artifact(
         conditions=board.conditions,
         provenance={
             **artifact.tools,
-            "edgeprune": __version__,
             "dense_sha256": dense.sha256,
             **({"graph_sha256": artifact.graph_sha256} if artifact.graph_sha256 else {}),
             **(provenance or {}),
@@ -191,19 +188,20 @@ def validate_artifact(
 class _Board:
     """The two artifacts on the board, and what was measured of them so far."""
 
-    def __init__(self, session: Session, job: str, progress: Progress, total: int) -> None:
-        self.session, self.job, self.progress, self.total = session, job, progress, total
+    def __init__(self, session: Session, job: str, progress: Progress) -> None:
+        self.session, self.job, self.progress = session, job, progress
         self.files: dict[str, str] = {}
         self.samples: dict[str, list[Samples]] = {"dense": [], "compact": []}
+        self.memory: dict[str, int | None] = {}
         self.conditions: Conditions = session.conditions()
-        self.done = 0
+        self.done = self.total = 0
 
-    def outputs(self, artifact: Artifact, dense: Artifact, examples: Examples) -> list[NumberArray]:
-        """Push everything; the artifact's outputs on the examples, as the board computes them."""
-        self._advance("copying to the board")
+    def push(self, artifact: Artifact, dense: Artifact, examples: Examples) -> None:
+        """Both artifacts and the inputs."""
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
             inputs = Path(folder) / "inputs.npz"
-            np.savez(inputs, allow_pickle=False, **examples.inputs)
+            # numpy 2 takes options among the names, so that mypy sees a bool where an array is meant
+            np.savez(inputs, **examples.inputs)  # type: ignore[arg-type]
             suffix = Path(artifact.path).suffix
             self.files = {
                 "dense": f"dense-{dense.sha256[:12]}{suffix}",
@@ -212,54 +210,64 @@ class _Board:
             }
             paths = {"dense": Path(dense.path), "compact": Path(artifact.path), "inputs": inputs}
             self.session.push({self.files[key]: path for key, path in paths.items()})
-            [result] = self._run(
-                Step(key="outputs", kind="outputs", artifact=self.files["compact"], inputs=self.files["inputs"])
-            )
-            if result.outputs is None:
-                raise AgentError(f"{self.session.target.name}: the agent gave no outputs; run it again")
-            fetched = Path(folder) / "outputs.npz"
-            self.session.fetch(result.outputs, fetched)
-            self.files["outputs"] = result.outputs
-            return _read_outputs(fetched, artifact)
 
-    def memory(self) -> dict[str, int | None]:
-        """Peak bytes of activations of each artifact; None where the board cannot tell."""
-        self._advance("measuring memory")
-        steps = [Step(key=f"memory-{name}", kind="memory", artifact=self.files[name]) for name in self.samples]
-        results = self.session.run(steps, job=self.job)
-        return {name: result.activation_bytes for name, result in zip(self.samples, results, strict=True)}
+    def measure(self, rounds: int, seconds: float, *, first: bool = False) -> None:
+        """Time both artifacts `rounds` more times; `first`: outputs and memory before that.
 
-    def round(self, seconds: float) -> None:
-        """Time both artifacts once more; who goes first alternates, so that drift cancels."""
-        number = len(self.samples["dense"])
-        self._advance(f"timing, round {number + 1}")
-        order = ["dense", "compact"] if number % 2 == 0 else ["compact", "dense"]
-        steps = [
-            Step(key=f"time-{name}-{number}", kind="time", artifact=self.files[name], seconds=seconds) for name in order
-        ]
-        for name, result in zip(order, self._run(*steps), strict=True):
-            if result.samples is None:
-                raise AgentError(f"{self.session.target.name}: the agent gave no timings of {name}; run it again")
+        Who goes first alternates, so that a drift of the board meets both alike.
+        """
+        steps: list[Step] = []
+        if first:
+            inputs = self.files["inputs"]
+            steps.append(Step(key="outputs compact", kind="outputs", artifact=self.files["compact"], inputs=inputs))
+            steps += [Step(key=f"memory {name}", kind="memory", artifact=self.files[name]) for name in self.samples]
+        start = len(self.samples["dense"])
+        for number in range(start, start + rounds):
+            for name in ("dense", "compact") if number % 2 == 0 else ("compact", "dense"):
+                key = f"time {name} {number}"
+                steps.append(Step(key=key, kind="time", artifact=self.files[name], seconds=seconds))
+        self.total += len(steps)
+        for result in self.session.run(steps, job=self.job, on_result=self._advance):
+            self._keep(result)
+
+    def _keep(self, result: StepResult) -> None:
+        kind, name = result.key.split(" ")[:2]
+        if kind == "memory":  # a board that cannot tell has not failed
+            self.memory[name] = result.activation_bytes
+            return
+        if result.error is not None:
+            raise AgentError(f"target {self.session.target.name}: {kind} of the {name} model failed: {result.error}")
+        if result.samples is not None:
             self.samples[name].append(result.samples)
-            if name == "compact" and result.conditions is not None:
-                self.conditions = replace(
-                    result.conditions, temp_before_c=self.conditions.temp_before_c or result.conditions.temp_before_c
-                )
+        if result.outputs is not None:
+            self.files["outputs"] = result.outputs
+        if result.conditions is not None:
+            self._note_conditions(result.conditions)
+
+    def fetch_outputs(self, artifact: Artifact) -> list[NumberArray]:
+        """The compact model's outputs on the examples, as the board computed them."""
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            path = Path(folder) / "outputs.npz"
+            self.session.fetch(self.files["outputs"], path)
+            return _read_outputs(path, artifact)
 
     def clear(self) -> None:
-        """Leave nothing of ours on the board."""
-        self.session.remove(list(self.files.values()))
+        """Take our files off the board; one that cannot be reached any more keeps them."""
+        with suppress(DeviceError):
+            self.session.remove(list(self.files.values()))
 
-    def _run(self, *steps: Step) -> list[StepResult]:
-        results = self.session.run(steps, job=self.job)
-        for result in results:
-            if result.error is not None:
-                raise AgentError(f"{self.session.target.name}: {result.key} failed on the board: {result.error}")
-        return results
+    def _note_conditions(self, now: Conditions) -> None:
+        """The latest conditions, with the first temperature and every throttling of the run."""
+        first, throttled = self.conditions.temp_before_c, self.conditions.throttled
+        self.conditions = replace(
+            now,
+            temp_before_c=now.temp_before_c if first is None else first,
+            throttled=now.throttled or throttled,
+        )
 
-    def _advance(self, what: str) -> None:
-        self.progress(f"validate: {what}", min(self.done, self.total), self.total)
+    def _advance(self, _: StepResult) -> None:
         self.done += 1
+        self.progress(f"validating on {self.session.target.name}", self.done, self.total)
 
 
 def _check_unaltered(artifact: Artifact) -> None:
@@ -309,97 +317,3 @@ def _compare(outputs: list[NumberArray], examples: Examples) -> tuple[NumericErr
     return NumericError(
         max_absolute=max(absolute), max_relative=max(relative), top1_agreement=same, examples=len(examples)
     ), on_board
-
-
-def _budget_checks(
-    budget: Budget, predicted: Cost, measured: Cost, latency: Quantity, conditions: Conditions
-) -> list[Check]:
-    checks = []
-    if budget.latency_s is not None:
-        share = latency.median / budget.latency_s
-        note = (
-            f"uses {share:.1%} of the budget, interval {latency.low / budget.latency_s:.1%} to "
-            f"{latency.high / budget.latency_s:.1%}"
-        )
-        if share < WINDOW:
-            note += f"; more than {1 - WINDOW:.0%} is unused"
-        if conditions.throttled:
-            note += f"; the board was throttled ({conditions.throttled})"
-        checks.append(
-            Check(
-                name=f"latency ({budget.statistic})",
-                predicted=predicted.latency_s.median if predicted.latency_s else None,
-                measured=latency.median,
-                limit=budget.latency_s,
-                unit="s",
-                passed=latency.median <= budget.latency_s,
-                note=note,
-            )
-        )
-    rows: list[tuple[str, float | None, float | None, float | None, str]] = [
-        ("peak memory", predicted.peak_memory_bytes, measured.peak_memory_bytes, budget.peak_memory_bytes, "bytes"),
-        ("artifact size", predicted.artifact_bytes, measured.artifact_bytes, budget.artifact_bytes, "bytes"),
-        (
-            "energy",
-            predicted.energy_j.median if predicted.energy_j else None,
-            measured.energy_j.median if measured.energy_j else None,
-            budget.energy_j,
-            "J",
-        ),
-    ]
-    for name, expected, value, limit, unit in rows:
-        if limit is not None:
-            checks.append(
-                Check(
-                    name=name,
-                    predicted=expected,
-                    measured=value,
-                    limit=limit,
-                    unit=unit,
-                    passed=value is not None and value <= limit,
-                    note="" if value is not None else "this target cannot measure it",
-                )
-            )
-    return checks
-
-
-def _parity_checks(
-    error: NumericError | None, outputs: list[NumberArray], tolerance: float, agreement: float
-) -> list[Check]:
-    if error is None:
-        bad = sum(int((~np.isfinite(output)).sum()) for output in outputs)
-        return [
-            Check(
-                name="numeric error",
-                predicted=None,
-                measured=None,
-                limit=tolerance,
-                unit="relative",
-                passed=False,
-                note=f"{bad} output values on the board are NaN or infinite",
-            )
-        ]
-    checks = [
-        Check(
-            name="numeric error",
-            predicted=None,
-            measured=error.max_relative,
-            limit=tolerance,
-            unit="relative",
-            passed=error.max_relative <= tolerance,
-            note=f"largest difference from the host over {error.examples} examples, of the largest output",
-        )
-    ]
-    if error.top1_agreement is not None:
-        checks.append(
-            Check(
-                name="top-1 agreement",
-                predicted=None,
-                measured=error.top1_agreement,
-                limit=agreement,
-                unit="share",
-                passed=error.top1_agreement >= agreement,
-                note="at least; same answer on the board and on the host",
-            )
-        )
-    return checks

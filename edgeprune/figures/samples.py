@@ -8,6 +8,8 @@ from edgeprune.core.records import Samples
 from edgeprune.figures import DENSE, LIMIT, PRUNED, Figure, Layout, Run, Table, Trace, axis, time_scale
 
 ORDER = 10
+MOST_POINTS = 60
+"""Samples drawn a round, evenly over its time; thousands of points would only make the page slow."""
 NEAR = 0.15
 """The budget line is drawn when it is this close to the samples; further off it would flatten them."""
 
@@ -53,7 +55,7 @@ def draw(run: Run) -> Figure | None:
         name="samples",
         title="Measured latency, sample by sample",
         says=f"Both models were timed in turn on {run.report.target}, so that a drift of the board shows in both. "
-        "Each point is one sample; the panels have scales of their own.",
+        f"Each point is one sample, {MOST_POINTS} a round at most; the panels have scales of their own.",
         traces=traces,
         layout=layout,
         table=Table(header=("model", "round", "samples", *columns), rows=tuple(rows)),
@@ -65,8 +67,8 @@ def _boxes(name: str, rounds: tuple[Samples, ...], colour: str, scale: float, pa
     return {
         "type": "box",
         "name": name,
-        "x": [f"{number}" for number, s in enumerate(rounds, 1) for _ in s.values],
-        "y": [value * scale for s in rounds for value in s.values],
+        "x": [f"{number}" for number, s in enumerate(rounds, 1) for _ in _thin(s.values)],
+        "y": [value * scale for s in rounds for value in _thin(s.values)],
         "yaxis": panel,
         "boxpoints": "all",
         "jitter": 0.7,
@@ -75,3 +77,7 @@ def _boxes(name: str, rounds: tuple[Samples, ...], colour: str, scale: float, pa
         "fillcolor": "rgba(0,0,0,0)",
         "marker": {"color": colour, "size": 5, "opacity": 0.6},
     }
+
+
+def _thin(values: tuple[float, ...]) -> tuple[float, ...]:
+    return values[:: -(-len(values) // MOST_POINTS)]
