@@ -45,6 +45,7 @@ $(VENV)/.pip:
 
 # First and pinned: what is installed later must not bring another build of it.
 $(VENV)/.torch: $(VENV)/.pip
+	@echo "installing PyTorch: a few minutes on a slow line"
 	$(PIP) "$(TORCH)"
 	touch $@
 
