@@ -1,6 +1,6 @@
 """What runs on the board: carries out a job's steps and appends each result to a file.
 
-    python agent.py start JOB      detach, then carry out JOB/job.json; prints the process id
+    python agent.py start JOB      read a job from standard input, detach, carry it out; prints the process id
     python agent.py stop JOB       kill the agent of JOB
 
 Beside it on the board lie measure.py, which takes the measurements, and runtime.py, which runs models.
@@ -41,28 +41,28 @@ PR_SET_PDEATHSIG = 1
 
 
 def start(job: Path) -> int:
-    """Detach a supervisor and its worker unless JOB has them already; print the supervisor's id."""
+    """Take a job from standard input, end the agent that JOB may have, detach a new one; print its id."""
+    job.mkdir(parents=True, exist_ok=True)
+    spec = json.load(sys.stdin)
     lock = os.open(job / "agent.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    if not _try_lock(lock):
-        print(MARK, json.dumps({"pid": _read_pid(job), "running": True}))
-        return 0
+    if not _kill_holder(job, lock):
+        return 1
     log = os.open(job / "agent.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     pid = os.fork()
     if pid:
         (job / "agent.pid").write_text(str(pid))
-        print(MARK, json.dumps({"pid": pid, "running": False}))
+        print(MARK, json.dumps({"pid": pid}))
         return 0
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    os._exit(_supervise(job))
+    os._exit(_supervise(job, spec))
 
 
-def _supervise(job: Path) -> int:
+def _supervise(job: Path, spec: dict[str, Any]) -> int:
     """Run the worker in a child, so that someone is left to say how it ended."""
-    spec = json.loads((job / "job.json").read_bytes())
     results = Results(job, spec["run"])
     worker = os.fork()
     if worker == 0:
@@ -89,16 +89,19 @@ def stop(job: Path) -> int:
         lock = os.open(job / "agent.lock", os.O_RDWR)
     except FileNotFoundError:
         return 0
+    return 0 if _kill_holder(job, lock) else 1
+
+
+def _kill_holder(job: Path, lock: int) -> bool:
+    """Take JOB's lock from the agent that holds it, if one does, by killing that. False when it does not die."""
     for _ in range(500):
         if _try_lock(lock):
-            return 0
-        pid = _read_pid(job)
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            return True
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
+            os.killpg(int((job / "agent.pid").read_text()), signal.SIGKILL)
         time.sleep(0.01)
-    print("the agent does not die", file=sys.stderr)
-    return 1
+    print("the agent of an earlier run does not die", file=sys.stderr)
+    return False
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -107,13 +110,6 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _read_pid(job: Path) -> int:
-    try:
-        return int((job / "agent.pid").read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 def _die_with_parent() -> None:

@@ -55,9 +55,11 @@ async def serve(folder: Path) -> None:
             cwd=home,
             env=environment,
         )
-        await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
+        assert child.stdin is not None
+        feeding = asyncio.create_task(feed(process.stdin, child.stdin))
+        await asyncio.gather(pump(child.stdout, process.stdout), pump(child.stderr, process.stderr))
         code = await child.wait()
-        await process.stdout.drain()
+        feeding.cancel()
         process.exit(code if code >= 0 else 128 - code)
 
     server = await asyncssh.listen(
@@ -77,6 +79,22 @@ async def serve(folder: Path) -> None:
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     await reader.read()
+
+
+async def pump(reader: Any, writer: Any) -> None:
+    """Pass bytes on until they end. Not asyncssh's own redirect: it stumbles over its pauses on a full pipe."""
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except (BrokenPipeError, ConnectionResetError, asyncssh.BreakReceived):
+        return  # the other side wants no more
+
+
+async def feed(reader: Any, writer: asyncio.StreamWriter) -> None:
+    """Pass a command its input, and its end."""
+    await pump(reader, writer)
+    writer.close()
 
 
 def cut_connections() -> None:

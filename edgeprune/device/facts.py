@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,14 @@ found = {{}}
 for name in sys.argv[2:]:
     try:
         from importlib import import_module, metadata
-        found[name] = import_module(name).__version__ if sys.argv[1] == "import" else metadata.version(name)
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = import_module(name).__version__  # a package of another name, such as onnxruntime-gpu
+        if sys.argv[1] == "import":
+            import_module(name)
     except Exception:
-        pass
+        found.pop(name, None)
 print("{PYTHON_MARK}", json.dumps({{"python": list(sys.version_info[:3]), "path": sys.executable, "found": found}}))
 """
 
@@ -61,7 +67,7 @@ def gather_facts(target: Target, transport: Transport, *, thorough: bool = False
     scripts["workdir"] = _workdir_script(target.workdir)
     scripts["disk"] = 'd="$edgeprune_workdir"; while [ ! -e "$d" ]; do d=$(dirname "$d"); done; df -Pk "$d"'
     how = "import" if thorough else "look"
-    candidates = [target.python] if target.python else []
+    candidates = [target.python] if target.python else [sys.executable] if target.transport == "local" else []
     for number, interpreter in enumerate(
         [*map(shlex.quote, candidates), '"$edgeprune_workdir"/venv/bin/python', "python3"]
     ):

@@ -39,12 +39,10 @@ class Job:
 
         raises: AgentError when the agent dies again and again, hangs, or writes what cannot be read.
         """
-        self._stop()
-        self._transport.write(f"{self._folder}/job.json", json.dumps(spec).encode())
         offset = 0
         fruitless = 0
         while True:
-            pid = self._start()
+            pid = self._start(spec)
             rc: int | None = None
             heard = time.monotonic()
             poll = SHORTEST_POLL_S
@@ -87,8 +85,9 @@ class Job:
         text = self._transport.read(f"{self._folder}/agent.log")[-LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
         return f"The agent's log ends: {text}" if text else "The agent's log is empty"
 
-    def _start(self) -> int:
-        done = self._transport.run([self._python, self._agent, "start", self._folder])
+    def _start(self, spec: Mapping[str, Any]) -> int:
+        argv = [self._python, self._agent, "start", self._folder]
+        done = self._transport.run(argv, stdin=json.dumps(spec).encode())
         _, mark, answer = done.stdout.decode("utf-8", "replace").rpartition(MARK)
         try:
             if not mark or done.rc != 0:
@@ -99,10 +98,7 @@ class Job:
             raise AgentError(f"target {self._name}: the agent did not start (rc {done.rc}): {said}") from error
 
     def _stop(self) -> None:
-        done = self._transport.run([self._python, self._agent, "stop", self._folder])
-        if done.rc != 0:
-            said = done.stderr[-LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
-            raise AgentError(f"target {self._name}: an agent of an earlier run cannot be stopped: {said}")
+        self._transport.run([self._python, self._agent, "stop", self._folder])
 
     def _is_alive(self, pid: int) -> bool:
         # A zombie that no init collects still has an entry.

@@ -4,7 +4,7 @@ On the board everything lies under the target's workdir:
 
     <workdir>/<client>-<space>/agent.py, measure.py, runtime.py
                                files/         what was pushed, and outputs; manifest.json beside it
-                               jobs/<job>/    job.json, results.jsonl, agent.log
+                               jobs/<job>/    results.jsonl, agent.log
 
 The agent runs detached: a cut connection costs nothing but the time to connect again.
 """
@@ -104,19 +104,19 @@ class Session:
         for name in files:
             _check_name(name)
         manifest = self._open_root()
+        self._check_disk(sum(_local_size(path) for name, path in files.items() if name not in manifest))
         digests = {name: _digest_local(path) for name, path in files.items()}
         present = self._transport.sizes(self._files)
         fresh = {
             name: path
             for name, path in files.items()
-            if manifest.get(name) != digests[name] or present.get(name) != path.stat().st_size
+            if manifest.get(name) != digests[name] or present.get(name) != _local_size(path)
         }
         if not fresh:
             return
-        total = sum(path.stat().st_size for path in fresh.values())
-        free = self._free_bytes()
-        if free is not None and total + DISK_MARGIN_BYTES > free:
-            raise BoardNotReady(self._full(total, free))
+        total = sum(map(_local_size, fresh.values()))
+        if any(name in manifest for name in fresh):
+            self._check_disk(total)
         sent = 0
 
         def advance(count: int) -> None:
@@ -130,10 +130,7 @@ class Session:
             try:
                 self._transport.put(path, f"{self._files}/{name}", advance)
             except OSError as error:
-                free = self._free_bytes()
-                needed = path.stat().st_size
-                if free is not None and free < needed + DISK_MARGIN_BYTES:
-                    raise BoardNotReady(self._full(needed, free)) from error
+                self._check_disk(_local_size(path))
                 raise DeviceError(f"target {self.target.name}: cannot write {self._files}/{name}: {error}") from error
         self._write_manifest({**manifest, **{name: digests[name] for name in fresh}})
 
@@ -153,7 +150,6 @@ class Session:
             return []
         manifest = self._open_root()
         folder = f"{self._root}/jobs/{_folder_name(job)}"
-        self._command("mkdir", "-p", "--", folder)
         fingerprints = {step.key: self._fingerprint(step, manifest) for step in steps}
         spec = {
             "run": uuid.uuid4().hex,
@@ -217,8 +213,7 @@ class Session:
     def _open_root(self) -> dict[str, str]:
         """Make the folders, bring the agent up to date and read the manifest, once per session."""
         if self._manifest is None:
-            self._command("mkdir", "-p", "-m", "700", "--", self._root)
-            self._command("mkdir", "-p", "--", self._files)
+            self._command("sh", "-c", 'umask 077; exec mkdir -p -- "$1"', "sh", self._files)
             for name, source in self._programs.items():
                 if self._transport.read(f"{self._root}/{name}") != (content := source.read_bytes()):
                     self._transport.write(f"{self._root}/{name}", content)
@@ -259,15 +254,18 @@ class Session:
             energy_j=self._meter.measure_energy(before.get("energy", ""), after.get("energy", "")),
         )
 
-    def _free_bytes(self) -> int | None:
+    def _check_disk(self, needed: int) -> None:
+        """See that so many bytes fit on the board's disk. raises: BoardNotReady."""
+        if needed == 0:
+            return
         done = self._transport.run(["df", "-Pk", self._files])
-        return parse_disk_free(done.stdout.decode("utf-8", "replace"))
-
-    def _full(self, needed: int, free: int) -> str:
-        return (
-            f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {DISK_MARGIN_BYTES // 2**20} MiB to spare "
-            f"on the disk of {self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
-        )
+        free = parse_disk_free(done.stdout.decode("utf-8", "replace"))
+        if free is not None and needed + DISK_MARGIN_BYTES > free:
+            margin = DISK_MARGIN_BYTES >> 20
+            raise BoardNotReady(
+                f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {margin} MiB to spare on the disk of "
+                f"{self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
+            )
 
     def _command(self, *argv: str) -> None:
         done = self._transport.run(argv)
@@ -287,6 +285,13 @@ def _folder_name(text: str) -> str:
 def _check_name(name: str) -> None:
     if not name or "/" in name or name in (".", "..") or any(ord(character) < 32 for character in name):
         raise UsageError(f"{name!r} cannot be a file name on the board: no folders, no control characters")
+
+
+def _local_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _digest_local(path: Path) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shlex
+import socket
 import tempfile
 import threading
 import time
@@ -168,6 +169,19 @@ def _changed_key(address: Address, name: str, key: paramiko.PKey) -> HostKeyErro
     )
 
 
+def _explain_refusal(address: Address) -> str:
+    for key in address.keys:
+        try:
+            paramiko.PKey.from_path(key)
+        except (paramiko.PasswordRequiredException, TypeError):
+            # cryptography says TypeError of a key that needs a password.
+            return f"needs the key {key}, which is encrypted; unlock it first: ssh-add {shlex.quote(key)}"
+        except (OSError, ValueError, paramiko.SSHException) as error:
+            return f"needs the key {key}, which cannot be read: {error}"
+    shown = " or ".join(address.keys) or "any key of the SSH agent or of ~/.ssh"
+    return f"does not accept {shown}; let it: ssh-copy-id -p {address.port} {address.user or 'USER'}@{address.host}"
+
+
 class SshTransport:
     """See `transports.Transport`."""
 
@@ -181,7 +195,6 @@ class SshTransport:
     def log_in(self) -> None:
         """Connect once. raises: HostKeyError; ConnectionLost, saying what to do."""
         address = self._address
-        where = f"target {self._name}: {address}"
         client = paramiko.SSHClient()
         try:
             for file in address.known_hosts:
@@ -199,32 +212,28 @@ class SshTransport:
                 banner_timeout=address.timeout_s,
                 auth_timeout=address.timeout_s,
             )
-        except HostKeyError:
-            client.close()
-            raise
         except paramiko.BadHostKeyException as error:
             client.close()
             raise _changed_key(address, self._name, error.key) from error
-        except paramiko.PasswordRequiredException as error:
-            client.close()
-            raise ConnectionLost(
-                f"{where}: the key is encrypted; unlock it first: ssh-add {' '.join(address.keys)}"
-            ) from error
-        except paramiko.AuthenticationException as error:
-            client.close()
-            shown = " ".join(address.keys) or "any key of the agent or of ~/.ssh"
-            raise ConnectionLost(
-                f"{where} does not accept {shown}; let it: ssh-copy-id -p {address.port} USER@HOST"
-            ) from error
         except (OSError, EOFError, paramiko.SSHException) as error:
+            link = client.get_transport()
+            refused = isinstance(error, paramiko.AuthenticationException) or (link is not None and link.is_active())
             client.close()
+            if refused:
+                raise ConnectionLost(f"target {self._name}: {address} {_explain_refusal(address)}") from error
             raise ConnectionLost(
-                f"{where} cannot be reached ({str(error) or type(error).__name__}); "
+                f"target {self._name}: {address} cannot be reached ({str(error) or type(error).__name__}); "
                 "is it on, and does it run an SSH server?"
             ) from error
+        except BaseException:
+            client.close()
+            raise
         transport = client.get_transport()
         assert transport is not None
         transport.set_keepalive(KEEPALIVE_S)
+        with contextlib.suppress(AttributeError, OSError):  # a proxy command is no socket
+            # SFTP is small questions and answers: without this each waits 40 ms for an acknowledgement.
+            transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._client = client
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60.0) -> Finished:

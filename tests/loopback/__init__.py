@@ -1,0 +1,1 @@
+"""Stand-in boards on loopback for the device tests."""

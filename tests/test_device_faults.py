@@ -1,0 +1,358 @@
+"""What goes wrong between here and the board, for real on the embedded board: one clear sentence each."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import paramiko
+import pytest
+from loopback.models import write_model
+
+from edgeprune.core.errors import AgentError, BoardNotReady, ConnectionLost, HostKeyError
+from edgeprune.core.records import Conditions, Step, StepResult, Target
+from edgeprune.device import job as job_module
+from edgeprune.device.embedded import EmbeddedBoard
+from edgeprune.device.embedded_server import list_processes
+from edgeprune.device.results import Momentary, read_result
+from edgeprune.device.session import open_session
+from edgeprune.device.targets import check_target
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[tuple[EmbeddedBoard, Target]]:
+    board = EmbeddedBoard()
+    with board as target:
+        yield board, target
+
+
+@pytest.fixture
+def target(embedded: tuple[EmbeddedBoard, Target], tmp_path: Path) -> Target:
+    """The embedded board with a workdir of this test's own."""
+    return replace(embedded[1], workdir=str(tmp_path / "work"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "net.onnx")
+
+
+def steps(*keys: str, seconds: float = 0.4) -> list[Step]:
+    return [Step(key=key, kind="time", artifact="net.onnx", seconds=seconds, min_samples=3) for key in keys]
+
+
+def events(target: Target) -> list[dict[str, Any]]:
+    """What the agent wrote on the board, in order."""
+    (path,) = Path(target.workdir).rglob("results.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def supervisor(target: Target) -> int:
+    (path,) = Path(target.workdir).rglob("agent.pid")
+    return int(path.read_text())
+
+
+def worker(target: Target) -> int:
+    return next(pid for pid, parent, _ in list_processes() if parent == supervisor(target))
+
+
+def agent_is_gone(target: Target) -> bool:
+    (path,) = Path(target.workdir).rglob("agent.lock")
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def once(action: Callable[[], object]) -> Callable[[StepResult], None]:
+    """Act on the first result only, while the next step is under way."""
+    pending = [action]
+
+    def on_result(result: StepResult) -> None:
+        del result
+        if pending:
+            pending.pop()()
+
+    return on_result
+
+
+# --- while measuring -----------------------------------------------------------------------------
+
+
+def test_cut_connection_costs_nothing(embedded: tuple[EmbeddedBoard, Target], target: Target, model: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        results = session.run(steps("a", "b", "c"), job="cut", on_result=once(embedded[0].cut_connections))
+    assert [result.error for result in results] == [None, None, None]
+    done = [event["event"] for event in events(target)]
+    assert done == ["begin", "result"] * 3 + ["exit"]
+
+
+def test_connection_that_does_not_come_back(tmp_path: Path, model: Path) -> None:
+    board = EmbeddedBoard()
+    with board as target:
+        address = {**target.address, "patience_s": 1}
+        with open_session(replace(target, address=address)) as session:
+            session.push({"net.onnx": model})
+            with pytest.raises(ConnectionLost, match=r"did not come back in 1 s.*run the same command again"):
+                session.run(steps("a", "b", "c"), job="gone", on_result=once(board.close))
+
+
+def test_killed_agent_goes_on_where_it_was(target: Target, model: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        kill = once(lambda: os.kill(worker(target), signal.SIGKILL))
+        results = session.run(steps("a", "b", "c", seconds=1.0), job="kill", on_result=kill)
+    assert [result.error for result in results] == [None, None, None]
+    written = events(target)
+    assert [event["key"] for event in written if event["event"] == "result"] == ["a", "b", "c"]
+    assert [event["rc"] for event in written if event["event"] == "exit"] == [-signal.SIGKILL, 0]
+
+
+def test_board_that_lost_every_process(target: Target, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a reboot: nobody is left to say that the agent ended."""
+    monkeypatch.setattr(job_module, "SILENCE_S", 0.5)
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        kill = once(lambda: os.killpg(supervisor(target), signal.SIGKILL))
+        results = session.run(steps("a", "b", seconds=1.0), job="reboot", on_result=kill)
+    assert [result.error for result in results] == [None, None]
+    assert [event["event"] for event in events(target)].count("exit") == 1
+
+
+def test_step_that_always_kills_the_agent(target: Target, model: Path) -> None:
+    stop = threading.Event()
+
+    def kill_at_b() -> None:
+        killed = 0
+        while not stop.is_set():
+            time.sleep(0.01)
+            with contextlib.suppress(ValueError, StopIteration, ProcessLookupError):
+                begun = [event for event in events(target) if event["event"] == "begin" and event["key"] == "b"]
+                if len(begun) > killed:
+                    os.kill(worker(target), signal.SIGKILL)
+                    killed += 1
+
+    killer = threading.Thread(target=kill_at_b)
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        killer.start()
+        try:
+            results = session.run(steps("a", "b", "c", seconds=1.0), job="oom")
+        finally:
+            stop.set()
+            killer.join()
+    assert [result.key for result in results if result.error is None] == ["a", "c"]
+    assert results[1].error is not None and "out of memory" in results[1].error
+
+
+def test_agent_that_cannot_work(target: Target, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "numpy.py").write_text("raise ImportError('numpy was built for another board')\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/broken exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        session._python = str(python)
+        with pytest.raises(AgentError, match="numpy was built for another board"):
+            session.run(steps("a"), job="broken")
+
+
+def test_interrupt_stops_the_agent(target: Target, model: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        press = once(lambda: threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start())
+        with pytest.raises(KeyboardInterrupt):
+            session.run([*steps("a"), *steps("b", seconds=60.0)], job="stop", on_result=press)
+        assert agent_is_gone(target)
+        assert session.run(steps("d", seconds=0.05), job="stop")[0].error is None
+
+
+def test_results_that_cannot_be_read(target: Target, model: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        session.run(steps("a", seconds=0.05), job="noise")
+        (path,) = Path(target.workdir).rglob("results.jsonl")
+        path.write_bytes(path.read_bytes() + b"Segmentation fault\n")
+        with pytest.raises(AgentError, match=r"Segmentation fault.*remove that folder"):
+            session.run(steps("b", seconds=0.05), job="noise")
+        assert agent_is_gone(target)
+
+
+def test_line_cut_by_a_crash_is_written_again(target: Target, model: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        first = session.run(steps("a", seconds=0.05), job="half")
+        (path,) = Path(target.workdir).rglob("results.jsonl")
+        path.write_bytes(path.read_bytes() + b'{"run": "x", "event": "res')
+        assert session.run(steps("a", "b", seconds=0.05), job="half")[0] == first[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("time", {"values": [0.0], "loops": 1, "warmups": 1, "stopped_because": ""}),
+        ("time", {"values": [], "loops": 1, "warmups": 1, "stopped_because": ""}),
+        ("time", {"values": ["1e-3"], "loops": 1, "warmups": 1, "stopped_because": ""}),
+        ("time", {"values": [float("nan")], "loops": 1, "warmups": 1, "stopped_because": ""}),
+        ("time", None),
+        ("kernels", {"kernels": [], "run_s": 1e-3}),
+        ("kernels", {"kernels": [{"name": "a", "op": "Conv", "time_s": -1e-6}], "run_s": 1e-3}),
+        ("memory", {"activation_bytes": -1, "process_bytes": 1}),
+        ("unheard-of", {}),
+    ],
+)
+def test_impossible_numbers_are_an_error_never_zero(kind: str, value: object) -> None:
+    event = {"key": "a", "kind": kind, "error": None, "before": {}, "after": {}, "value": value}
+    base = Conditions(board="linux", arch="x", cpu="x", runtime="onnxruntime", runtime_version="1")
+    nothing = Momentary(
+        governor=None, freq_hz=None, temp_before_c=None, temp_after_c=None, throttled=None, energy_j=None
+    )
+    with pytest.raises(AgentError, match="cannot be read"):
+        read_result(event, base, lambda before, after: nothing, where="target x")
+
+
+# --- the way there -------------------------------------------------------------------------------
+
+
+def test_unreachable_host(target: Target) -> None:
+    nobody = replace(target, address={**target.address, "port": 1})
+    with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1 cannot be reached.*is it on"):
+        open_session(nobody)
+
+
+def test_refused_key(target: Target, tmp_path: Path) -> None:
+    paramiko.RSAKey.generate(2048).write_private_key_file(str(tmp_path / "stranger"))
+    stranger = replace(target, address={**target.address, "key": str(tmp_path / "stranger")})
+    with pytest.raises(ConnectionLost, match=r"does not accept .*stranger.*ssh-copy-id"):
+        open_session(stranger)
+
+
+def test_encrypted_key_is_named_and_not_asked_for(target: Target, tmp_path: Path) -> None:
+    paramiko.RSAKey.generate(2048).write_private_key_file(str(tmp_path / "locked"), password="secret words")
+    locked = replace(target, address={**target.address, "key": str(tmp_path / "locked")})
+    with pytest.raises(ConnectionLost, match="ssh-add") as caught:
+        open_session(locked)
+    assert "secret" not in str(caught.value)
+
+
+def test_unknown_host_key_is_shown_and_trusted_on_demand(target: Target, tmp_path: Path) -> None:
+    fresh = replace(target, address={**target.address, "known_hosts": str(tmp_path / "ssh" / "known_hosts")})
+    with pytest.raises(HostKeyError, match=r"SHA256:\S+.*edgeprune targets check embedded --trust"):
+        check_target(fresh)
+    assert check_target(fresh, trust_new_host=True).arch
+    assert check_target(fresh).arch
+
+
+@pytest.mark.parametrize("kind", ["same", "other"])
+def test_changed_host_key_is_refused_even_when_told_to_trust(target: Target, tmp_path: Path, kind: str) -> None:
+    other = paramiko.ECDSAKey.generate() if kind == "same" else paramiko.RSAKey.generate(2048)
+    port = target.address["port"]
+    known_hosts = tmp_path / "known_hosts"
+    known_hosts.write_text(f"[127.0.0.1]:{port} {other.get_name()} {other.get_base64()}\n")
+    before = known_hosts.read_text()
+    changed = replace(target, address={**target.address, "known_hosts": str(known_hosts)})
+    with pytest.raises(HostKeyError, match=r"CHANGED.*ssh-keygen .*-R"):
+        open_session(changed, trust_new_host=True)
+    assert known_hosts.read_text() == before
+
+
+# --- the board -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Target, Path]]:
+    """A board whose PATH holds a shell's tools and nothing else, and that PATH's folder."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "cat", "uname", "grep", "df", "dirname", "nproc", "getconf", "mkdir", "rm"):
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tools))
+    with EmbeddedBoard() as target:
+        yield replace(target, python=None, workdir=str(tmp_path / "work")), tools
+
+
+def test_no_python_on_the_board(bare_board: tuple[Target, Path]) -> None:
+    target, _ = bare_board
+    with pytest.raises(BoardNotReady, match=r"Python 3\.9 or newer: on the board, sudo apt-get install -y python3"):
+        open_session(target)
+    facts = check_target(target)
+    assert facts.python is None and facts.arch
+
+
+def test_no_runtime_on_the_board(bare_board: tuple[Target, Path], tmp_path: Path) -> None:
+    target, tools = bare_board
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    (tools / "python3").write_text(f'#!{tools}/sh\nexec {tmp_path}/bare/bin/python "$@"\n')
+    (tools / "python3").chmod(0o755)
+    with pytest.raises(BoardNotReady, match="onnxruntime and numpy: edgeprune targets setup embedded"):
+        open_session(target)
+
+
+def test_disk_that_is_too_small(target: Target, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.onnx"
+    with huge.open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free + 2**30)  # sparse: it takes no room here
+    with open_session(target) as session:
+        with pytest.raises(BoardNotReady, match=r"needs [\d.]+ MiB .* has [\d.]+ MiB; free some"):
+            session.push({"huge.onnx": huge})
+        assert not [path for path in Path(target.workdir).rglob("*") if "huge" in path.name]
+
+
+def test_workdir_that_cannot_be_written(target: Target) -> None:
+    with open_session(replace(target, workdir="/proc/edgeprune")) as session, pytest.raises(Exception, match="/proc"):
+        session.push({"x": Path(__file__)})
+
+
+def test_board_takes_everything_with_it(model: Path) -> None:
+    """A detached agent does not outlive the embedded board, not even when its parent is killed."""
+    program = (
+        "import sys, os, signal\n"
+        "from pathlib import Path\n"
+        "from edgeprune.core.records import Step\n"
+        "from edgeprune.device.embedded import EmbeddedBoard\n"
+        "from edgeprune.device.session import open_session\n"
+        "with EmbeddedBoard() as target, open_session(target) as session:\n"
+        "    session.push({'net.onnx': Path(sys.argv[1])})\n"
+        "    step = dict(kind='time', artifact='net.onnx')\n"
+        "    steps = [Step(key='a', seconds=0.01, **step), Step(key='b', seconds=600, **step)]\n"
+        "    def die(result):\n"
+        "        print(session._root, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    session.run(steps, job='orphan', on_result=die)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(model)], stdout=subprocess.PIPE, text=True, timeout=120)
+    root = done.stdout.strip()
+    assert done.returncode == -signal.SIGKILL and root
+    left = [root]
+    for _ in range(100):
+        left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if root.encode() in _read(path)]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == []
+    shutil.rmtree(Path(root).parents[2], ignore_errors=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
