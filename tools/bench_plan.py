@@ -101,7 +101,8 @@ def bench_brute_force(seeds: int) -> tuple[float, float, bool]:
             loss = {result.solver: result.loss for result in chosen.alternatives}
             worst = max(worst, abs(loss["milp"] / loss["brute_force"] - 1))
             print(
-                f"{name:16s} {len(graph.prunable):6d} {levels:7d} {seed:5d} {loss['milp']:11.6f} {loss['brute_force']:13.6f}"
+                f"{name:16s} {len(graph.prunable):6d} {levels:7d} {seed:5d}"
+                f" {loss['milp']:11.6f} {loss['brute_force']:13.6f}"
             )
     print()
     return worst, 1e-4, worst <= 1e-4
