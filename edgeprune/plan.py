@@ -79,6 +79,8 @@ def choose_widths(
     raises: RecordError, DataError, UsageError for what cannot be planned from; InfeasibleBudget.
     """
     check_inputs(graph, profile, importance, budget)
+    if levels < 2 or not 0 < min_keep <= 1:
+        raise UsageError(f"levels={levels} must be at least 2 and min_keep={min_keep} in (0, 1]")
     problem = build_problem(
         graph, profile, importance, budget, levels=levels, min_keep=min_keep, latency_scale=latency_scale
     )
