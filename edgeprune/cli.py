@@ -7,6 +7,7 @@ Stages are reached through `edgeprune.NAME`, which imports them when they are fi
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def run_command() -> int:
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     except typer.TyperException as error:
-        error.show()
+        command = " ".join(["edgeprune", *(word for word in sys.argv[1:2] if not word.startswith("-"))])
+        print(f"error: {error.format_message()} Try `{command} --help`.", file=sys.stderr)
         return error.exit_code
     return result if isinstance(result, int) else 0
 

@@ -59,8 +59,9 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Residual block: x (n, c_in, h, w) -> (n, c, h / stride, w / stride)."""
         activated = functional.relu(self.bn1(x))
-        residual = self.conv2(functional.relu(self.bn2(self.conv1(activated))))
-        return residual + (x if self.shortcut is None else self.shortcut(activated))
+        residual: Tensor = self.conv2(functional.relu(self.bn2(self.conv1(activated))))
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
+        return residual + shortcut
 
 
 class WideResNet(nn.Module):

@@ -83,7 +83,7 @@ def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Te
     shapes = spec.inputs or _traced_shapes(module)
     if not shapes:
         raise ModelError(
-            "the model's input shapes are not given; add e.g. inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
+            "the model's input shapes are not given; add inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
         )
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(*shape, generator=generator) for shape in shapes)

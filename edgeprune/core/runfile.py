@@ -14,7 +14,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A table of the run file; an unknown key is an error, so that a typo cannot be ignored."""
 
 
-class ModelSection(_Section):
+class ModelSection(_Section, frozen=True, kw_only=True):
     """Where the trained model comes from (see `ModelSpec`)."""
 
     factory: str | None = None
@@ -23,13 +23,13 @@ class ModelSection(_Section):
     inputs: tuple[tuple[int, ...], ...] = ()
 
 
-class DataSection(_Section):
+class DataSection(_Section, frozen=True, kw_only=True):
     """`path.py:fn`, `pkg.mod:fn` or an `.npz`."""
 
     source: str
 
 
-class TargetSection(_Section):
+class TargetSection(_Section, frozen=True, kw_only=True):
     """The board: an entry of the inventory, with the runtime's settings for this run."""
 
     name: str
@@ -37,7 +37,7 @@ class TargetSection(_Section):
     threads: int = 1
 
 
-class BudgetSection(_Section):
+class BudgetSection(_Section, frozen=True, kw_only=True):
     """Limits as text: `12 ms`, `0.5x` of the dense model, `2 MiB`, `30 mJ`."""
 
     latency: str | None = None
@@ -46,7 +46,7 @@ class BudgetSection(_Section):
     energy: str | None = None
 
 
-class ProfileSection(_Section):
+class ProfileSection(_Section, frozen=True, kw_only=True):
     """How much board time the latency tables may take."""
 
     configurations: int = 32
@@ -55,7 +55,7 @@ class ProfileSection(_Section):
     seconds: float = 0.1
 
 
-class PruneSection(_Section):
+class PruneSection(_Section, frozen=True, kw_only=True):
     """How importance is measured and widths are chosen."""
 
     criterion: str = "taylor"
@@ -67,7 +67,7 @@ class PruneSection(_Section):
     batches: int = 8
 
 
-class RecoverSection(_Section):
+class RecoverSection(_Section, frozen=True, kw_only=True):
     """How the compact model is trained after pruning; epochs = 0 leaves it as it is."""
 
     epochs: int = 5
@@ -75,13 +75,13 @@ class RecoverSection(_Section):
     distil: bool = True
 
 
-class OutputSection(_Section):
+class OutputSection(_Section, frozen=True, kw_only=True):
     """Where everything is written."""
 
     dir: str
 
 
-class RunFile(_Section):
+class RunFile(_Section, frozen=True, kw_only=True):
     """A whole run. Paths in it are relative to the folder the file stands in."""
 
     model: ModelSection
