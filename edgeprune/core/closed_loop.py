@@ -30,8 +30,8 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
              least LOWEST_SHARE of it, or there is no finer step (`no_finer_step` says why).
 
     The ratio of measured to predicted corrects the next request. Requests stay between those that
-    gave too fast a plan and the prediction of the fastest plan that was too slow; widths that come back
-    a second time show that nothing lies between, except right below that plan, which is asked last.
+    gave too fast a plan and the prediction of the fastest plan that was too slow. Where no request
+    below the budget is left, one above it is made, so that the end rests on a measured neighbour.
     """
     limit = budget.latency_s
     if limit is None or not rounds:
@@ -40,15 +40,23 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     if LOWEST_SHARE * limit <= last.measured.median <= limit:
         return None
     low, high = _bracket(rounds, limit)
+    above = low * (1 + RESOLUTION)
     top = last.predicted_s * limit / last.measured.median
     aimed = top * AIM
     repeated = any(earlier.widths == last.widths for earlier in rounds[:-1])
     if last.measured.median > limit:
-        request = aimed if aimed > low * (1 + RESOLUTION) else (low + high) / 2
+        request = aimed if aimed > above else (low + high) / 2
+    elif high < inf:
+        request = aimed if above < aimed < high and not repeated else high * (1 - RESOLUTION / 2)
+    elif not repeated and aimed > above:
+        request = aimed
+    elif top > above:
+        request = top
+    elif repeated and last.asked_s > top * (1 + RESOLUTION):
+        return None
     else:
-        top = min(top, high * (1 - RESOLUTION / 2))
-        request = top if repeated or aimed <= low * (1 + RESOLUTION) else min(aimed, top)
-    return request if low * (1 + RESOLUTION) < request < high else None
+        request = low * limit / last.measured.median
+    return request if above < request < high else None
 
 
 def no_finer_step(rounds: Sequence[PlanRound], budget: Budget) -> str | None:
