@@ -64,8 +64,8 @@ def parse_disk_free(text: str) -> int | None:
 
 def parse_first_value(text: str) -> str | None:
     """The value of the first `path:value` line."""
-    _, _, value = text.partition("\n")[0].partition(":")
-    return value.strip() or None
+    match = re.match(r"/[^:\n]*:(.*)", text)
+    return match[1].strip() or None if match else None
 
 
 def parse_scaling_freq(text: str) -> float | None:
