@@ -271,6 +271,7 @@ class _Trainer:
         if self.note:
             self.module.load_state_dict(self.best)
         self.module.eval()
+        self.module.zero_grad(set_to_none=True)
         after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
                              epochs=self.epoch, autocast=self.autocast, note=self.note)  # fmt: skip

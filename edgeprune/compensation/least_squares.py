@@ -30,6 +30,8 @@ GRAM_OPERATIONS = 1e11
 """Positions are sub-sampled so that one layer's Gram matrix costs about this many multiplications."""
 MAX_FEATURES = 8192
 """Layers with more inputs per output and more positions than this stay as sliced."""
+ROUNDING = 1e-10
+"""A residual this small beside the output, both squared, is rounding: fitting it would only add noise."""
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 Keep = Mapping[str, IntArray]
@@ -74,7 +76,7 @@ def compensate(
         assert isinstance(layer, Layer)
         ours.advance(node)
         if not ours.changed:
-            ours.changed = _is_cut(graph, keep, f"{name}.weight")
+            ours.changed = _lost_inputs(graph, keep, f"{name}.weight")
         kept = _kept_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue
@@ -102,9 +104,9 @@ def is_plain(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _is_cut(graph: Graph, keep: Keep, parameter: str) -> bool:
+def _lost_inputs(graph: Graph, keep: Keep, parameter: str) -> bool:
     return any(
-        member.parameter == parameter and len(keep.get(group.name, member.index)) < group.units
+        member.parameter == parameter and member.role == "in" and len(keep.get(group.name, member.index)) < group.units
         for group in graph.groups
         for member in group.members
     )
@@ -213,7 +215,8 @@ class _Target:
         assert self.norm.running_mean is not None
         if self.norm.bias is not None:
             wanted = wanted - self.norm.bias.view(shape)
-        return wanted / self._scale().view(shape) + self.norm.running_mean.view(shape)
+        mean: Tensor = self.norm.running_mean.view(shape)
+        return wanted / self._scale().view(shape) + mean
 
 
 def _only_user(module: fx.GraphModule, node: fx.Node, kind: Any) -> Any:
@@ -238,11 +241,12 @@ def _only_sum(node: fx.Node) -> fx.Node | None:
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over positions, per convolution group: XᵀX (G, d, d), XᵀR (G, d, o), and |R|²."""
+    """Sums over positions, per convolution group: XᵀX (G, d, d), XᵀR (G, d, o), |R|² and |Y|²."""
 
     gram: Tensor
     cross: Tensor
-    square: float = 0.0
+    residual: float = 0.0
+    output: float = 0.0
     count: int = 0
 
 
@@ -267,7 +271,8 @@ def _fit(layer: Layer, inputs: Sequence[Tensor], target: _Target, damping: float
         residual = y - _predict(layer, x, sliced.float())
         sums.gram += (x.transpose(1, 2) @ x).double()
         sums.cross += (x.transpose(1, 2) @ residual).double()
-        sums.square += float(residual.square().sum())
+        sums.residual += float(residual.square().sum())
+        sums.output += float(y.square().sum())
         sums.count += x.shape[1]
     change = _solve(sums, damping, intercept)
     if change is None:
@@ -295,8 +300,11 @@ def _solve(sums: _Sums, damping: float, intercept: bool) -> Tensor | None:
     gram, cross = sums.gram, sums.cross
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return None
+    if sums.residual <= ROUNDING * sums.output:
+        return None
     diagonal = gram.diagonal(dim1=1, dim2=2)
     features = diagonal.shape[1] - intercept
+    damping = damping * (1 + features / sums.count)  # few rows say little about many features
     mean = diagonal[:, :features].mean(dim=1, keepdim=True).clamp_min(1e-12)
     strength = damping * mean.expand(-1, diagonal.shape[1]).clone()
     if intercept:
