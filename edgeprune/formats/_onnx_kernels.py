@@ -146,12 +146,12 @@ class OnnxKernelMap:
                 out_extent=out,
                 in_extent=None if depthwise else into,
             )
-        out = next((extent for extent in first.out_extents if extent.groups), None)
-        if out is None:
-            dense = first.out_shape[1] if len(first.out_shape) > 1 else 1
-            out = Extent(fixed=dense)
-            size = f"{size} channels={dense}"
-        return Kernel(name=kernel_name, nodes=nodes, signature=f"{ops} size={size}", out_extent=out)
+        varying = next((extent for extent in first.out_extents if extent.groups), None)
+        if varying is None:
+            channels = first.out_shape[1] if len(first.out_shape) > 1 else 1
+            varying = Extent(fixed=channels)
+            size = f"{size} channels={channels}"
+        return Kernel(name=kernel_name, nodes=nodes, signature=f"{ops} size={size}", out_extent=varying)
 
 
 class _GraphNodes:

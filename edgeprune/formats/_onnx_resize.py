@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
@@ -25,11 +24,10 @@ from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.formats._onnx_kernels import OnnxKernelMap
-from edgeprune.formats._units import Mask, UnitSpace, positions, take
+from edgeprune.formats._units import Array, Mask, UnitSpace, positions, take
 from edgeprune.graphs.slice import slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
-Array = npt.NDArray[Any]
 
 SHARED_BYTES = 1024
 """Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
@@ -175,12 +173,14 @@ class ExportingResizer(OnnxResizer):
     """Exports every width on its own: seconds each, for models whose files cannot be rewritten."""
 
     def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto) -> None:
-        self._export = lambda keep: to_proto(slice_model(module, inputs, graph, keep), inputs)
-        super().__init__(self._export({}), graph)
+        self._model = (module, inputs, graph)
+        self._to_proto = to_proto
+        super().__init__(self.resize({}), graph)
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
-        return self._export(keep)
+        module, inputs, graph = self._model
+        return self._to_proto(slice_model(module, inputs, graph, keep), inputs)
 
     def write_weights(self, path: Path) -> None:
         """Nothing is shared; the file is empty."""
@@ -230,9 +230,8 @@ class _Matcher:
         for name in node.input:
             if name in self.resizer.arrays:
                 self._match_array(node, name)
-        for index, attribute in enumerate(node.attribute):
+        for index in range(len(node.attribute)):
             self._match_attribute(position, index, node, [other.attribute[index] for other in others])
-            del attribute
 
     def _match_array(self, node: NodeProto, name: str) -> None:
         dense = self.resizer.arrays[name]
@@ -271,8 +270,8 @@ class _Matcher:
                     and all(positions(layout, kept).sum() == size for kept, size in zip(self.kept, sizes, strict=True))
                 ]
             )
-        for layouts in itertools.product(*choices):
-            found = dict(zip(changed, layouts, strict=True))
+        for chosen in itertools.product(*choices):
+            found = dict(zip(changed, chosen, strict=True))
             if all(self._explains(dense, probe, found, kept) for probe, kept in zip(probes, self.kept, strict=True)):
                 return found
         raise Unresizable(f"{node.name}: no channels explain the shape of {name} at other widths")

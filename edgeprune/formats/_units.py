@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.records import Graph, IntArray
 
+Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 TRIES = 60
 MOST_PROBES = 4
@@ -117,6 +119,6 @@ def positions(layout: IntArray, kept: Mask) -> Mask:
     return np.append(kept, True)[layout]  # layout -1, fixed, reads the appended True
 
 
-def take(array: npt.NDArray, axis: int, layout: IntArray, kept: Mask) -> npt.NDArray:
+def take(array: Array, axis: int, layout: IntArray, kept: Mask) -> Array:
     """The positions along an axis whose units are kept."""
     return np.compress(positions(layout, kept), array, axis=axis)

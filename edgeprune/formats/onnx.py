@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
 from edgeprune.core.errors import ModelError, RecordError
@@ -60,7 +60,7 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
         raise RecordError(f"{path} is not a valid ONNX model: {_first_line(error)}; export it again") from error
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_tensor_info(value) for value in model.graph.input if value.name not in weights)
-    tools = {"onnx": onnx.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    tools = {"onnx": onnx.__version__, "torch": str(torch.__version__), "onnxruntime": onnxruntime.__version__}
     return Artifact(
         path=str(path),
         format="onnx",
@@ -140,7 +140,7 @@ def _read_proto(path: Path) -> ModelProto:
 
 def _external_location(tensor: onnx.TensorProto, path: Path) -> Path | None:
     """The file a tensor's values lie in, or None when they are in the model. raises: RecordError."""
-    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+    location: str | None = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
     if location is None:
         return None
     file = (path.parent / location).resolve()
@@ -157,7 +157,8 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 
 
 def _opset(model: ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return version
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from edgeprune.core.stats import bootstrap_interval, median
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.fit import Observations, fit_kernel, tabulate
 
-DRIFT_STIFFNESS = 6.0
+DRIFT_STIFFNESS = 3.0
 """Variance of one timing over that of the board's change of speed from one timing to the next."""
 LEAST_SHARE = 0.1
 """Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
@@ -108,12 +108,12 @@ def estimate_drift(names: Sequence[str], times: Sequence[float]) -> FloatArray:
     level = np.zeros((1, m + n))
     level[0, m:] = 1.0
     weight = np.ones(n)
-    drift = np.zeros(n)
+    drift: FloatArray = np.zeros(n)
     for _ in range(4):
         normal = design.T @ (design * weight[:, None]) + DRIFT_STIFFNESS * walk.T @ walk + level.T @ level
         normal[np.diag_indices(m + n)] += 1e-9
         solution = np.linalg.solve(normal, design.T @ (weight * y))
-        drift = solution[m:]
+        drift = np.asarray(solution[m:], dtype=np.float64)
         residual = np.abs(y - solution[index] - drift)
         spread = 1.4826 * float(np.median(residual)) + 1e-4
         weight = np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12))
@@ -129,7 +129,7 @@ def average_rounds(measurements: Sequence[Measurement]) -> list[Configured]:
     whole = np.asarray(raw) / estimate_drift(names, raw)
     profiled = [index for index, item in enumerate(measurements) if item.kernels]
     sums = [sum(measurements[index].kernels.values()) for index in profiled]
-    drift: FloatArray = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
+    drift = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
     slowness = dict(zip(profiled, drift.tolist(), strict=True))
     result = []
     for name in dict.fromkeys(names):

@@ -124,7 +124,7 @@ def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: 
         if not inside.any():
             errors[outside] = np.inf
             continue
-        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, passes=2)
+        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, passes=1)
         errors[outside] = fit.predict(data.sizes_in[outside], data.sizes_out[outside]) / data.time_s[outside] - 1
     # Absolute, not squared: one interrupted timing must not choose the tile.
     error = float(np.average(np.abs(errors), weights=data.weight * data.time_s))

@@ -1,0 +1,349 @@
+"""The design of configurations, the fit on known costs, and profiling on a real board, killed and resumed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exactness import randomise
+from torch import nn
+
+from edgeprune.core.cost import kernel_latency, predict_latency
+from edgeprune.core.errors import RecordError, UsageError
+from edgeprune.core.records import Conditions, Extent, Graph, Group, Kernel, Measurement, Samples, Target
+from edgeprune.core.store import read_lines
+from edgeprune.device.session import Session, open_session
+from edgeprune.device.targets import read_target
+from edgeprune.profile import ProfileHeading, dense_latency, measure_widths, profile_target, read_profile
+from edgeprune.tables.combine import average_rounds, combine, estimate_drift, measured_latency
+from edgeprune.tables.design import DENSE, design_configurations
+from edgeprune.tables.fit import Observations, fit_kernel, tabulate
+from edgeprune.trace import trace_graph
+
+REPOSITORY = Path(__file__).parents[1]
+
+# --- fitting one kernel ----------------------------------------------------------------------------
+
+
+def _cost(i: np.ndarray, o: np.ndarray, tile_in: int, tile_out: int) -> np.ndarray:
+    wide_in, wide_out = -(-i // tile_in) * tile_in, -(-o // tile_out) * tile_out
+    return 5e-6 + 2e-8 * wide_in + 3e-8 * wide_out + 4e-9 * wide_in * wide_out
+
+
+def _observe(tile_in: int, tile_out: int, noise: float, seed: int) -> Observations:
+    rng = np.random.default_rng(seed)
+    i, o = rng.integers(2, 33, 60) * 4, rng.integers(2, 33, 60) * 4
+    time_s = _cost(i, o, tile_in, tile_out) * np.exp(noise * rng.standard_normal(60))
+    time_s[:3] *= 2.5  # interrupted
+    return Observations(sizes_in=i, sizes_out=o, time_s=time_s, configuration=np.arange(60), weight=np.ones(60))
+
+
+@pytest.mark.parametrize("tiles", [(1, 16), (8, 8), (16, 32), (1, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_staircase_is_found(tiles: tuple[int, int], seed: int) -> None:
+    """Tiles and costs are recovered from noisy timings with outliers, over the whole plane."""
+    fit = fit_kernel(_observe(*tiles, noise=0.02, seed=seed))
+    assert (fit.tile_in, fit.tile_out) == tiles
+    table = tabulate(fit, "conv", 128, 128)
+    i, o = (axis.ravel() for axis in np.meshgrid(np.arange(16, 129, 4), np.arange(16, 129, 4)))
+    error = kernel_latency(table, i, o) / _cost(i, o, *tiles) - 1
+    assert np.abs(error).mean() < 0.02
+    assert np.abs(error).max() < 0.08
+    assert table.out_sizes[-1] == 128
+    assert (np.diff(table.latency_s, axis=1) > -1e-12).all() or fit.smoothing is not None
+
+
+def test_sizes_off_the_alignment_do_not_bend_the_table() -> None:
+    """Sizes that leave the blocked layout cost twice as much; the table of the others stays right."""
+    data = _observe(1, 16, 0.01, seed=5)
+    odd = replace(data, sizes_in=data.sizes_in.copy(), time_s=data.time_s.copy())
+    odd.sizes_in[10:18] += 1
+    odd.time_s[10:18] *= 2
+    table = tabulate(fit_kernel(odd), "conv", 128, 128)
+    i, o = np.arange(16, 129, 8), np.full(15, 64)
+    assert np.abs(kernel_latency(table, i, o) / _cost(i, o, 1, 16) - 1).max() < 0.05
+
+
+def test_one_observation_is_a_constant() -> None:
+    one = np.ones(1, np.int64)
+    data = Observations(
+        sizes_in=0 * one, sizes_out=64 * one, time_s=one * 2e-6, configuration=0 * one, weight=one * 1.0
+    )
+    table = tabulate(fit_kernel(data), "pool", 0, 64)
+    assert kernel_latency(table, 0, 64) == pytest.approx(2e-6, rel=0.01)
+
+
+# --- a whole synthetic board -----------------------------------------------------------------------
+
+
+def _chain_graph(widths: tuple[int, ...] = (64, 128, 96, 64)) -> Graph:
+    groups = tuple(Group(name=f"g{index}", units=units) for index, units in enumerate(widths))
+    return Graph(model_sha256="0" * 64, inputs=(), outputs=(), nodes=(), parameters=(), groups=groups)
+
+
+def _kernels(graph: Graph) -> tuple[Kernel, ...]:
+    names = [group.name for group in graph.groups]
+    return tuple(
+        Kernel(
+            name=f"k{index}", nodes=(), signature=f"s{index}",
+            in_extent=Extent(groups=((before, 1),)), out_extent=Extent(groups=((after, 1),)),
+        )
+        for index, (before, after) in enumerate(itertools.pairwise(names))
+    )  # fmt: skip
+
+
+CONDITIONS = Conditions(board="b", arch="x", cpu="c", runtime="r", runtime_version="1")
+
+
+def _measure(graph: Graph, *, noise: float = 0.015, seed: int = 0, inflation: float = 4e-6) -> list[Measurement]:
+    """A board that slows down by a third and back, with a profiler that adds to each kernel."""
+    rng = np.random.default_rng(seed)
+    kernels = _kernels(graph)
+    sweep = design_configurations(graph, 40, 8, seed=seed)
+    measurements = []
+    place = 0
+    for number in range(3):
+        order = [sweep[index] for index in rng.permutation(len(sweep) - 1) + 1]
+        for item in [sweep[0], *order[:24], sweep[0], *order[24:], sweep[0]]:
+            drift = 1 + 0.33 * np.sin(place / 25) ** 2
+            place += 1
+            times = {}
+            for kernel in kernels:
+                assert kernel.in_extent is not None
+                sizes = [np.array(e.size(item.widths, item.widths)) for e in (kernel.in_extent, kernel.out_extent)]
+                times[kernel.name] = float(_cost(sizes[0], sizes[1], 4, 16)) * drift
+            whole = sum(times.values()) + 3e-6 * drift
+            jitter = np.exp(noise * rng.standard_normal(9))
+            profiled = {name: (t + inflation) * np.exp(noise * rng.standard_normal()) for name, t in times.items()}
+            measurements.append(
+                Measurement(
+                    configuration=item.name, round=number, widths=item.widths, held_out=item.held_out,
+                    samples=Samples(values=tuple(whole * jitter)), kernels=profiled,
+                    run_s=sum(profiled.values()) * 1.05, conditions=CONDITIONS,
+                )
+            )  # fmt: skip
+    return measurements
+
+
+def test_profile_predicts_what_it_never_saw() -> None:
+    """Drift and the profiler's own time are taken out: held-out error within the aim."""
+    graph = _chain_graph()
+    combined = combine(_kernels(graph), _measure(graph))
+    assert combined.held_out is not None
+    assert combined.held_out.configurations == 8
+    assert combined.held_out.mean < 0.02
+    assert combined.held_out.max < 0.05
+    assert combined.additivity_gap == pytest.approx(0.05 / 1.05, abs=0.01)
+    assert combined.overhead_s >= 0
+
+
+def test_held_out_configurations_are_not_fitted() -> None:
+    graph = _chain_graph()
+    measurements = _measure(graph)
+    # Kernel times only: whole times of all configurations tell the drift, which is no fit to widths.
+    altered = [
+        replace(item, kernels={name: 3 * seconds for name, seconds in item.kernels.items()}) if item.held_out else item
+        for item in measurements
+    ]
+    without = [item for item in measurements if not item.held_out]
+    kernels = _kernels(graph)
+    full, changed, alone = combine(kernels, measurements), combine(kernels, altered), combine(kernels, without)
+    assert alone.held_out is None
+    for table, other, third in zip(full.tables, changed.tables, alone.tables, strict=True):
+        np.testing.assert_allclose(table.latency_s, other.latency_s, rtol=0.03)
+        np.testing.assert_allclose(table.latency_s, third.latency_s, rtol=0.03)
+
+
+def test_drift_is_separated_from_configurations() -> None:
+    rng = np.random.default_rng(0)
+    names = [str(name) for _ in range(4) for name in rng.permutation(20)]
+    true = np.exp(0.3 * np.sin(np.arange(80) / 25))
+    cost = {str(name): 1e-3 * (1 + name) for name in range(20)}
+    times = np.array([cost[name] for name in names]) * true * np.exp(0.01 * rng.standard_normal(80))
+    found = estimate_drift(names, times.tolist())
+    ratio = found / true
+    assert (ratio.max() - ratio.min()) / ratio.mean() < 0.12
+    assert estimate_drift(["a", "b"], [1.0, 2.0]).tolist() == [1.0, 1.0]
+
+
+def test_dense_model_must_have_been_measured() -> None:
+    graph = _chain_graph()
+    others = [item for item in _measure(graph) if item.configuration != DENSE]
+    with pytest.raises(RecordError, match="dense"):
+        combine(_kernels(graph), others)
+    with pytest.raises(RecordError, match="nowhere"):
+        measured_latency(others, "nowhere")
+
+
+# --- the design ------------------------------------------------------------------------------------
+
+
+def test_design_covers_the_plane_and_obeys_steps() -> None:
+    groups = (
+        Group(name="a", units=64),
+        Group(name="b", units=48, step=3),
+        Group(name="c", units=10, frozen_because="x"),
+    )
+    graph = Graph(model_sha256="", inputs=(), outputs=(), nodes=(), parameters=(), groups=groups)
+    sweep = design_configurations(graph, 40, 8)
+    assert sweep[0].widths == graph.units
+    assert [item.held_out for item in sweep] == [False] * 40 + [True] * 8
+    assert len({item.name for item in sweep}) == 48
+    for item in sweep:
+        assert item.widths["c"] == 10
+        assert item.widths["b"] % 3 == 0
+        assert all(1 <= item.widths[group.name] <= group.units for group in groups)
+    a = np.array([item.widths["a"] for item in sweep if not item.held_out])
+    b = np.array([item.widths["b"] for item in sweep if not item.held_out])
+    quarters = set(zip((a - 1) // 16, (b - 1) // 12, strict=True))
+    assert len(quarters) >= 10, "the plane of two groups that meet in a kernel is not covered"
+    assert (a % 16 == 0).any() and (a % 16 != 0).any()
+    assert {item.widths["a"] % 16 for item in design_configurations(graph, 20, 4, step=16)} == {0}
+    longer = design_configurations(graph, 44, 8)
+    assert [item.widths for item in longer[:40]] == [item.widths for item in sweep[:40]]
+
+
+# --- on a board ------------------------------------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 8, 1)
+    ).eval()
+def inputs():
+    return (torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),)
+"""
+OPTIONS = {"configurations": 6, "rounds": 2, "held_out": 2, "seconds": 0.01}
+EXPECTED = 2 * (5 + 2 + 3)
+
+
+def _make() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    scope: dict[str, Callable[[], object]] = {}
+    exec(MODEL, scope)
+    module, inputs = scope["make"](), scope["inputs"]()
+    assert isinstance(module, nn.Module) and isinstance(inputs, tuple)
+    return module, inputs
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    local = read_target(REPOSITORY / "targets" / "localhost.toml")
+    return replace(local, workdir=str(tmp_path_factory.mktemp("board")), python=sys.executable)
+
+
+@pytest.fixture(scope="module")
+def session(target: Target) -> Session:
+    with open_session(target) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Path) -> None:
+    """SIGKILL in the middle; the rest is measured, nothing twice, nothing lost, and it can be added to."""
+    path = tmp_path / "profile.jsonl"
+    (tmp_path / "net.py").write_text(MODEL)
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch, net
+        from pathlib import Path
+        from edgeprune.core.records import Target
+        from edgeprune.device.session import open_session
+        from edgeprune.profile import profile_target
+        from edgeprune.trace import trace_graph
+        torch.set_num_threads(1)
+        graph = trace_graph(net.make(), net.inputs())
+        target = Target(name="localhost", transport="local", workdir={target.workdir!r}, python=sys.executable)
+        with open_session(target) as session:
+            profile_target(net.make(), net.inputs(), graph, session, path=Path({str(path)!r}), **{OPTIONS!r})
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], start_new_session=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and child.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= 4:
+            break
+        time.sleep(0.005)
+    assert child.poll() is None, "the child ended before it could be killed"
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    before = path.read_bytes()
+    complete = before[: before.rfind(b"\n") + 1]
+    assert complete.count(b"\n") - 1 < EXPECTED
+    path.write_bytes(complete + b'{"schema": "edgeprune.Measu')  # as a kill in mid-write leaves it
+
+    module, inputs = _make()
+    graph = trace_graph(module, inputs)
+    profile = profile_target(module, inputs, graph, session, path=path, **OPTIONS)
+    assert path.read_bytes().startswith(complete)
+    assert len(profile.measurements) == EXPECTED
+    places = [(item.round, item.configuration) for item in profile.measurements]
+    assert sum(name == DENSE for _, name in places) == 6
+    assert len({place for place in places if place[1] != DENSE}) == EXPECTED - 6
+    assert profile.held_out is not None and profile.held_out.configurations == 2
+    assert all(item.kernels and item.run_s for item in profile.measurements)
+    assert predict_latency(graph, {}, profile) == pytest.approx(dense_latency(profile).median, rel=0.5)
+
+    again = profile_target(module, inputs, graph, session, path=path, **OPTIONS)
+    assert again.measurements == profile.measurements
+
+    half = {group.name: group.units // 2 for group in graph.prunable}
+    grown, (latency, dense) = measure_widths(
+        module, inputs, graph, session, profile, path, [half, {}], rounds=2, seconds=0.01
+    )
+    assert len(grown.measurements) == EXPECTED + 2 * (1 + 3)
+    assert latency.low <= latency.median <= latency.high
+    assert dense == dense_latency(grown)
+    assert latency.median < dense.median
+    unchanged, repeated = measure_widths(module, inputs, graph, session, grown, path, [half])
+    assert unchanged is grown
+    assert repeated == [latency]
+
+    # The same file does not take another graph, other widths or other conditions.
+    other = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)))
+    with pytest.raises(RecordError, match="another model"):
+        read_profile(path, trace_graph(other, inputs))
+    with pytest.raises(RecordError, match="other options"):
+        profile_target(module, inputs, graph, session, path=path, **{**OPTIONS, "step": 16})
+    lines = list(read_lines(path, ProfileHeading, Measurement))
+    with open_session(replace(target, threads=2)) as unlike, pytest.raises(RecordError, match="threads was 1, is 2"):
+        profile_target(module, inputs, graph, unlike, path=path, **{**OPTIONS, "rounds": 3})
+    assert list(read_lines(path, ProfileHeading, Measurement)) == lines
+
+
+def test_refusals(session: Session, tmp_path: Path) -> None:
+    module, inputs = _make()
+    graph = trace_graph(module, inputs)
+    with pytest.raises(UsageError, match="at least 2"):
+        profile_target(module, inputs, graph, session, path=tmp_path / "p.jsonl", configurations=1)
+    with pytest.raises(RecordError, match="holds no profile"):
+        read_profile(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text("not a profile\n")
+    with pytest.raises(RecordError, match="line 1"):
+        read_profile(tmp_path / "p.jsonl")
+
+
+def test_rounds_are_averaged_by_medians() -> None:
+    graph = _chain_graph()
+    measurements = _measure(graph)
+    index = next(i for i, item in enumerate(measurements) if item.configuration == "fit-05")
+    broken = replace(
+        measurements[index], samples=Samples(values=tuple(5 * v for v in measurements[index].samples.values))
+    )
+    disturbed = [*measurements[:index], broken, *measurements[index + 1 :]]
+    calm = {item.name: item.whole_s for item in average_rounds(measurements)}
+    rough = {item.name: item.whole_s for item in average_rounds(disturbed)}
+    assert rough["fit-05"] == pytest.approx(calm["fit-05"], rel=0.05)
