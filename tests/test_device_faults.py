@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,32 @@ def test_interrupt_stops_the_agent(target: Target, model: Path) -> None:
             session.run([*steps("a"), *steps("b", seconds=60.0)], job="stop", on_result=press)
         assert agent_is_gone(target)
         assert session.run(steps("d", seconds=0.05), job="stop")[0].error is None
+
+
+def test_same_job_twice_at_once(target: Target, model: Path, tmp_path: Path) -> None:
+    """The second is told of the first; once the first was killed, its detached agent is replaced."""
+    program = (
+        "import sys, pickle\n"
+        "from edgeprune.core.records import Step\n"
+        "from edgeprune.device.session import open_session\n"
+        "with open_session(pickle.load(sys.stdin.buffer), space='shared') as session:\n"
+        "    step = dict(kind='time', artifact='net.onnx')\n"
+        "    steps = [Step(key='a', seconds=0.01, **step), Step(key='b', seconds=600, **step)]\n"
+        "    session.run(steps, job='same', on_result=lambda result: print(result.key, flush=True))\n"
+    )
+    with open_session(target, space="shared") as session:
+        session.push({"net.onnx": model})
+        argv = [sys.executable, "-c", program]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as first:
+            assert first.stdin is not None and first.stdout is not None
+            first.stdin.write(pickle.dumps(target))
+            first.stdin.close()
+            assert first.stdout.readline() == b"a\n"
+            with pytest.raises(BoardNotReady, match=f"process {first.pid} of this machine runs the same job"):
+                session.run(steps("c", seconds=0.05), job="same")
+            assert not agent_is_gone(target)
+            first.kill()
+        assert session.run(steps("c", seconds=0.05), job="same")[0].error is None
 
 
 def test_results_that_cannot_be_read(target: Target, model: Path) -> None:

@@ -41,12 +41,22 @@ PR_SET_PDEATHSIG = 1
 
 
 def start(job: Path) -> int:
-    """Take a job from standard input, end the agent that JOB may have, detach a new one; print its id."""
+    """Take a job from standard input, end the agent that JOB may have, detach a new one; print its id.
+
+    An agent that works for another client is left alone, and that client printed, unless `force` is set.
+    """
     job.mkdir(parents=True, exist_ok=True)
     spec = json.load(sys.stdin)
     lock = os.open(job / "agent.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    if not _kill_holder(job, lock):
-        return 1
+    client = job / "agent.client"
+    if not _try_lock(lock):
+        holder = json.loads(client.read_text()) if client.exists() else None
+        if holder not in (None, spec["client"]) and not spec["force"]:
+            print(MARK, json.dumps({"busy": holder}))
+            return 0
+        if not _kill_holder(job, lock):
+            return 1
+    client.write_text(json.dumps(spec["client"]))
     log = os.open(job / "agent.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     pid = os.fork()
     if pid:

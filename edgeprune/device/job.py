@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from edgeprune.core.errors import AgentError
+from edgeprune.core.errors import AgentError, BoardNotReady
 from edgeprune.device.sources import MARK
 from edgeprune.device.transports import Transport
 
@@ -21,6 +23,30 @@ SILENCE_S = 5.0
 STALL_S = 3600.0
 """No step takes this long: the agent hangs."""
 LOG_TAIL_BYTES = 2000
+
+
+def identify_client() -> dict[str, Any]:
+    """This process, told apart from a later one of the same number."""
+    return {"pid": os.getpid(), "started": _start_time(os.getpid())}
+
+
+def client_is_alive(client: Mapping[str, Any]) -> bool:
+    """Whether the process that `identify_client` described still runs on this machine."""
+    try:
+        os.kill(client["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return bool(_start_time(client["pid"]) == client["started"])
+
+
+def _start_time(pid: int) -> str | None:
+    # Field 22 of proc(5)'s stat, after the name in brackets; None on systems without /proc.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
 
 
 class Job:
@@ -37,7 +63,8 @@ class Job:
     def follow(self, spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Start the agent on `spec` and yield every `result` event, old ones first, until it is done.
 
-        raises: AgentError when the agent dies again and again, hangs, or writes what cannot be read.
+        raises: AgentError when the agent dies again and again, hangs, or writes what cannot be read;
+            BoardNotReady when another process of this machine runs the same job.
         """
         offset = 0
         fruitless = 0
@@ -86,16 +113,29 @@ class Job:
         return f"The agent's log ends: {text}" if text else "The agent's log is empty"
 
     def _start(self, spec: Mapping[str, Any]) -> int:
+        """The process id of an agent that works for us. raises: BoardNotReady; AgentError."""
+        answer = self._ask_to_start({**spec, "client": identify_client(), "force": False})
+        if "busy" in answer:
+            if client_is_alive(client := answer["busy"]):
+                raise BoardNotReady(
+                    f"target {self._name}: process {client['pid']} of this machine runs the same job there; "
+                    "wait for it, stop it, or use another output directory"
+                )
+            answer = self._ask_to_start({**spec, "client": identify_client(), "force": True})
+        return int(answer["pid"])
+
+    def _ask_to_start(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         argv = [self._python, self._agent, "start", self._folder]
         done = self._transport.run(argv, stdin=json.dumps(spec).encode())
-        _, mark, answer = done.stdout.decode("utf-8", "replace").rpartition(MARK)
+        _, mark, text = done.stdout.decode("utf-8", "replace").rpartition(MARK)
         try:
-            if not mark or done.rc != 0:
+            answer = json.loads(text) if mark and done.rc == 0 else None
+            if not isinstance(answer, dict) or not isinstance(answer.get("pid", answer.get("busy")), int | dict):
                 raise ValueError("no answer")
-            return int(json.loads(answer)["pid"])
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             said = (done.stderr or done.stdout)[-LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
             raise AgentError(f"target {self._name}: the agent did not start (rc {done.rc}): {said}") from error
+        return answer
 
     def _stop(self) -> None:
         self._transport.run([self._python, self._agent, "stop", self._folder])

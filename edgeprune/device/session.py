@@ -41,11 +41,12 @@ DISK_MARGIN_BYTES = 16 * 1024 * 1024
 
 
 def open_session(
-    target: Target, *, space: str = "default", trust_new_host: bool = False, progress: Progress = silent
+    target: Target, *, space: str | None = None, trust_new_host: bool = False, progress: Progress = silent
 ) -> Session:
     """Connect to a target's board and see that it is ready to measure.
 
-    space: sessions of one client that share it share their files and jobs on the board.
+    space: sessions of one client that share it share their files and jobs on the board; None: those
+        that are opened in the same working directory.
     trust_new_host: remember a host key never seen before instead of refusing it.
     raises: HostKeyError; ConnectionLost; BoardNotReady, saying the command that mends it.
     """
@@ -54,7 +55,7 @@ def open_session(
         board = gather_facts(target, transport)
         if board.facts.missing:
             raise BoardNotReady(f"target {target.name} lacks {'; '.join(board.facts.missing)}")
-        return Session(target, transport, board, space=space, progress=progress)
+        return Session(target, transport, board, space=space or str(Path.cwd()), progress=progress)
     except BaseException:
         transport.close()
         raise
@@ -64,7 +65,7 @@ class Session:
     """An open session; a context manager. Made by `open_session`."""
 
     def __init__(
-        self, target: Target, transport: Transport, board: Board, *, space: str = "default", progress: Progress = silent
+        self, target: Target, transport: Transport, board: Board, *, space: str, progress: Progress = silent
     ) -> None:
         self.target = target
         self.facts: BoardFacts = board.facts
@@ -142,7 +143,8 @@ class Session:
         A step that has a result in this job, of the same files and settings, is not measured again.
         job: names the folder of results. on_result: called with each result as it is made.
         raises: AgentError when the agent dies again and again or writes what cannot be read;
-            ConnectionLost when the board does not come back. Whatever is raised, the agent is stopped.
+            ConnectionLost when the board does not come back; BoardNotReady when another process runs
+            the same job. Whatever else is raised (Ctrl-C too), our agent is stopped.
         """
         if len({step.key for step in steps}) != len(steps):
             raise UsageError(f"job {job}: two steps have the same key")
@@ -177,6 +179,8 @@ class Session:
                 results[key] = result
                 if on_result is not None:
                     on_result(result)
+        except BoardNotReady:
+            raise  # it is someone else's agent
         except BaseException:
             agent.stop_quietly()
             raise
