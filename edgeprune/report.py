@@ -72,7 +72,8 @@ def headline(report: Report) -> str:
         change = f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"
         times = f"{format_seconds(dense.median)} → {format_seconds(compact.median)}"
         result = f"{change} on {report.target}: {times} measured"
-    shares = (accuracy.on_board, accuracy.after_recovery, accuracy.before_recovery)
+    # Not the board's: that is of fewer examples than the dense model's.
+    shares = (accuracy.after_recovery, accuracy.before_recovery)
     after = next((share for share in shares if share is not None), None)
     if accuracy.dense is not None and after is not None:
         result += f", accuracy {accuracy.dense:.1%} → {after:.1%}"
@@ -106,13 +107,14 @@ def tabulate_costs(report: Report) -> Table:
     add("parameters", lambda cost: cost.parameters, _count, float)
     add("multiply-accumulates", lambda cost: cost.macs, _count, float)
     accuracy = report.accuracy
-    for name, share in (
-        ("accuracy, not retrained", accuracy.before_recovery),
-        ("accuracy, recovered", accuracy.after_recovery),
-        ("accuracy on the board", accuracy.on_board),
+    examples = f", {report.numeric_error.examples} examples" if report.numeric_error is not None else ""
+    for name, dense, share in (
+        ("accuracy, not retrained", accuracy.dense, accuracy.before_recovery),
+        ("accuracy, recovered", accuracy.dense, accuracy.after_recovery),
+        (f"accuracy on the board{examples}", None, accuracy.on_board),
     ):
         if share is not None:
-            rows.append((name, _share(accuracy.dense), _share(share), UNKNOWN, UNKNOWN))
+            rows.append((name, _share(dense), _share(share), UNKNOWN, UNKNOWN))
     return Table(header=("", "dense", "pruned", "predicted", "pruned / dense"), rows=tuple(rows))
 
 
