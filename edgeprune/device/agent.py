@@ -198,24 +198,31 @@ def work(spec: dict[str, Any], results: Results) -> None:
 @contextlib.contextmanager
 def board_lock(owner: str) -> Iterator[None]:
     """Hold the board alone. raises: TimeoutError naming who holds it."""
-    try:
-        descriptor = os.open(BOARD_LOCK, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        descriptor = os.open(BOARD_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        with contextlib.suppress(PermissionError):
-            os.fchmod(descriptor, 0o666)
+    descriptor = _open_board_lock()
     try:
         limit = time.monotonic() + BOARD_LOCK_TIMEOUT_S
         while not _try_lock(descriptor):
             if time.monotonic() > limit:
-                holder = BOARD_LOCK.read_text(errors="replace")
-                raise TimeoutError(f"the board is measuring for someone else: {holder[:200]}")
+                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace")
+                raise TimeoutError(f"the board is measuring for someone else: {holder}")
             time.sleep(0.002)
-        with contextlib.suppress(PermissionError):
-            BOARD_LOCK.write_text(owner)
+        with contextlib.suppress(OSError):  # another user's file can be locked, not written
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_board_lock() -> int:
+    # Of another user, /tmp may let us open it only without creating it, or only for reading.
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDWR):
+        with contextlib.suppress(PermissionError):
+            descriptor = os.open(BOARD_LOCK, flags | os.O_NOFOLLOW, 0o666)
+            with contextlib.suppress(PermissionError):
+                os.fchmod(descriptor, 0o666)  # whatever our umask
+            return descriptor
+    return os.open(BOARD_LOCK, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def read_sources(sources: dict[str, dict[str, list[str]]]) -> dict[str, str]:

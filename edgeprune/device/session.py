@@ -11,7 +11,6 @@ The agent runs detached: a cut connection costs nothing but the time to connect 
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -72,8 +71,8 @@ class Session:
         self._transport = transport
         self._python = board.python or "python3"
         self._progress = progress
-        client = f"{getpass.getuser()}@{platform.node()}"
-        self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{client}-{space}')}"
+        self._client = f"{os.getuid()}@{platform.node()}"
+        self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{self._client}-{space}')}"
         self._files = f"{self._root}/files"
         self._programs = {
             "agent.py": HERE / "agent.py",
@@ -155,7 +154,7 @@ class Session:
         fingerprints = {step.key: self._fingerprint(step, manifest) for step in steps}
         spec = {
             "run": uuid.uuid4().hex,
-            "owner": f"{getpass.getuser()} at {platform.node()}, process {os.getpid()}, job {job}",
+            "owner": f"user {self._client}, process {os.getpid()}, job {job}",
             "job": folder,
             "files": self._files,
             "threads": self.target.threads,
