@@ -170,7 +170,7 @@ def _average(
             loss = _loss(model, *batch)
             if not math.isfinite(float(loss.detach())):
                 raise DataError(f"the model's calibration loss is {float(loss.detach())}; check weights and data")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         for group in graph.prunable:
             views = _views(group, graph, tensors, with_gradient=batch is not None)
             with torch.no_grad():
