@@ -21,8 +21,9 @@ from typing import Any
 import paramiko
 import pytest
 from loopback.models import write_model
+from loopback.sshd import SSHD, openssh_board
 
-from edgeprune.core.errors import AgentError, BoardNotReady, ConnectionLost, HostKeyError
+from edgeprune.core.errors import AgentError, BoardNotReady, ConnectionLost, DeviceError, HostKeyError, UsageError
 from edgeprune.core.records import Conditions, Step, StepResult, Target
 from edgeprune.device import job as job_module
 from edgeprune.device.embedded import EmbeddedBoard
@@ -344,7 +345,27 @@ def test_disk_that_is_too_small(target: Target, tmp_path: Path) -> None:
 
 
 def test_workdir_that_cannot_be_written(target: Target) -> None:
-    with open_session(replace(target, workdir="/proc/edgeprune")) as session, pytest.raises(Exception, match="/proc"):
+    unwritable = replace(target, workdir="/proc/edgeprune")
+    with open_session(unwritable) as session, pytest.raises(DeviceError, match=r"target embedded: .*/proc/edgeprune"):
+        session.push({"x": Path(__file__)})
+
+
+def test_fetch_to_where_nothing_can_be_written(target: Target, model: Path, tmp_path: Path) -> None:
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        session.fetch("net.onnx", tmp_path / "new" / "folder" / "net.onnx")
+        with pytest.raises(UsageError, match="choose another output directory"):
+            session.fetch("net.onnx", model / "net.onnx")
+    assert (tmp_path / "new" / "folder" / "net.onnx").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.skipif(SSHD is None, reason="OpenSSH's server is not installed")
+def test_server_without_files(tmp_path: Path) -> None:
+    with (
+        openssh_board(tmp_path, sftp=False) as bare,
+        open_session(replace(bare, workdir=str(tmp_path))) as session,
+        pytest.raises(DeviceError, match="offers no SFTP; on the board: sudo apt-get install"),
+    ):
         session.push({"x": Path(__file__)})
 
 

@@ -188,12 +188,21 @@ class Session:
         return [results[step.key] for step in steps]
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy a file of the board here. raises: DeviceError when there is none of that name."""
+        """Copy a file of the board here.
+
+        raises: DeviceError when there is none of that name; UsageError when it cannot be written here.
+        """
         _check_name(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}; choose another output directory") from error
         try:
             self._transport.get(f"{self._files}/{name}", path)
         except FileNotFoundError as error:
             raise DeviceError(f"target {self.target.name} has no file {name}") from error
+        except OSError as error:
+            raise DeviceError(f"cannot copy {name} of target {self.target.name} to {path}: {error}") from error
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files on the board; those that are not there are gone already."""

@@ -30,12 +30,12 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 AllowUsers {user}
 UseDNS no
-Subsystem sftp internal-sftp
 """
+SFTP = "Subsystem sftp internal-sftp\n"
 
 
 @contextlib.contextmanager
-def openssh_board(folder: Path) -> Iterator[Target]:
+def openssh_board(folder: Path, *, sftp: bool = True) -> Iterator[Target]:
     """A target that is reached through a real sshd, which lives as long as the block."""
     assert SSHD is not None
     for name in ("host_key", "client_key"):
@@ -44,7 +44,8 @@ def openssh_board(folder: Path) -> Iterator[Target]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     user = getpass.getuser()
-    (folder / "sshd_config").write_text(CONFIG.format(port=port, folder=folder, user=user))
+    config = CONFIG.format(port=port, folder=folder, user=user) + (SFTP if sftp else "")
+    (folder / "sshd_config").write_text(config)
     if os.geteuid() == 0:
         # Where sshd drops privileges to; a service manager would have made it.
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
