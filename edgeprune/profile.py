@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -94,8 +95,8 @@ def profile_target(
     if configurations < 2 or rounds < 1 or held_out < 0:
         raise UsageError("a profile needs at least 2 configurations and 1 round")
     sweep = design_configurations(graph, configurations, held_out, step=step, seed=seed)
-    resizer = resizer or _make_resizer(format, module, inputs, graph)
-    with _Run(graph, session, resizer, path, seconds, progress) as run:
+    make = partial(_make_resizer, resizer, format, module, inputs, graph)
+    with _Run(graph, session, make, path, seconds, progress) as run:
         schedule = []
         for number in range(rounds):
             order = np.random.default_rng((seed, number)).permutation(len(sweep) - 1) + 1
@@ -133,8 +134,8 @@ def measure_widths(
         if name not in known and graph.units | dict(widths) != graph.units
     }
     if new:
-        resizer = resizer or _make_resizer(format, module, inputs, graph)
-        with _Run(graph, session, resizer, path, seconds, progress) as run:
+        make = partial(_make_resizer, resizer, format, module, inputs, graph)
+        with _Run(graph, session, make, path, seconds, progress) as run:
             start = 1 + max((item.round for item in profile.measurements), default=-1)
             dense = Configuration(name=DENSE, widths=graph.units)
             run.measure([(start + number, _anchored(list(new.values()), dense)) for number in range(rounds)])
@@ -183,11 +184,17 @@ class _Run:
     """One sitting at the board: makes the files, measures what the profile lacks, appends it."""
 
     def __init__(
-        self, graph: Graph, session: Session, resizer: Resizer, path: Path, seconds: float, progress: Progress
+        self,
+        graph: Graph,
+        session: Session,
+        make_resizer: Callable[[], Resizer],
+        path: Path,
+        seconds: float,
+        progress: Progress,
     ) -> None:
         self.graph = graph
         self.session = session
-        self.resizer = resizer
+        self._make_resizer = make_resizer
         self.path = path
         self.seconds = seconds
         self.progress = progress
@@ -225,13 +232,16 @@ class _Run:
         slots = list(_missing(schedule, done))
         if not slots:
             return
-        self._push({slot.configuration.name: slot.configuration for slot in slots})
+        # Made only now: it takes seconds, and a complete profile needs none.
+        self.progress("exporting", 0, 0)
+        resizer = self._make_resizer()
+        self._push(resizer, {slot.configuration.name: slot.configuration for slot in slots})
         job = heading.job if heading is not None else f"profile-{self.graph.model_sha256[:8]}-{secrets.token_hex(4)}"
-        mapped = self._map_kernels(job)
+        mapped = self._map_kernels(resizer, job)
         if heading is None:
             heading = ProfileHeading(
                 target=self.session.target.name, conditions=conditions, graph_sha256=self.graph.model_sha256,
-                artifact_sha256=self.resizer.dense_sha256, dense_bytes=self.resizer.dense_bytes,
+                artifact_sha256=resizer.dense_sha256, dense_bytes=resizer.dense_bytes,
                 kernels=mapped.kernels, job=job,
             )  # fmt: skip
             append_record(self.path, heading)
@@ -241,25 +251,25 @@ class _Run:
             )
         self._run_slots(slots, job, mapped)
 
-    def _push(self, configurations: Mapping[str, Configuration]) -> None:
+    def _push(self, resizer: Resizer, configurations: Mapping[str, Configuration]) -> None:
         folder = Path(self._folder.name)
-        self.resizer.write_weights(folder / WEIGHTS)
+        resizer.write_weights(folder / WEIGHTS)
         files = {WEIGHTS: folder / WEIGHTS}
         wanted = {DENSE: Configuration(name=DENSE, widths=self.graph.units), **configurations}
         for index, (name, configuration) in enumerate(wanted.items()):
             self.progress("making widths", index, len(wanted))
-            self.resizer.write_structure(configuration.widths, folder / f"{name}.onnx", WEIGHTS)
+            resizer.write_structure(configuration.widths, folder / f"{name}.onnx", WEIGHTS)
             files[f"{name}.onnx"] = folder / f"{name}.onnx"
         self.progress("making widths", len(wanted), len(wanted))
         self.session.push(files)
 
-    def _map_kernels(self, job: str) -> KernelMap:
+    def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
         """Learn the kernels from one profiled run of the dense model."""
         step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=PROFILED_RUNS)
         (result,) = self.session.run([step], job=job)
         if result.error is not None:
             raise AgentError(f"the board cannot run the dense model: {result.error}")
-        return self.resizer.map_kernels(result.kernels)
+        return resizer.map_kernels(result.kernels)
 
     def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
         by_key = {key: slot for slot in slots for key in (slot.time_key, slot.kernels_key)}
@@ -370,5 +380,7 @@ def _unlike(path: Path, before: Conditions, now: Conditions) -> str:
     return f"{path} was measured under other conditions ({'; '.join(changed)}); restore them or use another file"
 
 
-def _make_resizer(format: str, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph) -> Resizer:
-    return cast("Resizer", load_member("formats", format).make_resizer(module, inputs, graph))
+def _make_resizer(
+    given: Resizer | None, format: str, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph
+) -> Resizer:
+    return given or cast("Resizer", load_member("formats", format).make_resizer(module, inputs, graph))

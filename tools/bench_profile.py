@@ -177,12 +177,11 @@ def main() -> None:
         else:
             with EmbeddedBoard() as target:
                 measure(target)
-    print(
-        f"{'model':16}{'fitted':>8}{'held out':>10}{'timings':>9}{'profile mean':>14}{'max':>8}{'isolated mean':>15}{'max':>8}"
-    )
+    heads = (("model", 16), ("fitted", 8), ("held out", 10), ("timings", 9), ("profile mean", 14), ("max", 8))
+    print("".join(f"{head:>{width}}" for head, width in (*heads, ("isolated mean", 15), ("max", 8))))
     for name, row in rows.items():
         print(
-            f"{name:16}{row['configurations']:8.0f}{row['held_out']:10.0f}{row['timings']:9.0f}"
+            f"{name:>16}{row['configurations']:8.0f}{row['held_out']:10.0f}{row['timings']:9.0f}"
             f"{row['mean']:14.1%}{row['max']:8.1%}{row['isolated_mean']:15.1%}{row['isolated_max']:8.1%}"
         )
     aims = {}

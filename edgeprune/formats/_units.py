@@ -33,7 +33,9 @@ class UnitSpace:
             self._offsets[group.name] = self.total
             self.total += group.units
         self.layouts = self._layouts()
-        self.distinct = list({layout.tobytes(): layout for layout in self.layouts.values()}.values())
+        # One position per unit: what a normalisation keeps for each of its groups of channels.
+        single = [self._offsets[group.name] + np.arange(group.units) for group in graph.prunable]
+        self.distinct = list({layout.tobytes(): layout for layout in (*self.layouts.values(), *single)}.values())
         self.forms = list({form.tobytes(): form for form in self._forms()}.values())
         self.starts = list(self._starts())
 
@@ -100,6 +102,10 @@ class UnitSpace:
                 form[self._at(name, units[name])] += count
             if form.any():
                 yield form
+        for group in self.graph.prunable:
+            form = np.zeros(self.total, np.int64)
+            form[self._at(group.name, group.units)] = 1
+            yield form
         constants: dict[tuple[str, tuple[int, ...]], IntArray] = {}
         for group in self.graph.groups:
             for constant in group.constants:
