@@ -18,6 +18,7 @@ from edgeprune.core.budget import format_amount
 from edgeprune.core.closed_loop import LOWEST_SHARE, next_request, no_finer_step
 from edgeprune.core.cost import (
     artifact_polynomial,
+    artifact_volumes,
     evaluate,
     memory_steps,
     predict_cost,
@@ -34,6 +35,7 @@ from edgeprune.core.problem import (
     is_feasible,
     latency_terms,
     polynomial_terms,
+    volume_terms,
 )
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -90,11 +92,12 @@ def choose_widths(
     for done, (name, member) in enumerate(zip(names, members, strict=True)):
         progress(f"planning with {name}", done, len(names))
         solutions[name] = member.solve(problem, time_limit_s=time_limit_s)
-        if name == solver and solutions[name].levels is None:
-            raise _no_solution(problem, budget, solver, solutions[name], time_limit_s)
+        if name == solver and solutions[name].status == "infeasible":
+            break
     progress("planned", len(names), len(names))
-    chosen = solutions[solver]
-    assert chosen.levels is not None
+    found_by, chosen = _best_found(solutions, solver)
+    if chosen.levels is None:
+        raise _no_solution(problem, budget, solver, chosen, time_limit_s)
     widths = _widths(problem, chosen.levels)
     predicted = predict_cost(graph, widths, profile)
     results = tuple(
@@ -116,7 +119,7 @@ def choose_widths(
         widths=widths,
         keep=keep_units(importance, widths, graph),
         predicted=predicted,
-        solver=solver,
+        solver=found_by,
         status=chosen.status,
         gap=chosen.gap,
         loss=chosen.loss,
@@ -194,7 +197,7 @@ def build_problem(
         rows.append(latency_terms(profile, axes).row("latency_s", limit))
     if budget.artifact_bytes is not None:
         weights = artifact_polynomial(graph)
-        terms = polynomial_terms(weights, axes)
+        terms = volume_terms(artifact_volumes(graph), axes)
         terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
         rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
     if budget.peak_memory_bytes is not None:
@@ -288,6 +291,18 @@ def _tail(profile: Profile, budget: Budget) -> float:
 
 
 # --- what comes of it ----------------------------------------------------------------------------
+
+
+def _best_found(solutions: dict[str, Solution], solver: str) -> tuple[str, Solution]:
+    """The solver and its answer; where it ran out of time, the best of any, with what it has proven."""
+    chosen = solutions[solver]
+    name, best = min(solutions.items(), key=lambda item: item[1].loss)
+    if chosen.levels is None:
+        return (name, best) if chosen.status == "unknown" and best.levels is not None else (solver, chosen)
+    if chosen.status == "optimal" or chosen.gap is None or best.loss >= chosen.loss:
+        return solver, chosen
+    bound = chosen.loss * (1 - chosen.gap)
+    return name, replace(best, status="feasible", gap=max(best.loss - bound, 0.0) / best.loss)
 
 
 def _widths(problem: Problem, levels: Levels) -> dict[str, int]:

@@ -133,8 +133,8 @@ def count_macs(graph: Graph, widths: Widths) -> int:
     return evaluate(mac_polynomial(graph), widths, graph.units)
 
 
-def artifact_polynomial(graph: Graph) -> Polynomial:
-    """Bytes of the weights in an exported file.
+def artifact_volumes(graph: Graph) -> tuple[tuple[tuple[Extent, ...], int], ...]:
+    """Axis sizes and bytes per element of every tensor in an exported file.
 
     A batch norm that directly follows a convolution is folded into it by the exporter: its four
     vectors vanish and the convolution has a bias.
@@ -142,7 +142,7 @@ def artifact_polynomial(graph: Graph) -> Polynomial:
     nodes = {node.name: node for node in graph.nodes}
     readers = _readers(graph)
     parameters = {p.name: p for p in graph.parameters}
-    stored: dict[str, Polynomial] = {}
+    stored: dict[str, tuple[tuple[Extent, ...], int]] = {}
     for node in graph.nodes:
         producer = nodes.get(node.inputs[0]) if node.inputs else None
         if (
@@ -152,12 +152,17 @@ def artifact_polynomial(graph: Graph) -> Polynomial:
             and readers[producer.name] == [node.name]
         ):
             if len(producer.parameters) < 2:
-                stored[f"{producer.name} bias"] = volume(node.out_extents[1:2], FLOAT_BYTES)
+                stored[f"{producer.name} bias"] = (node.out_extents[1:2], FLOAT_BYTES)
             continue
         for name in node.parameters:
             if name in parameters:
-                stored[name] = volume(parameters[name].extents, parameters[name].element_bytes)
-    return add(stored.values())
+                stored[name] = (parameters[name].extents, parameters[name].element_bytes)
+    return tuple(stored.values())
+
+
+def artifact_polynomial(graph: Graph) -> Polynomial:
+    """Bytes of the weights in an exported file."""
+    return add(volume(extents, element_bytes) for extents, element_bytes in artifact_volumes(graph))
 
 
 def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int) -> int:

@@ -10,7 +10,7 @@ shortcut), whose level follows from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -216,4 +216,24 @@ def polynomial_terms(polynomial: Polynomial, axes: Axes) -> Terms:
         right = powers[1] if len(powers) > 1 else np.ones(1)
         sides: list[int | None] = [*distinct[:2], None, None]
         terms.add(sides[0], sides[1], fixed * np.outer(left, right))
+    return terms
+
+
+def volume_terms(volumes: Iterable[tuple[tuple[Extent, ...], float]], axes: Axes) -> Terms:
+    """Sum of tensor sizes x factor as terms of whole axes; from the third free axis on, full sizes count.
+
+    Two axes of several groups each stay one pair, where their polynomial has one for every two groups.
+    """
+    terms = Terms()
+    for extents, factor in volumes:
+        free: list[tuple[int | None, FloatArray]] = []
+        scale = float(factor)
+        for extent in extents:
+            v, sizes = axes.sizes(extent, 1)
+            if v is None or len(free) == 2:
+                scale *= float(sizes[-1])
+            else:
+                free.append((v, sizes.astype(np.float64)))
+        (u, left), (v, right) = [*free, (None, np.ones(1)), (None, np.ones(1))][:2]
+        terms.add(u, v, scale * np.outer(left, right))
     return terms
