@@ -392,11 +392,11 @@ def test_board_takes_everything_with_it(model: Path) -> None:
     left = [root]
     for _ in range(100):
         left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if root.encode() in _read(path)]
-        if not left:
+        if not left and not Path(root).exists():
             break
         time.sleep(0.1)
     assert left == []
-    shutil.rmtree(Path(root).parents[2], ignore_errors=True)
+    assert not Path(root).exists()
 
 
 def _read(path: Path) -> bytes:

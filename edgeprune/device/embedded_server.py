@@ -3,7 +3,7 @@
     python embedded_server.py FOLDER      FOLDER holds host_key, authorized_keys and home/
 
 Prints the port it listens on. Ends when its standard input closes (its parent is gone), and takes
-with it every process that was started through it, detached ones too. SIGUSR1 cuts every connection.
+with it FOLDER and every process that was started through it, detached ones too. SIGUSR1 cuts every connection.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -130,10 +131,12 @@ def list_processes() -> list[tuple[int, int, str]]:
 def main(argv: list[str]) -> int:
     libc: Any = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    folder = Path(argv[1])
     try:
-        asyncio.run(serve(Path(argv[1])))
+        asyncio.run(serve(folder))
     finally:
         kill_descendants()
+    shutil.rmtree(folder, ignore_errors=True)  # the parent may be gone without having done it
     return 0
 
 
