@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
 from edgeprune.core.errors import ModelError, RecordError
