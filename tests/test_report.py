@@ -219,3 +219,13 @@ def test_one_sample_a_round_is_enough(evidence: Evidence) -> None:
     samples = {name: (Samples(values=(1e-3,)), Samples(values=(1.1e-3,))) for name in ("dense", "compact")}
     figure = figures_of(replace(evidence, report=replace(evidence.report, samples=samples)))["samples"]
     assert np.isclose(figure.traces[0]["y"], [1.0, 1.1]).all()
+
+
+def test_one_interrupted_sample_does_not_flatten_the_others(evidence: Evidence) -> None:
+    usual = tuple(1e-3 + 1e-6 * number for number in range(99))
+    samples = {name: (Samples(values=(*usual, 1.0)),) for name in ("dense", "compact")}
+    figure = figures_of(replace(evidence, report=replace(evidence.report, samples=samples)))["samples"]
+    for panel in ("yaxis", "yaxis2"):
+        low, high = figure.layout[panel]["range"]
+        assert low < 1.0 < 1.098 < high < 1.2
+    assert figure.table.rows[0][-1] == "1000"
