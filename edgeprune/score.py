@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compensation.least_squares import Layer, collect_gram, explain_removed, is_plain
+from edgeprune.compensation._rows import Layer, is_plain
+from edgeprune.compensation.obs import collect_gram, explain_removed
 from edgeprune.core.errors import DataError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.progress import Progress, silent

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
-from edgeprune.compensation.least_squares import collect_gram, compensate, explain_removed
+from edgeprune.compensation.least_squares import compensate
+from edgeprune.compensation.obs import collect_gram, explain_removed
 from edgeprune.core.records import Graph, IntArray
 from edgeprune.graphs.slice import slice_model
 from edgeprune.load import ArrayBatches

@@ -17,23 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
+from edgeprune.compensation._rows import CHUNK_BYTES, MAX_FEATURES, Layer, by_group, count_positions, is_plain, unfold
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, IntArray
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.lift import lift
 
-CHUNK_BYTES = 64 << 20
-"""Unfolded inputs in memory at a time."""
 GRAM_OPERATIONS = 1e11
 """Positions are sub-sampled so that one layer's Gram matrix costs about this many multiplications."""
-MAX_FEATURES = 8192
-"""Layers with more inputs per output and more positions than this stay as sliced."""
 ROUNDING = 1e-10
 """A residual this small beside the output, both squared, is rounding: fitting it would only add noise."""
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 Keep = Mapping[str, IntArray]
 
 
@@ -77,7 +72,7 @@ def compensate(
         ours.advance(node)
         if not ours.changed:
             ours.changed = _lost_inputs(graph, keep, f"{name}.weight")
-        kept = _kept_positions(graph, keep, f"{name}.weight")
+        kept = _keptcount_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue
         target = _Target(ours, theirs, node, twin, kept)
@@ -97,13 +92,6 @@ def _calls(module: fx.GraphModule) -> dict[str, fx.Node]:
     return {name: node for name, node in once.items() if is_plain(module.get_submodule(name))}
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer is a linear map of unfolded inputs that can be fitted here."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
-
-
 def _lost_inputs(graph: Graph, keep: Keep, parameter: str) -> bool:
     return any(
         member.parameter == parameter and member.role == "in" and len(keep.get(group.name, member.index)) < group.units
@@ -112,7 +100,7 @@ def _lost_inputs(graph: Graph, keep: Keep, parameter: str) -> bool:
     )
 
 
-def _kept_positions(graph: Graph, keep: Keep, parameter: str, axis: int = 0) -> Tensor:
+def _keptcount_positions(graph: Graph, keep: Keep, parameter: str, axis: int = 0) -> Tensor:
     """Positions along a parameter's axis that the compact model still has."""
     size = next((p.shape[axis] for p in graph.parameters if p.name == parameter), 0)
     kept = np.ones(size, dtype=bool)
@@ -256,7 +244,7 @@ def _fit(layer: Layer, inputs: Sequence[Tensor], target: _Target, damping: float
     sliced = layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, -1).double()
     features = sliced.shape[2]
     intercept = layer.bias is not None or target.norm is not None
-    positions = sum(_positions(layer, x) for x in inputs)
+    positions = sum(count_positions(layer, x) for x in inputs)
     if features > MAX_FEATURES or positions < 2:
         return False
     share = min(1.0, max(4.0 * features, GRAM_OPERATIONS / features**2) / positions)
@@ -320,107 +308,21 @@ def _solve(sums: _Sums, damping: float, intercept: bool) -> Tensor | None:
     return None
 
 
-def _positions(layer: Layer, x: Tensor) -> int:
-    if isinstance(layer, nn.Linear):
-        return x.numel() // x.shape[-1]
-    size = len(x) if x.ndim == len(layer.kernel_size) + 2 else 1
-    for axis, length in enumerate(x.shape[-len(layer.kernel_size) :]):
-        span = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-        size *= (length + 2 * int(layer.padding[axis]) - span) // layer.stride[axis] + 1
-    return size
-
-
 def _samples(
     layer: Layer, inputs: Sequence[Tensor], target: _Target, share: float, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of the regression in chunks: inputs (G, rows, d), wanted outputs (G, rows, outputs/G)."""
     for index, x in enumerate(inputs):
         y = target.batch(index)
-        per_example = _positions(layer, x[:1]) * layer.weight[0].numel() * 4
+        per_example = count_positions(layer, x[:1]) * layer.weight[0].numel() * 4
         if not isinstance(layer, nn.Linear):
             per_example *= layer.groups
         step = max(1, CHUNK_BYTES // max(1, per_example))
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            rows, wanted = _unfold(layer, x[part]), _by_group(layer, y[part])
+            rows, wanted = unfold(layer, x[part]), by_group(layer, y[part])
             if share < 1:
                 chosen = torch.rand(rows.shape[1], generator=generator) < share
                 rows, wanted = rows[:, chosen], wanted[:, chosen]
             if rows.shape[1]:
                 yield rows, wanted
-
-
-def _unfold(layer: Layer, x: Tensor) -> Tensor:
-    """What the layer multiplies its weights with: (G, positions, d)."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    pairs = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
-    if isinstance(layer, nn.Conv1d):
-        x = x.unsqueeze(2)
-        pairs = [(neutral, *pair) for neutral, pair in zip((1, 1, 0, 1), pairs, strict=True)]
-    return _by_group(layer, functional.unfold(x, *pairs))  # type: ignore[arg-type]
-
-
-def _by_group(layer: Layer, y: Tensor) -> Tensor:
-    """Channels-first values (n, G·c, places...) or rows (..., c) as (G, positions, c)."""
-    if isinstance(layer, nn.Linear):
-        return y.reshape(1, -1, y.shape[-1])
-    y = y.flatten(2).reshape(len(y), layer.groups, -1, y[0, 0].numel())
-    return y.permute(1, 0, 3, 2).reshape(layer.groups, -1, y.shape[2])
-
-
-# --- one group at a time, for loss curves --------------------------------------------------------
-
-
-def collect_gram(layer: Layer, x: Tensor) -> Tensor | None:
-    """XᵀX (d, d) in float64 of an ungrouped layer's unfolded inputs, with a column of ones for its bias.
-
-    Positions are thinned out evenly to 16 a feature, more tell little. None when it would be larger
-    than MAX_FEATURES on a side.
-    """
-    features = layer.weight[0].numel()
-    if features > MAX_FEATURES:
-        return None
-    size = features + (layer.bias is not None)
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    per_example = _positions(layer, x[:1])
-    stride = max(1, len(x) * per_example // (16 * features))
-    step = max(1, CHUNK_BYTES // max(1, per_example * features * 4))
-    for start in range(0, len(x), step):
-        rows = _unfold(layer, x[start : start + step])[0]
-        # A stride that shares a factor with the image's width would always meet the same columns.
-        rows = rows[torch.arange(0, len(rows), stride | 1)]
-        if layer.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        gram += (rows.T @ rows).double()
-    return gram
-
-
-def explain_removed(layer: Layer, gram: Tensor, removed: Tensor, damping: float) -> None:
-    """Let the remaining inputs of a layer stand in for removed input channels, in place.
-
-    With X = [X_k X_r] the change of the kept weights is (X_kᵀX_k + λ)⁻¹ X_kᵀX_r W_r; a system that
-    cannot be solved changes nothing. The removed weights are left for the caller to clear.
-
-    gram: from `collect_gram`, summed over batches. removed: positions along weight axis 1.
-    """
-    taps = layer.weight[0, 0].numel()
-    gone = torch.zeros(len(gram), dtype=torch.bool)
-    gone[(removed[:, None] * taps + torch.arange(taps)).flatten()] = True
-    matrix = layer.weight.detach().reshape(len(layer.weight), -1).double()
-    if layer.bias is not None:
-        matrix = torch.cat([matrix, layer.bias.detach().double()[:, None]], dim=1)
-    kept = ~gone
-    block = gram[kept][:, kept]
-    strength = damping * block.diagonal().mean().clamp_min(1e-12)
-    factor, failed = torch.linalg.cholesky_ex(block + strength * torch.eye(len(block), dtype=block.dtype))
-    if bool(failed) or not bool(kept.any()):
-        return
-    change = torch.cholesky_solve(gram[kept][:, gone] @ matrix[:, gone].T, factor)
-    if not bool(torch.isfinite(change).all()):
-        return
-    matrix[:, kept] += change.T
-    features = layer.weight[0].numel()
-    layer.weight.copy_(matrix[:, :features].reshape(layer.weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(matrix[:, features])

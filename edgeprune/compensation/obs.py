@@ -1,0 +1,66 @@
+"""One layer stands in for its own removed inputs: the OBS step over input channels, for loss curves.
+
+Needs only the layer's inputs, so the Gram matrix is collected once and serves every width
+(Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580; ZipLM, NeurIPS 2023, arXiv:2302.04089).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgeprune.compensation._rows import CHUNK_BYTES, MAX_FEATURES, Layer, count_positions, unfold
+
+
+def collect_gram(layer: Layer, x: Tensor) -> Tensor | None:
+    """XᵀX (d, d) in float64 of an ungrouped layer's unfolded inputs, with a column of ones for its bias.
+
+    Positions are thinned out evenly to 16 a feature, more tell little. None when it would be larger
+    than MAX_FEATURES on a side.
+    """
+    features = layer.weight[0].numel()
+    if features > MAX_FEATURES:
+        return None
+    size = features + (layer.bias is not None)
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    per_example = count_positions(layer, x[:1])
+    stride = max(1, len(x) * per_example // (16 * features))
+    step = max(1, CHUNK_BYTES // max(1, per_example * features * 4))
+    for start in range(0, len(x), step):
+        rows = unfold(layer, x[start : start + step])[0]
+        # A stride that shares a factor with the image's width would always meet the same columns.
+        rows = rows[torch.arange(0, len(rows), stride | 1)]
+        if layer.bias is not None:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        gram += (rows.T @ rows).double()
+    return gram
+
+
+def explain_removed(layer: Layer, gram: Tensor, removed: Tensor, damping: float) -> None:
+    """Let the remaining inputs of a layer stand in for removed input channels, in place.
+
+    With X = [X_k X_r] the change of the kept weights is (X_kᵀX_k + λ)⁻¹ X_kᵀX_r W_r; a system that
+    cannot be solved changes nothing. The removed weights are left for the caller to clear.
+
+    gram: from `collect_gram`, summed over batches. removed: positions along weight axis 1.
+    """
+    taps = layer.weight[0, 0].numel()
+    gone = torch.zeros(len(gram), dtype=torch.bool)
+    gone[(removed[:, None] * taps + torch.arange(taps)).flatten()] = True
+    matrix = layer.weight.detach().reshape(len(layer.weight), -1).double()
+    if layer.bias is not None:
+        matrix = torch.cat([matrix, layer.bias.detach().double()[:, None]], dim=1)
+    kept = ~gone
+    block = gram[kept][:, kept]
+    strength = damping * block.diagonal().mean().clamp_min(1e-12)
+    factor, failed = torch.linalg.cholesky_ex(block + strength * torch.eye(len(block), dtype=block.dtype))
+    if bool(failed) or not bool(kept.any()):
+        return
+    change = torch.cholesky_solve(gram[kept][:, gone] @ matrix[:, gone].T, factor)
+    if not bool(torch.isfinite(change).all()):
+        return
+    matrix[:, kept] += change.T
+    features = layer.weight[0].numel()
+    layer.weight.copy_(matrix[:, :features].reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(matrix[:, features])
