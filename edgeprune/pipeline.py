@@ -288,7 +288,13 @@ class Stages:
 
     def _board(self) -> AbstractContextManager[Session]:
         target = self.run.target
-        return connect(target.name, threads=target.threads, runtime=target.runtime, progress=self.progress)
+        return connect(
+            target.name,
+            threads=target.threads,
+            runtime=target.runtime,
+            space=self.folder.path,
+            progress=self.progress,
+        )
 
     def _accuracy(self, module: nn.Module) -> float | None:
         return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
@@ -296,13 +302,17 @@ class Stages:
 
 @contextmanager
 def connect(
-    name: str, *, threads: int = 1, runtime: str = "onnxruntime", progress: Progress = silent
+    name: str, *, threads: int = 1, runtime: str = "onnxruntime", space: Path | None = None, progress: Progress = silent
 ) -> Iterator[Session]:
-    """An open session on a board of the inventory, or on an embedded one of its own."""
+    """An open session on a board of the inventory, or on an embedded one of its own.
+
+    space: whose files on the board are shared and reused; the current folder's when not given.
+    """
     with ExitStack() as stack:
         target = stack.enter_context(EmbeddedBoard()) if name == EMBEDDED else load_target(name)
         target = replace(target, threads=threads, runtime=runtime)
-        yield stack.enter_context(open_session(target, progress=progress))
+        where = str((space or Path.cwd()).resolve())
+        yield stack.enter_context(open_session(target, space=where, progress=progress))
 
 
 def plan_on_board(
