@@ -24,6 +24,7 @@ from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget, parse_limit
 from edgeprune.core.cost import predict_cost
+from edgeprune.core.errors import InfeasibleBudget
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -47,7 +48,7 @@ from edgeprune.device.targets import load_target
 from edgeprune.export import export_model
 from edgeprune.formats import Resizer
 from edgeprune.load import Data, example_inputs, load_data, load_model
-from edgeprune.plan import choose_widths, next_request
+from edgeprune.plan import choose_widths, next_request, no_finer_step
 from edgeprune.profile import dense_latency, measure_widths, profile_target, read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
@@ -346,28 +347,24 @@ def plan_on_board(
     resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
     while asked is not None and len(rounds) < max_rounds:
         progress("closing the loop on the board", len(rounds), 0)
-        plan = choose_widths(
-            graph,
-            profile,
-            importance,
-            replace(budget, latency_s=asked),
-            solver=solver,
-            levels=levels,
-            progress=progress,
-        )
+        request = replace(budget, latency_s=asked)
+        try:
+            plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
+        except InfeasibleBudget:
+            # Of the first request it is the answer; a corrected one only ends the search for something closer.
+            if not rounds:
+                raise
+            break
         profile, measured = measure_widths(
-            model, inputs, graph, session, profile, path, [plan.widths], progress=progress
+            model, inputs, graph, session, profile, path, [plan.widths], resizer=resizer, progress=progress
         )
         assert plan.predicted.latency_s is not None
-        rounds.append(
-            PlanRound(
-                asked_s=asked, predicted_s=plan.predicted.latency_s.median, measured=measured[0], widths=plan.widths
-            )
-        )
+        predicted_s = plan.predicted.latency_s.median
+        rounds.append(PlanRound(asked_s=asked, predicted_s=predicted_s, measured=measured[0], widths=plan.widths))
         plans.append(plan)
         asked = next_request(rounds, budget)
-    best = best_round(rounds, budget.latency_s)
-    return replace(plans[best], budget=budget, rounds=tuple(rounds))
+    best = plans[best_round(rounds, budget.latency_s)]
+    return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(rounds, budget))
 
 
 def best_round(rounds: list[PlanRound], latency_s: float | None) -> int:
