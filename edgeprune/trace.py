@@ -26,9 +26,13 @@ def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = Fals
         norm (`Group.inexact_because`); otherwise they are frozen.
     raises: ModelError, from torch.export.
     """
-    captured = capture(module, inputs)
-    found = propagate(captured)
     batch = next((x.shape[0] for x in inputs if x.ndim), 1)
+    return trace_captured(capture(module, inputs), batch, allow_inexact=allow_inexact)
+
+
+def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: bool = False) -> Graph:
+    """As `trace_graph`, of a model that is captured already; `batch` sets the shapes in the record."""
+    found = propagate(captured)
     _freeze_batched(captured, found, batch)
     partition = Partition(found, allow_inexact)
     nodes = [n for n in captured.graph.nodes if n.op in ("placeholder", "call_function") and n.name in found.values]

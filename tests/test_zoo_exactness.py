@@ -14,8 +14,9 @@ from small_nets import NETS, ResNet20, WideResNet
 from torch import nn
 from zoo import torchvision_models
 
-from edgeprune.graphs.slice import mask_model, slice_model
-from edgeprune.trace import trace_graph
+from edgeprune.graphs.capture import capture
+from edgeprune.graphs.slice import mask_model, slice_captured, slice_model
+from edgeprune.trace import trace_captured, trace_graph
 
 torch.set_num_threads(1)
 
@@ -69,7 +70,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "swin": (_swin, 32, 8),
     "vit": (_vit, 32, 2),
 }
-ON_RUNTIME = {"resnet20_option_a", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small"}
+ON_RUNTIME = {"resnet20_option_a", "resnext_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1"}
 
 
 @pytest.mark.slow
@@ -79,10 +80,11 @@ def test_compacted_equals_masked(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = randomise(build())
     example = torch.randn(1, 3, size, size)
-    graph = trace_graph(module, (example,))
+    captured = capture(module, (example,))  # once for both, because it takes most of the time
+    graph = trace_captured(captured)
     assert len(graph.prunable) >= prunable
     keep = random_keep(graph, np.random.default_rng(len(name)))
-    compact = slice_model(module, (example,), graph, keep).eval()
+    compact = slice_captured(captured, graph, keep).eval()
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         ours, masked, dense = compact(images), mask_model(module, graph, keep)(images), module(images)
@@ -98,7 +100,7 @@ def test_compacted_equals_masked(name: str, tmp_path: Path) -> None:
         assert relative_error(_onnx_runtime(compact, images, tmp_path / "model.onnx"), ours) < LIMIT
 
 
-@pytest.mark.parametrize("name", ["transposed", "grouped", "skip_and_cut", "group_norm"])
+@pytest.mark.parametrize("name", ["transposed", "skip_and_cut"])
 def test_onnx_runtime_agrees_on_small_nets(name: str, tmp_path: Path) -> None:
     module = randomise(NETS[name]())
     images = torch.randn(2, 3, 8, 8)

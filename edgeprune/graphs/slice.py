@@ -26,10 +26,18 @@ def slice_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep) -> 
     inputs: as for `trace_graph`. Weights are copied; state-dict keys stay.
     raises: RecordError when `graph` is of another model or `keep` does not fit it; ModelError.
     """
-    removed = removed_units(graph, keep)
-    captured = capture(module, inputs)
+    removed_units(graph, keep)  # refuse before the export, which takes seconds
+    return slice_captured(capture(module, inputs), graph, keep)
+
+
+def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Module:
+    """As `slice_model`, of a model that is captured already; `captured` is used up.
+
+    raises: RecordError.
+    """
     if structure_sha256(captured) != graph.model_sha256:
         raise RecordError("the graph was traced from another model or with other input shapes; trace this model again")
+    removed = removed_units(graph, keep)
     nodes = {node.name: node for node in captured.graph.nodes}
     for group in graph.groups:
         if group.name in removed:
