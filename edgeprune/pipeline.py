@@ -23,6 +23,7 @@ from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget, parse_limit
+from edgeprune.core.closed_loop import best_round
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.errors import InfeasibleBudget
 from edgeprune.core.family import load_member
@@ -341,8 +342,8 @@ def plan_on_board(
     """
     rounds: list[PlanRound] = []
     plans: list[Plan] = []
-    asked: float | None = budget.latency_s
-    if asked is None:
+    limit = asked = budget.latency_s
+    if limit is None:
         return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
     resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
     while asked is not None and len(rounds) < max_rounds:
@@ -363,17 +364,8 @@ def plan_on_board(
         rounds.append(PlanRound(asked_s=asked, predicted_s=predicted_s, measured=measured[0], widths=plan.widths))
         plans.append(plan)
         asked = next_request(rounds, budget)
-    best = plans[best_round(rounds, budget.latency_s)]
+    best = plans[best_round(rounds, limit)]
     return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(rounds, budget))
-
-
-def best_round(rounds: list[PlanRound], latency_s: float | None) -> int:
-    """Index of the slowest round within the budget, or of the fastest when none is."""
-    assert latency_s is not None
-    within = [i for i, r in enumerate(rounds) if r.measured.median <= latency_s]
-    if within:
-        return max(within, key=lambda i: rounds[i].measured.median)
-    return min(range(len(rounds)), key=lambda i: rounds[i].measured.median)
 
 
 def compact_and_compensate(
@@ -385,10 +377,13 @@ def compact_and_compensate(
     *,
     progress: Progress = silent,
 ) -> nn.Module:
-    """The smaller model; with calibration batches its consumers are refitted and its statistics taken anew."""
+    """The smaller model; with calibration batches the layers that read removed channels are refitted.
+
+    Refitted outputs match the dense model's, so its batch-norm statistics still hold: taking them anew
+    costs accuracy. Only where nothing could be refitted they are.
+    """
     smaller = compact_model(model, inputs, graph, plan.keep)
-    if calibration is not None:
-        compensate(smaller, model, graph, plan.keep, calibration, progress=progress)
+    if calibration is not None and not compensate(smaller, model, graph, plan.keep, calibration, progress=progress):
         reestimate_batch_norm(smaller, calibration)
     return smaller.eval()
 

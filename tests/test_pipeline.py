@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.core.closed_loop import best_round
 from edgeprune.core.records import Graph, Plan, PlanRound, Quantity, Report
 from edgeprune.core.store import read_record
-from edgeprune.pipeline import best_round
 
 pytest.importorskip("asyncssh")
 
@@ -158,7 +158,10 @@ def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path)
     assert all("already done" in line for line in last), last
 
 
-@pytest.mark.parametrize(("measured", "best"), [((1.2, 0.9, 0.99, 1.01), 2), ((1.3, 1.1), 1), ((0.5,), 0)])
+@pytest.mark.parametrize(
+    ("measured", "best"),
+    [((1.2, 0.9, 0.99, 1.01), 2), ((0.98, 0.999, 0.9), 0), ((0.999, 0.8), 0), ((1.3, 1.1), 1), ((0.5,), 0)],
+)
 def test_the_loop_keeps_the_slowest_plan_within_the_budget(measured: tuple[float, ...], best: int) -> None:
     rounds = [
         PlanRound(asked_s=1.0, predicted_s=1.0, measured=Quantity(median=m, low=m, high=m), widths={}) for m in measured

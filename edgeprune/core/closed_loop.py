@@ -15,8 +15,11 @@ from edgeprune.core.records import Budget, PlanRound
 LOWEST_SHARE = 0.97
 """A measured latency below this share of the budget asks for a finer step."""
 
+HIGHEST_SHARE = 0.99
+"""The loop is content up to this share: a measurement repeated at validation must still be within the budget."""
+
 AIM = 0.99
-"""Share of the budget that the closed loop aims at."""
+"""Share of what it is content with that the loop aims at."""
 
 RESOLUTION = 1e-3
 """Relative distance of two requests below which they are one."""
@@ -26,18 +29,18 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     """The latency to ask of the tables next, so that the measured one comes within the budget.
 
     rounds: what was asked, predicted and measured so far, in order; at least one.
-    returns: seconds, or None when the loop is over: the last plan measured within the budget and at
-             least LOWEST_SHARE of it, or there is no finer step (`no_finer_step` says why).
+    returns: seconds, or None when the loop is over: the last plan measured between LOWEST_SHARE and
+             HIGHEST_SHARE of the budget, or there is no finer step (`no_finer_step` says why).
 
     The ratio of measured to predicted corrects the next request. Requests stay between those that
     gave too fast a plan and the prediction of the fastest plan that was too slow. Where no request
     below the budget is left, one above it is made, so that the end rests on a measured neighbour.
     """
-    limit = budget.latency_s
-    if limit is None or not rounds:
-        return limit
+    if budget.latency_s is None or not rounds:
+        return budget.latency_s
     last = rounds[-1]
-    if LOWEST_SHARE * limit <= last.measured.median <= limit:
+    limit = HIGHEST_SHARE * budget.latency_s
+    if LOWEST_SHARE * budget.latency_s <= last.measured.median <= limit:
         return None
     low, high = _bracket(rounds, limit)
     above = low * (1 + RESOLUTION)
@@ -57,6 +60,19 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     else:
         request = low * limit / last.measured.median
     return request if above < request < high else None
+
+
+def best_round(rounds: Sequence[PlanRound], limit: float) -> int:
+    """Index of the slowest round that is comfortably within `limit`, else of the slowest within, else of the fastest.
+
+    rounds: at least one. limit: seconds.
+    """
+    measured = [r.measured.median for r in rounds]
+    for share in (HIGHEST_SHARE, 1.0):
+        within = [i for i, seconds in enumerate(measured) if seconds <= share * limit]
+        if within and (share == 1.0 or max(measured[i] for i in within) >= LOWEST_SHARE * limit):
+            return max(within, key=measured.__getitem__)
+    return min(range(len(rounds)), key=measured.__getitem__)
 
 
 def no_finer_step(rounds: Sequence[PlanRound], budget: Budget) -> str | None:
