@@ -126,7 +126,7 @@ def isolated_table(
         tables[signature] = RegularGridInterpolator((ins, outs), values, bounds_error=False, fill_value=None)
 
     def predict(widths: Mapping[str, int]) -> float:
-        return float(sum(tables[k.signature](kernel_sizes(k, widths, graph.units))[0] for k in layers))
+        return sum(tables[k.signature](kernel_sizes(k, widths, graph.units)).item() for k in layers)
 
     return predict
 
