@@ -39,6 +39,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="where to write the resul
 Source = Annotated[str, typer.Option("--data", help="path.py:function, package.module:function or .npz")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON")]
 UNMEASURED = "not measured"
+INTERRUPTED = 130
 Limit = Annotated[str | None, typer.Option(help="absolute, such as 12ms or 2MiB, or 0.5x of the dense model")]
 
 
@@ -54,6 +55,8 @@ def run_command() -> int:
         command = " ".join(["edgeprune", *(word for word in sys.argv[1:2] if not word.startswith("-"))])
         print(f"error: {error.format_message()} Try `{command} --help`.", file=sys.stderr)
         return error.exit_code
+    if result == INTERRUPTED:  # typer turns Ctrl-C into this number
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

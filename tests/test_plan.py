@@ -380,7 +380,7 @@ def test_a_noisy_board() -> None:
         rng = np.random.default_rng(seed)
         rounds = close_loop(lambda predicted, rng=rng: 1.1 * predicted * rng.normal(1.0, 0.01), FINE, 1.0)
         assert LOWEST_SHARE <= best(rounds, 1.0) <= 1.0, seed
-        assert len(rounds) <= 5
+        assert len(rounds) <= 8, "more than the pipeline goes for"
 
 
 @settings(max_examples=200, deadline=None)
