@@ -4,8 +4,8 @@
 
 WRN-16-2 to half and ResNet-20 to two thirds of its latency, as measured on the loopback board (ONNX
 Runtime, one thread). Torch-Pruning 1.6.1's criteria are each pruned to the same measured latency: its
-pruning ratio is bisected against the board. Everything then gets the same short training. The default
-trains 5 epochs on 50 000 images, `--quick` one epoch on 6 400. Needs `pip install .[bench,demo]`.
+pruning ratio is bisected against the board. Everything then gets the same short training, which also
+distils from the dense net. The default trains 5 epochs on 50 000 images, `--quick` one epoch on 6 400. Needs `pip install .[bench,demo]`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def bench_net(
         rows.append(prune_there(name, net, criterion, data, board, limit, steps=5 if quick else 8))
     for row in rows:
         start = time.perf_counter()
-        result = recover_accuracy(row.model, data, epochs=epochs, lr=0.02, progress=show)
+        result = recover_accuracy(row.model, data, teacher=net, epochs=epochs, lr=0.02, progress=show)
         row.after, row.seconds = result.accuracy_after or 0.0, time.perf_counter() - start
         log(f"  {row.name}: {row.before:.2%} -> {row.after:.2%} {result.note}")
     return report(name, dense, limit, rows)
