@@ -5,7 +5,8 @@
 WRN-16-2 to half and ResNet-20 to two thirds of its latency, as measured on the loopback board (ONNX
 Runtime, one thread). Torch-Pruning 1.6.1's criteria are each pruned to the same measured latency: its
 pruning ratio is bisected against the board. Everything then gets the same short training, which also
-distils from the dense net. The default trains 5 epochs on 50 000 images, `--quick` one epoch on 6 400. Needs `pip install .[bench,demo]`.
+distils from the dense net. The default trains 5 epochs on 50 000 images, `--quick` one epoch on 6 400.
+Needs `pip install .[bench,demo]`.
 """
 
 from __future__ import annotations
