@@ -114,13 +114,16 @@ def measure_widths(
     path: Path,
     candidates: Sequence[Widths],
     *,
-    rounds: int = 3,
-    seconds: float = 0.4,
+    rounds: int = 16,
+    seconds: float = 0.1,
     progress: Progress = silent,
     resizer: Resizer | None = None,
     format: str = "onnx",
 ) -> tuple[Profile, list[Quantity]]:
     """Measure widths that a planner chose, add them to the profile and fit it again.
+
+    rounds, seconds: many short turns with the dense model before each: the speed of a machine that
+        others share stays for about a second, and only what is timed within it can be compared.
 
     returns: the new profile, and each candidate's whole-model latency, drift taken out, comparable
         to the profile's dense latency.
@@ -138,7 +141,8 @@ def measure_widths(
         with _Run(graph, session, make, path, seconds, progress) as run:
             start = 1 + max((item.round for item in profile.measurements), default=-1)
             dense = Configuration(name=DENSE, widths=graph.units)
-            run.measure([(start + number, _anchored(list(new.values()), dense)) for number in range(rounds)])
+            pairs = [each for candidate in new.values() for each in (dense, candidate)]
+            run.measure([(start + number, pairs) for number in range(rounds)])
         profile = read_profile(path, graph)
     measured = {item.configuration for item in profile.measurements}
     failed = [name for name in new if name not in measured]
