@@ -149,9 +149,10 @@ def validate_artifact(
                 share = _share_of_dense(board.samples, budget)
                 limit = latency_ratio * asked.median / share.median
                 undecided = share.low <= latency_ratio <= share.high
-            if not undecided or len(board.samples["compact"]) >= max_rounds:
+            left = max_rounds - len(board.samples["compact"])
+            if not undecided or left <= 0:
                 break
-            board.measure(MORE_ROUNDS, seconds)
+            board.measure(min(MORE_ROUNDS, left), seconds)
     finally:
         board.clear()
 

@@ -307,7 +307,7 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
     grown, (latency, dense) = measure_widths(
         module, inputs, graph, session, profile, path, [half, {}], rounds=2, seconds=0.01, resizer=resizer
     )
-    assert len(grown.measurements) == EXPECTED + 2 * (1 + 3)
+    assert len(grown.measurements) == EXPECTED + 2 * (1 + 1)
     assert latency.low <= latency.median <= latency.high
     assert dense == dense_latency(grown)
     unchanged, repeated = measure_widths(module, inputs, graph, session, grown, path, [half])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgeprune.core.errors import AgentError, DataError, RecordError
 from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, Quantity, Report, Target, TensorInfo
+from edgeprune.core.stats import median, quantity
 from edgeprune.core.store import read_record, sha256_file, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.validate import Examples, collect_examples, validate_artifact
@@ -185,9 +186,11 @@ def test_relative_latency_is_of_the_dense_model_in_the_same_rounds(
     session: Session, artifacts: dict[str, Artifact], examples: Examples
 ) -> None:
     relative = validate(session, artifacts, examples, Budget(latency_s=1e-9), latency_ratio=0.9)
-    assert relative.dense.latency_s is not None
-    assert relative.budget.latency_s == pytest.approx(0.9 * relative.dense.latency_s.median)
+    assert relative.compact.latency_s is not None
+    share = quantity(ratios(relative)).median
+    assert relative.budget.latency_s == pytest.approx(0.9 * relative.compact.latency_s.median / share)
     assert relative.checks[0].limit == relative.budget.latency_s
+    assert relative.checks[0].passed == (share <= 0.9)
     assert relative.checks[0].passed
 
 
@@ -197,10 +200,14 @@ def test_undecided_latency_is_measured_longer(
     """The same file as dense and compact under a ratio of 1: the limit is the measurement itself."""
     same = {"dense": artifacts["compact"], "compact": artifacts["compact"]}
     undecided = validate(session, same, examples, Budget(latency_s=1.0), latency_ratio=1.0, rounds=2, max_rounds=4)
-    latency = undecided.compact.latency_s
-    assert latency is not None and undecided.budget.latency_s is not None
-    within = latency.low <= undecided.budget.latency_s <= latency.high
-    assert len(undecided.samples["compact"]) == 4 or not within
+    share = quantity(ratios(undecided))
+    assert len(undecided.samples["compact"]) == 4 or not share.low <= 1.0 <= share.high
+
+
+def ratios(report: Report) -> list[float]:
+    """Compact over dense latency, round by round."""
+    pairs = zip(report.samples["compact"], report.samples["dense"], strict=True)
+    return [median(compact.values) / median(dense.values) for compact, dense in pairs]
 
 
 def test_other_outputs_are_seen(session: Session, artifacts: dict[str, Artifact], examples: Examples) -> None:
