@@ -98,7 +98,7 @@ def bench_net(
     dense = evaluate_accuracy(net, data.test)
     images = len(data.test.y)
     log(f"{name}: dense {dense:.2%} on {images} test images (its notes say {ACCURACY[name]:.1%} on 5000)")
-    board = Board(session, net, rounds=2 if quick else 7)
+    board = Board(session, net, rounds=12 if quick else 30)
     rows = [prune_here(name, net, data, session, board, limit, quick)]
     for criterion in rivals:
         rows.append(prune_there(name, net, criterion, data, board, limit, steps=5 if quick else 8))
@@ -242,7 +242,7 @@ GRADIENTS: dict[str, Callable[[nn.Module, object, Cifar], None]] = {
 
 
 class Board:
-    """Measures nets in one session, each in turn with the dense net, so that drift cancels."""
+    """Measures nets in one session, each in many short turns with the dense net, so that drift cancels."""
 
     def __init__(self, session: Session, dense: nn.Module, rounds: int) -> None:
         self.session, self.rounds, self.measured = session, rounds, 0
@@ -260,7 +260,7 @@ class Board:
         name = f"candidate{self.measured}.onnx"
         self._push(name, model)
         steps = [
-            Step(key=f"{artifact}-{number}", kind="time", artifact=artifact)
+            Step(key=f"{artifact}-{number}", kind="time", artifact=artifact, seconds=0.1)
             for number in range(self.rounds)
             for artifact in ("dense.onnx", name)
         ]
