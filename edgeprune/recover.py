@@ -25,6 +25,10 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.store import write_atomic
 
 Batches = Iterable[tuple[Any, Tensor]]
+JUDGING_STEPS = 8
+"""Steps whose mean loss stands for the start, and for the end of an epoch."""
+DIVERGED = 1.5
+"""An end loss this many times that of the start means that the training did harm."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
 
@@ -34,8 +38,6 @@ class Data(Protocol):
 
     @property
     def train(self) -> Batches | None: ...
-    @property
-    def calibration(self) -> Batches | None: ...
     @property
     def test(self) -> Batches | None: ...
 
@@ -110,7 +112,7 @@ def recover_accuracy(
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
-    data:          train batches (augmentation is theirs), calibration batches to judge by, test batches.
+    data:          train batches (augmentation is theirs), test batches.
     teacher:       the dense model; adds distillation (Hinton et al., 2015, arXiv:1503.02531).
     epochs:        >= 0. lr: peak. distil_weight: [0, 1], share of the distillation loss.
     temperature:   > 0, of the softened outputs.
@@ -118,8 +120,8 @@ def recover_accuracy(
     checkpoint:    file written after each epoch; training goes on from it, with the same outcome as
                    if it had never stopped (batches drawn with the global generators, or with a
                    `set_epoch` method, are drawn again alike).
-    returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or an outcome
-                   worse on the calibration batches than the start, keeps the best epoch and says so.
+    returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or one that ends
+                   far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint.
     """
     if data.train is None:
@@ -172,13 +174,14 @@ class _Trainer:
 
     def begin(self) -> None:
         self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
-        self._judge()
+        self.best = self._state()
         if self.settings.epochs and self.given_autocast is None:
             with _seeded(self.settings.seed):
                 self.autocast = self._autocast_is_faster()
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
-        settings, total, count = self.settings, 0.0, 0
+        settings = self.settings
+        losses: list[float] = []
         self.module.train()
         with _seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
@@ -189,19 +192,19 @@ class _Trainer:
                 if not math.isfinite(loss):
                     self.note = f"training diverged (loss {loss} in epoch {epoch + 1}); try a lower learning rate"
                     break
-                total, count = total + loss, count + 1
+                losses.append(loss)
                 done = epoch * self.steps + step + 1
                 progress(f"recover: epoch {epoch + 1} of {settings.epochs}", done, settings.epochs * self.steps)
-        if not count and not self.note:
+        if not losses and not self.note:
             raise DataError(
                 f"the training data gave no batches in epoch {epoch + 1}; it must be iterable anew each time"
             )
-        self.steps = self.steps or count
+        self.steps = self.steps or len(losses)
         self.epoch = epoch + 1
-        if count:
-            self.losses.append(total / count)
+        if losses:
+            self.losses.append(sum(losses) / len(losses))
         if not self.note:
-            self._judge()
+            self._judge(losses)
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
         tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
@@ -254,20 +257,27 @@ class _Trainer:
                 times[enabled].append(time.perf_counter() - start)
         return sorted(times[True])[1] < sorted(times[False])[1]
 
-    def _judge(self) -> None:
-        """Remember this state if none before was better on the calibration batches (else the training loss)."""
-        if self.data.calibration is not None:
-            judged = _mean_loss(self.module, self.data.calibration, self.device)
-        else:
-            judged = self.losses[-1] if self.losses else math.inf
-        self.judged.append(judged)
-        if judged <= min(self.judged) or not self.best:
-            self.best = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
+    def _judge(self, losses: list[float]) -> None:
+        """Remember this state if no epoch before ended with a lower training loss.
+
+        Not judged on the calibration batches: a compensated model was fitted to them, so that any training
+        would look like a loss. The first steps, at a rate near zero, stand for the start.
+        """
+        if not self.judged:
+            self.judged.append(float(np.mean(losses[:JUDGING_STEPS])))
+        self.judged.append(float(np.mean(losses[-JUDGING_STEPS:])))
+        if self.judged[-1] <= min(self.judged[1:]) and not self._diverged():
+            self.best = self._state()
+
+    def _diverged(self) -> bool:
+        return len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
+
+    def _state(self) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.module.state_dict().items()}
 
     def finish(self) -> RecoverResult:
-        worse = len(self.judged) > 1 and not self.judged[-1] <= self.judged[0]
-        if worse and not self.note:
-            self.note = "training made the model worse on the calibration examples; kept the best epoch"
+        if self._diverged() and not self.note:
+            self.note = "the training loss ended far above where it began; kept the best epoch"
         if self.note:
             self.module.load_state_dict(self.best)
         self.module.eval()
@@ -322,19 +332,6 @@ class _Trainer:
 
 
 # --- pieces --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _mean_loss(module: nn.Module, batches: Batches, device: torch.device) -> float:
-    module.eval()
-    total, count = 0.0, 0
-    for inputs, targets in batches:
-        logits = module(*_inputs(inputs, device))
-        _check_targets(logits, targets)
-        total += float(functional.cross_entropy(logits.float(), targets.to(device), reduction="sum"))
-        count += len(targets)
-    value = total / count if count else math.inf
-    return value if math.isfinite(value) else math.inf
 
 
 def _distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
