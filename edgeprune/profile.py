@@ -114,7 +114,7 @@ def measure_widths(
     path: Path,
     candidates: Sequence[Widths],
     *,
-    rounds: int = 24,
+    rounds: int = 16,
     seconds: float = 0.1,
     progress: Progress = silent,
     resizer: Resizer | None = None,
