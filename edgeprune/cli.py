@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import edgeprune
+from edgeprune.core.effort import find_effort
 from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
 
@@ -34,6 +35,7 @@ Weights = Annotated[Path | None, typer.Option(help=".safetensors, or a state dic
 Shapes = Annotated[list[str] | None, typer.Option("--input", help="shape of an input, batch first: 1x3x224x224")]
 Inexact = Annotated[bool, typer.Option("--allow-inexact", help="also prune across layer norms")]
 TargetName = Annotated[str, typer.Option("--target", help="a board of the inventory (edgeprune targets list)")]
+EffortName = Annotated[str, typer.Option("--effort", help="board time: quick, default or thorough")]
 Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime on the board")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="where to write the result")]
 Source = Annotated[str, typer.Option("--data", help="path.py:function, package.module:function or .npz")]
@@ -193,15 +195,16 @@ def trace(
 @app.command()
 def profile(
     model: Model, target: TargetName, out: Out, weights: Weights = None, shapes: Shapes = None,
-    allow_inexact: Inexact = False, threads: Threads = 1, configurations: int = 32, rounds: int = 3,
-    as_json: AsJson = False,
+    allow_inexact: Inexact = False, threads: Threads = 1, configurations: int = 32,
+    effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
     with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
         tables = edgeprune.profile_target(
-            module, inputs, graph, session, path=out, configurations=configurations, rounds=rounds, progress=progress
-        )
+            module, inputs, graph, session, path=out, configurations=configurations, effort=find_effort(effort),
+            progress=progress,
+        )  # fmt: skip
     show(tables, as_json, "describe_profile")
 
 
@@ -232,7 +235,8 @@ def plan(
     shapes: Shapes = None, allow_inexact: Inexact = False, latency: Limit = None, memory: Limit = None,
     size: Limit = None, energy: Limit = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
-    threads: Threads = 1, solver: str = "milp", levels: int = 16, as_json: AsJson = False,
+    threads: Threads = 1, effort: EffortName = "default", solver: str = "milp", levels: int = 16,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
@@ -250,7 +254,7 @@ def plan(
             with edgeprune.connect(target, threads=threads, progress=progress) as session:
                 chosen = edgeprune.plan_on_board(
                     module, inputs, graph, tables, scores, budget, session, profile, solver=solver, levels=levels,
-                    progress=progress,
+                    effort=find_effort(effort), progress=progress,
                 )  # fmt: skip
     edgeprune.write_record(out, chosen)
     show(chosen, as_json, "describe_plan", graph)
@@ -311,7 +315,7 @@ def validate(
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
     plan: Annotated[Path, typer.Option(help="from `edgeprune plan`: the budgets and what was predicted")],
     data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, threads: Threads = 1,
-    as_json: AsJson = False,
+    effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.records import Plan
@@ -323,7 +327,7 @@ def validate(
     with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
         report = edgeprune.validate_artifact(
             files[0], session, dense=files[1], examples=examples, budget=chosen.budget, predicted=chosen.predicted,
-            progress=progress,
+            effort=find_effort(effort), progress=progress,
         )  # fmt: skip
     edgeprune.write_record(out, report)
     show(report, as_json, "summary", out.parent)

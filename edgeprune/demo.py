@@ -35,7 +35,6 @@ latency = "{latency}"
 [profile]
 configurations = 24
 held_out = 6
-rounds = 3
 [recover]
 epochs = 4
 [output]

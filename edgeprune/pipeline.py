@@ -22,9 +22,10 @@ from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
-from edgeprune.core.budget import make_budget, parse_limit
+from edgeprune.core.budget import make_budget
 from edgeprune.core.closed_loop import best_round
 from edgeprune.core.cost import predict_cost
+from edgeprune.core.effort import DEFAULT, Effort, find_effort
 from edgeprune.core.errors import InfeasibleBudget
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
@@ -163,6 +164,7 @@ class Stages:
                     session,
                     path=path,
                     **msgspec.to_builtins(run.profile),
+                    effort=find_effort(run.target.effort),
                     seed=run.seed,
                     resizer=resizer,
                     progress=self.progress,
@@ -179,6 +181,7 @@ class Stages:
                     path,
                     solver=run.prune.solver,
                     levels=run.prune.levels,
+                    effort=find_effort(run.target.effort),
                     resizer=resizer,
                     progress=self.progress,
                 )
@@ -260,7 +263,7 @@ class Stages:
                     predicted=plan.predicted,
                     dense_counts=predict_cost(graph, {}),
                     accuracy=accuracy,
-                    latency_ratio=relative_latency(self.run.budget.latency),
+                    effort=find_effort(self.run.target.effort),
                     provenance={"plan_sha256": digest(plan)},
                     progress=self.progress,
                 )
@@ -330,6 +333,7 @@ def plan_on_board(
     solver: str = "milp",
     levels: int = 16,
     max_rounds: int = MAX_ROUNDS,
+    effort: Effort = DEFAULT,
     resizer: Resizer | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -342,7 +346,7 @@ def plan_on_board(
     """
     rounds: list[PlanRound] = []
     plans: list[Plan] = []
-    limit = asked = budget.latency_s
+    limit, asked = budget.latency_s, next_request(rounds, budget)
     if limit is None:
         return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
     resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
@@ -352,13 +356,17 @@ def plan_on_board(
         try:
             plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
         except InfeasibleBudget:
-            # Of the first request it is the answer; a corrected one only ends the search for something closer.
-            if not rounds:
+            # Of the budget itself it is the answer; a corrected one only ends the search for something closer.
+            if rounds:
+                break
+            if asked == limit:
                 raise
-            break
+            asked = limit
+            continue
         profile, measured = measure_widths(
-            model, inputs, graph, session, profile, path, [plan.widths], resizer=resizer, progress=progress
-        )
+            model, inputs, graph, session, profile, path, [plan.widths],
+            effort=effort, resizer=resizer, progress=progress,
+        )  # fmt: skip
         assert plan.predicted.latency_s is not None
         predicted_s = plan.predicted.latency_s.median
         rounds.append(PlanRound(asked_s=asked, predicted_s=predicted_s, measured=measured[0], widths=plan.widths))
@@ -391,12 +399,6 @@ def compact_and_compensate(
 def dense_cost(graph: Graph, profile: Profile) -> Cost:
     """What the dense model takes: its latency as measured, the rest from its graph."""
     return replace(predict_cost(graph, {}, profile), latency_s=dense_latency(profile))
-
-
-def relative_latency(asked: str | None) -> float | None:
-    """0.5 for `0.5x`; None for an absolute latency or none."""
-    request = parse_limit(asked, "time") if asked else None
-    return request.value if request and request.relative else None
 
 
 def weights_digest(model: nn.Module) -> str:

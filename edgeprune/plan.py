@@ -69,7 +69,6 @@ def choose_widths(
     levels: int = 16,
     time_limit_s: float = 20.0,
     min_keep: float = 1 / 16,
-    latency_scale: float = 1.0,
     progress: Progress = silent,
 ) -> Plan:
     """The widths of least predicted loss that meet every budget at once.
@@ -77,15 +76,12 @@ def choose_widths(
     solver, compare: members of `solvers`; what the compared ones would reach is in the plan.
     levels: most widths to consider per group. time_limit_s: for each solver.
     min_keep: least share of a group's units to keep, in (0, 1].
-    latency_scale: measured / predicted latency, where a measurement has shown the tables to be off.
     raises: RecordError, DataError, UsageError for what cannot be planned from; InfeasibleBudget.
     """
     check_inputs(graph, profile, importance, budget)
     if levels < 2 or not 0 < min_keep <= 1:
         raise UsageError(f"levels={levels} must be at least 2 and min_keep={min_keep} in (0, 1]")
-    problem = build_problem(
-        graph, profile, importance, budget, levels=levels, min_keep=min_keep, latency_scale=latency_scale
-    )
+    problem = build_problem(graph, profile, importance, budget, levels=levels, min_keep=min_keep)
     names = list(dict.fromkeys([solver, *compare]))
     members = [load_member("solvers", name) for name in names]
     solutions: dict[str, Solution] = {}
@@ -182,7 +178,6 @@ def build_problem(
     *,
     levels: int = 16,
     min_keep: float = 1 / 16,
-    latency_scale: float = 1.0,
 ) -> Problem:
     """Levels, losses and cost terms; arguments as in `choose_widths`."""
     tiles = _tiles(graph, profile)
@@ -193,7 +188,7 @@ def build_problem(
     axes = Axes(choices, graph.units)
     rows: list[Row] = []
     if budget.latency_s is not None:
-        limit = budget.latency_s / (latency_scale * _tail(profile, budget))
+        limit = budget.latency_s / _tail(profile, budget)
         rows.append(latency_terms(profile, axes).row("latency_s", limit))
     if budget.artifact_bytes is not None:
         weights = artifact_polynomial(graph)

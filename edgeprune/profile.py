@@ -2,8 +2,8 @@
 
 *In situ.* Timing kernels alone misses how they fuse and what is in the cache. So whole models of
 different widths are run, and one profiled run measures every kernel in its real surroundings.
-Configurations come in random order over several rounds, the dense model at the start, middle and end
-of each, so that a drift of the board shows and is taken out.
+Configurations come in random order over several rounds, each in turns of milliseconds with the dense
+model: what the board's speed does from second to second meets both and falls out of their ratio.
 
 The file is JSON lines: a heading, then one line per measurement as it comes in. Tables are derived
 from them on reading, so a killed run goes on where it stopped and a profile can be added to.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
@@ -46,9 +47,7 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Session
 
 WEIGHTS = "weights.bin"
-ANCHORS = 3
-"""How often the dense model is measured in each round."""
-PROFILED_RUNS = 10
+PROFILED_RUNS = 12
 MIN_SAMPLES = 7
 
 
@@ -73,10 +72,9 @@ def profile_target(
     *,
     path: Path,
     configurations: int = 40,
-    rounds: int = 3,
     held_out: int = 8,
+    effort: Effort = DEFAULT,
     step: int | None = None,
-    seconds: float = 0.2,
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
@@ -86,21 +84,20 @@ def profile_target(
 
     path: the JSONL file; what it already holds is not measured again.
     configurations: widths to fit, dense included. held_out: more widths, never fitted, that give the
-    profile's error. rounds: how often each is measured. step: widths are multiples of it
-    (default: a mixture). seconds: sampling time of one timing on the board.
+    profile's error. effort: board time for each. step: widths are multiples of it (default: a mixture).
     resizer: made once by `formats`, to share it with `measure_widths`.
     raises: RecordError when `path` holds a profile of another graph, other conditions or other
         widths; AgentError when the dense model or most configurations cannot be run.
     """
-    if configurations < 2 or rounds < 1 or held_out < 0:
+    if configurations < 2 or effort.rounds < 1 or held_out < 0:
         raise UsageError("a profile needs at least 2 configurations and 1 round")
     sweep = design_configurations(graph, configurations, held_out, step=step, seed=seed)
     make = partial(_make_resizer, resizer, format, module, inputs, graph)
-    with _Run(graph, session, make, path, seconds, progress) as run:
+    with _Run(graph, session, make, path, effort, progress) as run:
         schedule = []
-        for number in range(rounds):
-            order = np.random.default_rng((seed, number)).permutation(len(sweep) - 1) + 1
-            schedule.append((number, _anchored([sweep[index] for index in order], sweep[0])))
+        for number in range(effort.rounds):
+            order = np.random.default_rng((seed, number)).permutation(len(sweep))
+            schedule.append((number, [sweep[index] for index in order]))
         run.measure(schedule)
     return read_profile(path, graph)
 
@@ -114,36 +111,27 @@ def measure_widths(
     path: Path,
     candidates: Sequence[Widths],
     *,
-    rounds: int = 16,
-    seconds: float = 0.1,
+    effort: Effort = DEFAULT,
     progress: Progress = silent,
     resizer: Resizer | None = None,
     format: str = "onnx",
 ) -> tuple[Profile, list[Quantity]]:
     """Measure widths that a planner chose, add them to the profile and fit it again.
 
-    rounds, seconds: many short turns with the dense model before each: the speed of a machine that
-        others share stays for about a second, and only what is timed within it can be compared.
-
-    returns: the new profile, and each candidate's whole-model latency, drift taken out, comparable
-        to the profile's dense latency.
+    returns: the new profile, and each candidate's whole-model latency: its ratio to the dense model in
+        the same seconds, times the profile's dense latency.
     raises: as profile_target; AgentError when a candidate cannot be run.
     """
     names = [planned_name(graph.units | dict(widths)) for widths in candidates]
-    known = {item.configuration for item in profile.measurements}
     new = {
         name: Configuration(name=name, widths=graph.units | dict(widths))
         for name, widths in zip(names, candidates, strict=True)
-        if name not in known and graph.units | dict(widths) != graph.units
+        if graph.units | dict(widths) != graph.units
     }
-    if new:
-        make = partial(_make_resizer, resizer, format, module, inputs, graph)
-        with _Run(graph, session, make, path, seconds, progress) as run:
-            start = 1 + max((item.round for item in profile.measurements), default=-1)
-            dense = Configuration(name=DENSE, widths=graph.units)
-            pairs = [each for candidate in new.values() for each in (dense, candidate)]
-            run.measure([(start + number, pairs) for number in range(rounds)])
-        profile = read_profile(path, graph)
+    make = partial(_make_resizer, resizer, format, module, inputs, graph)
+    with _Run(graph, session, make, path, effort, progress) as run:
+        run.measure([(number, list(new.values())) for number in range(effort.repeats)])
+    profile = read_profile(path, graph)
     measured = {item.configuration for item in profile.measurements}
     failed = [name for name in new if name not in measured]
     if failed:
@@ -193,14 +181,14 @@ class _Run:
         session: Session,
         make_resizer: Callable[[], Resizer],
         path: Path,
-        seconds: float,
+        effort: Effort,
         progress: Progress,
     ) -> None:
         self.graph = graph
         self.session = session
         self._make_resizer = make_resizer
         self.path = path
-        self.seconds = seconds
+        self.effort = effort
         self.progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-profile-")
 
@@ -296,7 +284,7 @@ class _Run:
                 return
             append_record(self.path, _measurement(slot, timed, profiled, mapped))
 
-        steps = [step for slot in slots for step in slot.steps(self.seconds)]
+        steps = [step for slot in slots for step in slot.steps(self.effort)]
         self.session.run(steps, job=job, on_result=take)
         names = {slot.configuration.name for slot in slots}
         if DENSE in failures or 2 * len(failures) > len(names):
@@ -308,55 +296,47 @@ class _Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slot:
-    """One configuration's turn in one round; repeat: of the anchors of a round."""
+    """One configuration in one round."""
 
     configuration: Configuration
     round: int
-    repeat: int
 
     @property
     def time_key(self) -> str:
-        return f"{self.round}-{self.configuration.name}-{self.repeat}-time"
+        return f"{self.round}-{self.configuration.name}-time"
 
     @property
     def kernels_key(self) -> str:
-        return f"{self.round}-{self.configuration.name}-{self.repeat}-kernels"
+        return f"{self.round}-{self.configuration.name}-kernels"
 
-    def steps(self, seconds: float) -> tuple[Step, Step]:
-        artifact = f"{self.configuration.name}.onnx"
+    def steps(self, effort: Effort) -> tuple[Step, Step]:
+        ours, dense = f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
         return (
-            Step(key=self.time_key, kind="time", artifact=artifact, seconds=seconds, min_samples=MIN_SAMPLES),
-            Step(key=self.kernels_key, kind="kernels", artifact=artifact, seconds=seconds, runs=PROFILED_RUNS),
-        )
+            Step(
+                key=self.time_key, kind="time", artifact=ours, against=dense, seconds=effort.seconds,
+                precision=effort.precision, min_samples=MIN_SAMPLES,
+            ),
+            Step(key=self.kernels_key, kind="kernels", artifact=ours, against=dense, runs=PROFILED_RUNS),
+        )  # fmt: skip
 
 
 def _measurement(slot: _Slot, timed: StepResult, profiled: StepResult, mapped: KernelMap) -> Measurement:
-    assert timed.samples is not None
+    assert timed.samples is not None and timed.against is not None
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
-        held_out=slot.configuration.held_out, samples=timed.samples, kernels=mapped.charge(profiled.kernels),
-        run_s=profiled.run_s, conditions=timed.conditions,
+        held_out=slot.configuration.held_out, samples=timed.samples, dense=timed.against,
+        kernels=mapped.charge(profiled.kernels), run_s=profiled.run_s, dense_run_s=profiled.against_run_s,
+        conditions=timed.conditions,
     )  # fmt: skip
-
-
-def _anchored(configurations: Sequence[Configuration], dense: Configuration) -> list[Configuration]:
-    """The configurations with the dense model at the start, in the middle and at the end."""
-    half = len(configurations) // 2
-    return [dense, *configurations[:half], dense, *configurations[half:], dense]
 
 
 def _missing(schedule: Sequence[tuple[int, Sequence[Configuration]]], done: Sequence[Measurement]) -> Iterator[_Slot]:
     """What the schedule has and the file has not, in order."""
-    have: dict[tuple[int, str], int] = {}
-    for item in done:
-        have[item.round, item.configuration] = have.get((item.round, item.configuration), 0) + 1
+    have = {(item.round, item.configuration) for item in done}
     for number, configurations in schedule:
-        seen: dict[str, int] = {}
         for configuration in configurations:
-            repeat = seen.get(configuration.name, 0)
-            seen[configuration.name] = repeat + 1
-            if repeat >= have.get((number, configuration.name), 0):
-                yield _Slot(configuration=configuration, round=number, repeat=repeat)
+            if (number, configuration.name) not in have:
+                yield _Slot(configuration=configuration, round=number)
 
 
 def _read(path: Path) -> tuple[ProfileHeading | None, list[Measurement]]:

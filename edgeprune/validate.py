@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.checks import check_budget, check_parity
+from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -30,7 +31,7 @@ from edgeprune.core.records import (
     Step,
     StepResult,
 )
-from edgeprune.core.stats import quantity, statistic
+from edgeprune.core.stats import median, quantity, statistic, turn_medians, turn_ratios
 from edgeprune.core.store import sha256_file
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 NumberArray = npt.NDArray[Any]
 
 
-MORE_ROUNDS = 5
-"""Rounds added at a time while it is undecided whether a limit is met."""
+MOST_ROUNDS = 4
+"""How many times the usual rounds are measured while it is undecided whether a limit is met."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +111,9 @@ def validate_artifact(
     predicted: Cost,
     dense_counts: Cost | None = None,
     accuracy: Accuracy | None = None,
-    latency_ratio: float | None = None,
     tolerance: float = 1e-3,
     agreement: float = 0.99,
-    rounds: int = 15,
-    max_rounds: int = 60,
-    seconds: float = 0.1,
+    effort: Effort = DEFAULT,
     provenance: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Report:
@@ -123,12 +121,12 @@ def validate_artifact(
 
     predicted: the plan's cost of the compact model; its parameters and MACs are carried over, as
         `dense_counts` gives them for the dense one. accuracy: what is known before the board.
-    latency_ratio: the latency budget as a share of the dense model where it was asked that way;
-        it is then held against the ratio of the two in each round, since a machine that others share
-        changes its speed from second to second, and the limit is where that ratio would be met.
+    budget: where its latency was asked as a share of the dense model, that share is held against the
+        ratio of neighbouring turns, since a machine that others share changes its speed from second to
+        second, and the limit in seconds is where that share would be met.
     tolerance: largest |board - host| / max |host|. agreement: least share of equal top-1 answers.
-    rounds, seconds: both artifacts are timed `seconds` each in every round, in changing order; up
-        to `max_rounds` while the limit lies inside the measured interval.
+    effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
+        many while the limit lies inside the measured interval.
     returns: the report. A limit that is not met is a failed check in it, not an exception.
     raises: RecordError when an artifact was altered since it was exported; AgentError when one does
         not run on the board; DeviceError from the session.
@@ -139,20 +137,22 @@ def validate_artifact(
     board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress)
     try:
         board.push(artifact, dense, examples)
-        board.measure(rounds, seconds, first=True)
+        board.measure(effort, first=True)
         outputs = board.fetch_outputs(artifact)
         while True:
-            measured = {name: quantity([_median(s) for s in samples]) for name, samples in board.samples.items()}
+            measured = {
+                name: quantity(np.concatenate([turn_medians(s) for s in samples]))
+                for name, samples in board.samples.items()
+            }
             limit, asked = budget.latency_s, _latency(board.samples["compact"], budget)
             undecided = limit is not None and asked.low <= limit <= asked.high
-            if latency_ratio is not None:
+            if budget.latency_share is not None:
                 share = _share_of_dense(board.samples, budget)
-                limit = latency_ratio * asked.median / share.median
-                undecided = share.low <= latency_ratio <= share.high
-            left = max_rounds - len(board.samples["compact"])
-            if not undecided or left <= 0:
+                limit = budget.latency_share * asked.median / share.median
+                undecided = share.low <= budget.latency_share <= share.high
+            if not undecided or len(board.samples["compact"]) >= MOST_ROUNDS * effort.repeats:
                 break
-            board.measure(min(MORE_ROUNDS, left), seconds)
+            board.measure(effort)
     finally:
         board.clear()
 
@@ -220,21 +220,21 @@ class _Board:
             paths = {"dense": Path(dense.path), "compact": Path(artifact.path), "inputs": inputs}
             self.session.push({self.files[key]: path for key, path in paths.items()})
 
-    def measure(self, rounds: int, seconds: float, *, first: bool = False) -> None:
-        """Time both artifacts `rounds` more times; `first`: outputs and memory before that.
-
-        Who goes first alternates, so that a drift of the board meets both alike.
-        """
+    def measure(self, effort: Effort, *, first: bool = False) -> None:
+        """Time both artifacts for more rounds; `first`: outputs and memory before that."""
         steps: list[Step] = []
         if first:
             inputs = self.files["inputs"]
             steps.append(Step(key="outputs compact", kind="outputs", artifact=self.files["compact"], inputs=inputs))
             steps += [Step(key=f"memory {name}", kind="memory", artifact=self.files[name]) for name in self.samples]
         start = len(self.samples["dense"])
-        for number in range(start, start + rounds):
-            for name in ("dense", "compact") if number % 2 == 0 else ("compact", "dense"):
-                key = f"time {name} {number}"
-                steps.append(Step(key=key, kind="time", artifact=self.files[name], seconds=seconds))
+        steps += [
+            Step(
+                key=f"time compact {number}", kind="time", artifact=self.files["compact"],
+                against=self.files["dense"], seconds=effort.seconds, precision=effort.precision,
+            )
+            for number in range(start, start + effort.repeats)
+        ]  # fmt: skip
         self.total += len(steps)
         for result in self.session.run(steps, job=self.job, on_result=self._advance):
             self._keep(result)
@@ -246,8 +246,9 @@ class _Board:
             return
         if result.error is not None:
             raise AgentError(f"target {self.session.target.name}: {kind} of the {name} model failed: {result.error}")
-        if result.samples is not None:
-            self.samples[name].append(result.samples)
+        if result.samples is not None and result.against is not None:
+            self.samples["compact"].append(result.samples)
+            self.samples["dense"].append(result.against)
         if result.outputs is not None:
             self.files["outputs"] = result.outputs
         if result.conditions is not None:
@@ -297,18 +298,18 @@ def _read_outputs(path: Path, artifact: Artifact) -> list[NumberArray]:
         raise AgentError(f"the board's outputs cannot be read ({error}); run the validation again") from error
 
 
-def _median(samples: Samples) -> float:
-    return statistic(samples.values, "median")
-
-
 def _share_of_dense(samples: Mapping[str, list[Samples]], budget: Budget) -> Quantity:
-    """The budget's statistic of the compact model over the dense median, round by round."""
-    pairs = zip(samples["compact"], samples["dense"], strict=True)
-    return quantity([statistic(c.values, budget.statistic) / _median(d) for c, d in pairs])
+    """The budget's statistic of the compact model over the dense median, turn by turn or round by round."""
+    pairs = list(zip(samples["compact"], samples["dense"], strict=True))
+    if budget.statistic == "median":
+        return quantity(np.concatenate([turn_ratios(c, d) for c, d in pairs]))
+    return quantity([statistic(c.values, budget.statistic) / median(d.values) for c, d in pairs])
 
 
 def _latency(rounds: list[Samples], budget: Budget) -> Quantity:
-    """The budget's statistic of each round; rounds, not samples, are what is independent."""
+    """The budget's statistic: of turns the median, of rounds the 95th percentile."""
+    if budget.statistic == "median":
+        return quantity(np.concatenate([turn_medians(samples) for samples in rounds]))
     return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
 
 

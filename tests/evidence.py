@@ -135,9 +135,11 @@ def make_profile(graph: Graph, seed: int = 0) -> Profile:
             errors.append(abs(predict_latency(graph, widths, profile) / truth - 1))
         for turn in range(3):
             samples = tuple(truth * (1 + np.abs(rng.normal(0, 0.015, 9))))
+            dense = tuple(predict_latency(graph, {}, profile) * (1 + np.abs(rng.normal(0, 0.015, 9))))
             measurements.append(Measurement(
                 configuration="dense" if not widths else f"c{number:02d}", round=turn, widths=widths,
                 held_out=held_out, samples=Samples(values=samples, loops=4, warmups=3), run_s=truth * 1.04,
+                dense=Samples(values=dense, loops=4, warmups=3),
                 kernels=_kernel_times(graph, profile, widths, rng), conditions=CONDITIONS,
             ))  # fmt: skip
     return Profile(

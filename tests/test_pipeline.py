@@ -69,13 +69,12 @@ inputs = [[1, 3, 24, 24]]
 source = "nets.py:source"
 [target]
 name = "embedded"
+effort = "quick"
 [budget]
 latency = "0.7x"
 [profile]
 configurations = 8
 held_out = 2
-rounds = 2
-seconds = 0.03
 [prune]
 levels = 6
 [recover]

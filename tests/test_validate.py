@@ -13,12 +13,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from edgeprune.core.effort import Effort
 from edgeprune.core.errors import AgentError, DataError, RecordError
 from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, Quantity, Report, Target, TensorInfo
 from edgeprune.core.stats import median, quantity
 from edgeprune.core.store import read_record, sha256_file, write_record
 from edgeprune.device.session import Session, open_session
-from edgeprune.validate import Examples, collect_examples, validate_artifact
+from edgeprune.validate import MOST_ROUNDS, Examples, collect_examples, validate_artifact
 
 torch.set_num_threads(1)
 CLASSES, SIZE = 5, 16
@@ -94,10 +95,13 @@ def examples(nets: dict[str, Net], artifacts: dict[str, Artifact]) -> Examples:
     return collect_examples(nets["compact"], batches, artifacts["compact"], limit=40)
 
 
+BRIEF = Effort(rounds=1, repeats=2, seconds=0.03, precision=None)
+
+
 def validate(
     session: Session, artifacts: dict[str, Artifact], examples: Examples, budget: Budget, **options: object
 ) -> Report:
-    defaults = {"rounds": 2, "max_rounds": 3, "seconds": 0.02, "predicted": PREDICTED, "dense": artifacts["dense"]}
+    defaults = {"effort": BRIEF, "predicted": PREDICTED, "dense": artifacts["dense"]}
     return validate_artifact(
         artifacts["compact"], session, examples=examples, budget=budget, **{**defaults, **options}
     )  # fmt: skip
@@ -185,7 +189,7 @@ def test_budgets_that_are_not_met_are_values(
 def test_relative_latency_is_of_the_dense_model_in_the_same_rounds(
     session: Session, artifacts: dict[str, Artifact], examples: Examples
 ) -> None:
-    relative = validate(session, artifacts, examples, Budget(latency_s=1e-9), latency_ratio=0.9)
+    relative = validate(session, artifacts, examples, Budget(latency_s=1e-9, latency_share=0.9))
     assert relative.compact.latency_s is not None
     share = quantity(ratios(relative)).median
     assert relative.budget.latency_s == pytest.approx(0.9 * relative.compact.latency_s.median / share)
@@ -199,15 +203,19 @@ def test_undecided_latency_is_measured_longer(
 ) -> None:
     """The same file as dense and compact under a ratio of 1: the limit is the measurement itself."""
     same = {"dense": artifacts["compact"], "compact": artifacts["compact"]}
-    undecided = validate(session, same, examples, Budget(latency_s=1.0), latency_ratio=1.0, rounds=2, max_rounds=4)
+    undecided = validate(session, same, examples, Budget(latency_s=1.0, latency_share=1.0))
     share = quantity(ratios(undecided))
-    assert len(undecided.samples["compact"]) == 4 or not share.low <= 1.0 <= share.high
+    assert len(undecided.samples["compact"]) == MOST_ROUNDS * 2 or not share.low <= 1.0 <= share.high
 
 
 def ratios(report: Report) -> list[float]:
-    """Compact over dense latency, round by round."""
-    pairs = zip(report.samples["compact"], report.samples["dense"], strict=True)
-    return [median(compact.values) / median(dense.values) for compact, dense in pairs]
+    """Compact over dense latency, turn by turn."""
+    found: list[float] = []
+    for compact, dense in zip(report.samples["compact"], report.samples["dense"], strict=True):
+        ours = np.array(compact.values).reshape(-1, compact.per_turn)
+        theirs = np.array(dense.values).reshape(-1, dense.per_turn)
+        found += [median(c) / median(d) for c, d in zip(ours, theirs, strict=True)]
+    return found
 
 
 def test_other_outputs_are_seen(session: Session, artifacts: dict[str, Artifact], examples: Examples) -> None:

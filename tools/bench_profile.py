@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.interpolate import RegularGridInterpolator
 
 from edgeprune.core.cost import kernel_sizes
+from edgeprune.core.effort import EFFORTS
 from edgeprune.core.records import Graph, Kernel, Node, Profile, Step, Target
 from edgeprune.core.stats import median
 from edgeprune.device.embedded import EmbeddedBoard
@@ -137,13 +138,13 @@ def bench(name: str, session: Session, options: argparse.Namespace, folder: Path
     graph = trace_graph(module, inputs)
     profile = profile_target(
         module, inputs, graph, session, path=folder / f"{name}.jsonl", configurations=40, held_out=options.held_out,
-        rounds=options.rounds, seconds=options.seconds,
+        effort=options.effort,
     )  # fmt: skip
     assert profile.held_out is not None
     layers = folder / f"{name}-{profile.artifact_sha256[:8]}"
     layers.mkdir(exist_ok=True)
     timings = 2 * len(profile.measurements)
-    predict = isolated_table(graph, profile, session, timings, options.seconds, layers)
+    predict = isolated_table(graph, profile, session, timings, options.effort.seconds, layers)
     held = [item for item in average_rounds(profile.measurements) if item.held_out]
     isolated = [abs(predict(item.widths) / item.whole_s - 1) for item in held]
     return {
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--target", help="a target of the inventory (default: the embedded board)")
     parser.add_argument("--out", type=Path, help="keep the profiles here, and go on from them")
     options = parser.parse_args()
-    options.rounds, options.held_out, options.seconds = (2, 8, 0.15) if options.quick else (5, 16, 0.4)
+    options.effort, options.held_out = (EFFORTS["quick"], 8) if options.quick else (EFFORTS["default"], 16)
     torch.set_num_threads(1)
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:

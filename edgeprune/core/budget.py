@@ -76,6 +76,7 @@ def make_budget(
         "energy": (energy, "energy", dense.energy_j.median if dense.energy_j else None),
     }
     limits: dict[str, float] = {}
+    share: float | None = None
     for name, (text, kind, reference) in asked.items():
         if text is None:
             continue
@@ -83,10 +84,13 @@ def make_budget(
         if request.relative and reference is None:
             raise UsageError(f"{name} '{text}' is relative to the dense model, whose {name} was not measured")
         limits[name] = request.absolute(reference or 0.0)
+        if name == "latency" and request.relative:
+            share = request.value
     if not limits:
         raise UsageError("no budget given; ask for at least one of latency, memory, size or energy")
     return Budget(
         latency_s=limits.get("latency"),
+        latency_share=share,
         peak_memory_bytes=int(limits["memory"]) if "memory" in limits else None,
         artifact_bytes=int(limits["size"]) if "size" in limits else None,
         energy_j=limits.get("energy"),

@@ -15,11 +15,11 @@ from edgeprune.core.records import Budget, PlanRound
 LOWEST_SHARE = 0.97
 """A measured latency below this share of the budget asks for a finer step."""
 
-HIGHEST_SHARE = 0.99
+HIGHEST_SHARE = 0.995
 """The loop is content up to this share: a measurement repeated at validation must still be within the budget."""
 
-AIM = 0.99
-"""Share of what it is content with that the loop aims at."""
+AIM = 0.988
+"""Share of what it is content with that the loop aims at: the middle between the two."""
 
 RESOLUTION = 1e-3
 """Relative distance of two requests below which they are one."""
@@ -28,7 +28,7 @@ RESOLUTION = 1e-3
 def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     """The latency to ask of the tables next, so that the measured one comes within the budget.
 
-    rounds: what was asked, predicted and measured so far, in order; at least one.
+    rounds: what was asked, predicted and measured so far, in order; none yet: what to ask first.
     returns: seconds, or None when the loop is over: the last plan measured between LOWEST_SHARE and
              HIGHEST_SHARE of the budget, or there is no finer step (`no_finer_step` says why).
 
@@ -36,8 +36,10 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     gave too fast a plan and the prediction of the fastest plan that was too slow. Where no request
     below the budget is left, one above it is made, so that the end rests on a measured neighbour.
     """
-    if budget.latency_s is None or not rounds:
-        return budget.latency_s
+    if budget.latency_s is None:
+        return None
+    if not rounds:
+        return HIGHEST_SHARE * AIM * budget.latency_s
     last = rounds[-1]
     limit = HIGHEST_SHARE * budget.latency_s
     if LOWEST_SHARE * budget.latency_s <= last.measured.median <= limit:

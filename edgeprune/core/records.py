@@ -246,10 +246,14 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Raw repeated measurements of one quantity: each value is the mean of `loops` inner loops."""
+    """Raw repeated measurements of one quantity: each value is the mean of `loops` inner loops.
+
+    per_turn: how many values in a row were taken before another model had its turn.
+    """
 
     values: tuple[float, ...]
     unit: str = "s"
+    per_turn: int = 1
     loops: int = 1
     warmups: int = 0
     stopped_because: str = ""
@@ -264,14 +268,19 @@ class Step:
         inputs; `memory` in a fresh process.
     inputs: an .npz on the board (arrays named as the model's inputs, leading axis = examples),
         or None for one random input of the model's own shape.
-    seconds: time to spend sampling. runs: profiled runs (`kernels`).
+    against: another artifact that is measured in turns with it, so that the two can be compared on a
+        board whose speed changes (`time`, `kernels`).
+    seconds: time to spend sampling. precision: stop before that once the median, or the ratio to
+        `against`, is known to this relative half-width of its 95 % interval. runs: profiled (`kernels`).
     """
 
     key: str
     kind: Literal["time", "kernels", "outputs", "memory"]
     artifact: str
     inputs: str | None = None
+    against: str | None = None
     seconds: float = 0.3
+    precision: float | None = None
     min_samples: int = 7
     runs: int = 10
 
@@ -289,8 +298,9 @@ class KernelTime:
 class StepResult:
     """What came of a step; `error` says why there is nothing else.
 
-    samples: whole-model latency (time). kernels, run_s: per-kernel medians and the median of the
-    profiled whole run (kernels). outputs: name of an .npz on the board (outputs).
+    samples, against: whole-model latency of the artifact and of the one it was measured against, turn
+    for turn (time). kernels, run_s: typical times of each kernel and of the profiled whole run;
+    against_run_s: of the other artifact's (kernels). outputs: name of an .npz on the board (outputs).
     activation_bytes: growth of the peak resident set over the loaded session while running;
     process_bytes: peak resident set of the whole process (memory). energy_j: by the target's meter.
     """
@@ -299,8 +309,10 @@ class StepResult:
     kind: str
     error: str | None = None
     samples: Samples | None = None
+    against: Samples | None = None
     kernels: tuple[KernelTime, ...] = ()
     run_s: float | None = None
+    against_run_s: float | None = None
     outputs: str | None = None
     activation_bytes: int | None = None
     process_bytes: int | None = None
@@ -348,15 +360,20 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One configuration as measured in one round: whole model and, if profiled, each kernel."""
+    """One configuration as measured in one round: whole model and, if profiled, each kernel.
+
+    dense, dense_run_s: the dense model in the turns between: whole, and whole while profiled.
+    """
 
     configuration: str
     round: int
     widths: dict[str, int]
     held_out: bool
     samples: Samples
+    dense: Samples
     kernels: dict[str, float] = field(default_factory=dict)
     run_s: float | None = None
+    dense_run_s: float | None = None
     conditions: Conditions | None = None
 
 
@@ -417,6 +434,7 @@ class Budget:
     """Limits, absolute, each optional. peak_memory_bytes is of activations while running."""
 
     latency_s: float | None = None
+    latency_share: float | None = None
     peak_memory_bytes: int | None = None
     artifact_bytes: int | None = None
     energy_j: float | None = None

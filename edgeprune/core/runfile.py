@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -35,6 +36,7 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     name: str
     runtime: str = "onnxruntime"
     threads: int = 1
+    effort: Literal["quick", "default", "thorough"] = "default"
 
 
 class BudgetSection(_Section, frozen=True, kw_only=True):
@@ -51,8 +53,6 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
 
     configurations: int = 32
     held_out: int = 8
-    rounds: int = 3
-    seconds: float = 0.1
 
 
 class PruneSection(_Section, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.errors import DataError
-from edgeprune.core.records import FloatArray, Quantity
+from edgeprune.core.records import FloatArray, Quantity, Samples
 
 
 def _array(values: npt.ArrayLike) -> FloatArray:
@@ -55,3 +55,19 @@ def quantity(values: npt.ArrayLike, *, confidence: float = 0.95, seed: int = 0) 
     """Median of samples with its bootstrap interval."""
     low, high = bootstrap_interval(values, confidence=confidence, seed=seed)
     return Quantity(median=median(values), low=low, high=high)
+
+
+def turn_medians(samples: Samples) -> FloatArray:
+    """The median of each turn: what is independent when two models are measured in turns."""
+    return np.asarray(np.median(_array(samples.values).reshape(-1, samples.per_turn), axis=1), dtype=np.float64)
+
+
+def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
+    """How many times as long as its neighbour each turn took.
+
+    raises: DataError when the two were not measured in turns with each other.
+    """
+    ours, theirs = turn_medians(samples), turn_medians(against)
+    if len(ours) != len(theirs):
+        raise DataError("samples of different numbers of turns cannot be compared; measure both together")
+    return np.asarray(ours / theirs, dtype=np.float64)

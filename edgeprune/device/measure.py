@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import math
+import operator
 import os
 import signal
 import statistics
@@ -34,7 +36,15 @@ CLOCK_MULTIPLE = 1000
 WARM_UP_WINDOW_S = 0.02
 WARM_UP_LIMIT_S = 3.0
 WARM_UP_TOLERANCE = 0.02
+TURN_S = 0.005
+"""A turn takes at least this long. The shorter, the less the machine changes from a turn to its neighbour."""
+SPIN_S = 0.002
+"""For so long the threads of a runtime may go on spinning after a run, in the way of another model's."""
+MIN_TURNS = 5
+MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
+BURST = 3
+"""Profiled runs that count in a row, of each of two models in turns."""
 
 
 def load_examples(model: runtime.Model, inputs: str | None) -> dict[str, Any]:
@@ -68,31 +78,101 @@ def open_step(step: dict[str, Any], threads: int, profile: str | None = None) ->
 
 
 def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """Whole-model latency: warm up until stable, then samples of `loops` runs each, in seconds."""
-    model, feed = open_step(step, spec["threads"])
-    run_s, warmups = warm_up(model, feed)
-    loops = max(1, math.ceil(CLOCK_MULTIPLE * clock_tick_s() / run_s))
-    values: list[float] = []
-    clock, run, each = time.perf_counter_ns, model.run, range(loops)
+    """Whole-model latency in short turns, each followed or preceded by one of the model to compare with, if any.
+
+    A machine that others share changes its speed from second to second: only runs milliseconds apart
+    can be compared. So the ratio of two models comes from neighbouring turns, and a median over those.
+    """
+    timers = [Timer(*open_step(step, spec["threads"]), spec["threads"])]
+    if step["against"]:
+        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec["threads"]), spec["threads"]))
+    longest = max(timer.turn_s for timer in timers)
+    for timer in timers:
+        # The same time for both: a disturbance must be as likely to fall into the one's turn as the other's.
+        timer.samples = min(MAX_SAMPLES_PER_TURN, max(1, round(longest / (timer.run_s * timer.loops))))
     gc.collect()
     gc.disable()
+    began = time.perf_counter()
+    reason = ""
     try:
-        began = clock()
-        while True:
-            before = clock()
-            for _ in each:
-                run(feed)
-            after = clock()
-            values.append((after - before) * 1e-9 / loops)
-            if len(values) >= MAX_SAMPLES:
-                reason = "sample limit"
-                break
-            if (after - began) * 1e-9 >= step["seconds"] and len(values) >= step["min_samples"]:
-                reason = "time limit" if len(values) > step["min_samples"] else "minimum of samples"
-                break
+        while not reason:
+            # Who goes first alternates, so that a drift meets both alike.
+            for timer in timers if len(timers[0].turns) % 2 == 0 else reversed(timers):
+                timer.take_turn(alone=len(timers) == 1)
+            reason = stop_reason(step, timers, time.perf_counter() - began)
     finally:
         gc.enable()
-    return {"values": values, "loops": loops, "warmups": warmups, "stopped_because": reason}
+    samples = [
+        {
+            "values": [value for turn in timer.turns for value in turn],
+            "per_turn": timer.samples,
+            "loops": timer.loops,
+            "warmups": timer.warmups,
+            "stopped_because": reason,
+        }
+        for timer in timers
+    ]
+    return {"samples": samples[0], "against": samples[1] if len(samples) > 1 else None}
+
+
+class Timer:
+    """One model and the turns it had: `samples` samples of `loops` runs each."""
+
+    def __init__(self, model: runtime.Model, feed: dict[str, Any], threads: int) -> None:
+        self.run = functools.partial(model.run, feed)
+        self.run_s, self.warmups = warm_up(model, feed)
+        self.loops = max(1, math.ceil(CLOCK_MULTIPLE * clock_tick_s() / self.run_s))
+        self.samples = 1
+        self.turns: list[list[float]] = []
+        self.medians: list[float] = []
+        # A long run refills the caches by itself. The other's threads spin on after its last run.
+        self.settle = 1 if self.run_s * self.loops < TURN_S else 0
+        if threads > 1:
+            self.settle = max(1, math.ceil(SPIN_S / self.run_s))
+
+    @property
+    def turn_s(self) -> float:
+        return max(TURN_S, self.run_s * self.loops)
+
+    def take_turn(self, *, alone: bool) -> None:
+        clock, run, each = time.perf_counter_ns, self.run, range(self.loops)
+        for _ in range(0 if alone else self.settle):
+            run()
+        turn = []
+        for _ in range(self.samples):
+            before = clock()
+            for _ in each:
+                run()
+            turn.append((clock() - before) * 1e-9 / self.loops)
+        self.turns.append(turn)
+        self.medians.append(statistics.median(turn))
+
+
+def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:
+    """Why a timing is over; empty while it is not."""
+    turns, first = len(timers[0].turns), timers[0].samples
+    if turns < MIN_TURNS or turns * first < step["min_samples"]:
+        return ""
+    if turns * max(timer.samples for timer in timers) >= MAX_SAMPLES:
+        return "sample limit"
+    if elapsed_s >= step["seconds"]:
+        return "time limit"
+    # Looking costs time too: now and then is often enough.
+    if step["precision"] and turns % 8 == 0:
+        values = timers[0].medians
+        if len(timers) > 1:
+            values = list(map(operator.truediv, values, timers[1].medians))
+        if half_width(values) <= step["precision"] * statistics.median(values):
+            return "interval"
+    return ""
+
+
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of the median, from order statistics (Conover, Practical Nonparametric Statistics)."""
+    ordered, count = sorted(values), len(values)
+    reach = 0.98 * math.sqrt(count)
+    low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+    return (ordered[high] - ordered[low]) / 2
 
 
 def warm_up(model: runtime.Model, feed: dict[str, Any]) -> tuple[float, int]:
@@ -129,13 +209,27 @@ def clock_tick_s() -> float:
 
 
 def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds per kernel in order of execution, from the runtime's own profiler."""
+    """Seconds per kernel in order of execution, from the runtime's own profiler.
+
+    With a model to compare with, both are profiled in turns of a few runs, so that what is measured of
+    the one can be held against the speed the board had at that moment.
+    """
+    artifacts = [step["artifact"], *([step["against"]] if step["against"] else [])]
     with tempfile.TemporaryDirectory(dir=spec["job"]) as folder:
-        model, feed = open_step(step, spec["threads"], profile=f"{folder}/profile")
-        warm_up(model, feed)
-        for _ in range(step["runs"]):
-            model.run(feed)
-        runs = model.end_profile()[-step["runs"] :]
+        models = [
+            open_step({**step, "artifact": artifact}, spec["threads"], profile=f"{folder}/{number}-profile")
+            for number, artifact in enumerate(artifacts)
+        ]
+        for model, feed in models:
+            warm_up(model, feed)
+        bursts = math.ceil(step["runs"] / BURST)
+        for _ in range(bursts):
+            for model, feed in models:
+                for _ in range(1 + BURST):
+                    model.run(feed)
+        # The first run of a burst finds the caches as the other model left them.
+        ends = [model.end_profile()[-bursts * (1 + BURST) :] for model, _ in models]
+        runs, others = ([run for place, run in enumerate(end) if place % (1 + BURST)] for end in (ends[0], ends[-1]))
     if len(runs) < step["runs"] or not runs[0][1]:
         raise ValueError(f"the runtime's profile holds {len(runs)} runs of {step['runs']}")
     orders = [[(name, op) for name, op, _ in kernels] for _, kernels in runs]
@@ -145,7 +239,12 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
         {"name": name, "op": op, "time_s": middle_mean([kernels[place][2] for _, kernels in runs])}
         for place, (name, op) in enumerate(orders[0])
     ]
-    return {"kernels": typical, "run_s": middle_mean([duration for duration, _ in runs])}
+    against_run_s = middle_mean([duration for duration, _ in others]) if step["against"] else None
+    return {
+        "kernels": typical,
+        "run_s": middle_mean([duration for duration, _ in runs]),
+        "against_run_s": against_run_s,
+    }
 
 
 def middle_mean(values: list[float]) -> float:

@@ -65,17 +65,27 @@ def _bytes(value: Any) -> int | None:
     return value
 
 
-def _read_time(value: Mapping[str, Any]) -> dict[str, Any]:
+def _read_samples(value: Mapping[str, Any]) -> Samples:
     values = tuple(map(_seconds, value["values"]))
     if not values or min(values) == 0:
         raise ValueError("a latency of 0")
-    samples = Samples(
+    return Samples(
         values=values,
+        per_turn=int(value["per_turn"]),
         loops=int(value["loops"]),
         warmups=int(value["warmups"]),
         stopped_because=str(value["stopped_because"]),
     )
-    return {"samples": samples}
+
+
+def _read_time(value: Mapping[str, Any]) -> dict[str, Any]:
+    samples, against = _read_samples(value["samples"]), value["against"]
+    if against is None:
+        return {"samples": samples}
+    against = _read_samples(against)
+    if len(samples.values) * against.per_turn != len(against.values) * samples.per_turn:
+        raise ValueError("two models had different numbers of turns")
+    return {"samples": samples, "against": against}
 
 
 def _read_kernels(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +96,12 @@ def _read_kernels(value: Mapping[str, Any]) -> dict[str, Any]:
     )
     if not kernels or _seconds(value["run_s"]) == 0:
         raise ValueError("no kernels, or a run of 0 s")
-    return {"kernels": kernels, "run_s": _seconds(value["run_s"])}
+    against = value["against_run_s"]
+    return {
+        "kernels": kernels,
+        "run_s": _seconds(value["run_s"]),
+        "against_run_s": None if against is None else _seconds(against),
+    }
 
 
 def _read_outputs(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -242,11 +242,11 @@ class Session:
 
     def _fingerprint(self, step: Step, manifest: Mapping[str, str]) -> str:
         """Digest of all that a step's result depends on."""
-        for name in filter(None, (step.artifact, step.inputs)):
+        names = [name for name in (step.artifact, step.against, step.inputs) if name is not None]
+        for name in names:
             if name not in manifest:
                 raise InputError(f"step {step.key}: {name} was not pushed to target {self.target.name}")
-        parts = [to_builtins(step), manifest[step.artifact], manifest.get(step.inputs or ""), self.target.threads]
-        parts.append(self.facts.runtimes)
+        parts = [to_builtins(step), [manifest[name] for name in names], self.target.threads, self.facts.runtimes]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _sources(self) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from edgeprune.core.cost import predict_latency
-from edgeprune.core.records import Measurement
 from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, Trace, axis, time_scale
+from edgeprune.tables.combine import average_rounds
 
 ORDER = 50
 KINDS = (("fitted", DENSE, "circle"), ("held out", PRUNED, "circle"), ("closed loop", STAGE, "diamond"))
@@ -14,17 +12,9 @@ KINDS = (("fitted", DENSE, "circle"), ("held out", PRUNED, "circle"), ("closed l
 
 def draw(run: Run) -> Figure | None:
     """One point a configuration of the profile, and one a round of the closed loop."""
-    found: dict[str, list[Measurement]] = {}
-    for measurement in run.profile.measurements:
-        found.setdefault(measurement.configuration, []).append(measurement)
     points = [
-        (
-            "held out" if turns[0].held_out else "fitted",
-            name,
-            predict_latency(run.graph, turns[0].widths, run.profile),
-            median(median(turn.samples.values) for turn in turns),
-        )
-        for name, turns in found.items()
+        ("held out" if c.held_out else "fitted", c.name, predict_latency(run.graph, c.widths, run.profile), c.whole_s)
+        for c in average_rounds(run.profile.measurements)
     ]
     points += [
         ("closed loop", f"round {number}", turn.predicted_s, turn.measured.median)

@@ -1,4 +1,4 @@
-"""From the measurements of a profile to its tables: drift, shares, whole-model calibration, error.
+"""From the measurements of a profile to its tables: ratios, shares, whole-model calibration, error.
 
 The runtime's profiler slows the run and leaves time between kernels, so kernel times are shares:
 their sum is calibrated against the whole model timed without the profiler.
@@ -14,12 +14,10 @@ import numpy as np
 from edgeprune.core.cost import kernel_latency, kernel_sizes
 from edgeprune.core.errors import RecordError
 from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, Quantity, Table
-from edgeprune.core.stats import bootstrap_interval, median
+from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.fit import Observations, fit_kernel, tabulate
 
-DRIFT_STIFFNESS = 3.0
-"""Variance of one timing over that of the board's change of speed from one timing to the next."""
 LEAST_SHARE = 0.1
 """Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
 FEWEST_FOR_INTERCEPT = 4
@@ -31,7 +29,7 @@ PLANNED_WEIGHT = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configured:
-    """One configuration, all rounds together, drift taken out."""
+    """One configuration, all rounds together, at the usual speed of the board."""
 
     name: str
     widths: dict[str, int]
@@ -86,83 +84,55 @@ def predict_kernels(kernels: Sequence[Kernel], tables: Mapping[str, Table], widt
     return sum(kernel_latency(tables[k.signature], *kernel_sizes(k, widths, widths)) for k in kernels)
 
 
-def estimate_drift(names: Sequence[str], times: Sequence[float]) -> FloatArray:
-    """By what factor the board was slower than usual at each of a sequence of timings.
-
-    names: what was timed, repeats under one name. times: seconds, in the order they were taken.
-    Solves log time = configuration + drift, the drift a random walk, robustly (Huber weights): the
-    repeats of all configurations tell how the board's speed moved, not the anchor alone.
-    returns: (n,), median 1.
-    """
-    _, index = np.unique(np.asarray(names), return_inverse=True)
-    n, m = len(times), len(set(names))
-    y = np.log(np.asarray(times, dtype=np.float64))
-    if n == m:
-        return np.ones(n)
-    design = np.zeros((n, m + n))
-    design[np.arange(n), index] = 1.0
-    design[:, m:] = np.eye(n)
-    walk = np.zeros((n - 1, m + n))
-    walk[np.arange(n - 1), m + np.arange(n - 1)] = -1.0
-    walk[np.arange(n - 1), m + 1 + np.arange(n - 1)] = 1.0
-    level = np.zeros((1, m + n))
-    level[0, m:] = 1.0
-    weight = np.ones(n)
-    drift: FloatArray = np.zeros(n)
-    for _ in range(4):
-        normal = design.T @ (design * weight[:, None]) + DRIFT_STIFFNESS * walk.T @ walk + level.T @ level
-        normal[np.diag_indices(m + n)] += 1e-9
-        solution = np.linalg.solve(normal, design.T @ (weight * y))
-        drift = np.asarray(solution[m:], dtype=np.float64)
-        residual = np.abs(y - solution[index] - drift)
-        spread = 1.4826 * float(np.median(residual)) + 1e-4
-        weight = np.minimum(1.0, 2.0 * spread / np.maximum(residual, 1e-12))
-    return np.asarray(np.exp(drift - np.median(drift)), dtype=np.float64)
-
-
 def average_rounds(measurements: Sequence[Measurement]) -> list[Configured]:
-    """Each configuration's medians over rounds, drift taken out, in the order of first measurement."""
+    """Each configuration's medians over rounds, in the order of first measurement.
+
+    Whole models by their ratio to the dense one in the turns between theirs, kernels by how fast the
+    profiled dense model was at that moment: so the board's changes of speed fall out.
+    """
     if not measurements:
         return []
-    names = [item.configuration for item in measurements]
-    raw = [median(item.samples.values) for item in measurements]
-    whole = np.asarray(raw) / estimate_drift(names, raw)
-    profiled = [index for index, item in enumerate(measurements) if item.kernels]
-    sums = [sum(measurements[index].kernels.values()) for index in profiled]
-    drift = estimate_drift([names[index] for index in profiled], sums) if profiled else np.ones(0)
-    slowness = dict(zip(profiled, drift.tolist(), strict=True))
+    dense_s = _dense_latency(measurements).median
+    usual_run_s = median([item.dense_run_s for item in measurements if item.dense_run_s] or [1.0])
     result = []
-    for name in dict.fromkeys(names):
-        places = [index for index, other in enumerate(names) if other == name]
+    for name in dict.fromkeys(item.configuration for item in measurements):
+        ours = [item for item in measurements if item.configuration == name]
         seen: dict[str, list[float]] = {}
-        for index in places:
-            for kernel, seconds in measurements[index].kernels.items():
-                seen.setdefault(kernel, []).append(seconds / slowness[index])
-        first = measurements[places[0]]
+        for item in ours:
+            speed = usual_run_s / item.dense_run_s if item.dense_run_s else 1.0
+            for kernel, seconds in item.kernels.items():
+                seen.setdefault(kernel, []).append(seconds * speed)
         result.append(
             Configured(
-                name=name, widths=dict(first.widths), held_out=first.held_out, whole_s=float(np.median(whole[places])),
-                kernels={kernel: float(np.median(values)) for kernel, values in seen.items()},
+                name=name, widths=dict(ours[0].widths), held_out=ours[0].held_out,
+                whole_s=dense_s * median([median(turn_ratios(item.samples, item.dense)) for item in ours]),
+                kernels={kernel: median(values) for kernel, values in seen.items()},
             )
         )  # fmt: skip
     return result
 
 
 def measured_latency(measurements: Sequence[Measurement], configuration: str = DENSE) -> Quantity:
-    """Whole-model latency of one configuration over all its rounds, drift taken out.
+    """Whole-model latency of one configuration at the usual speed of the board.
 
     raises: RecordError when it was not measured.
     """
-    names = [item.configuration for item in measurements]
-    if configuration not in names:
+    dense = _dense_latency(measurements)
+    if configuration == DENSE:
+        return dense
+    ratios = [turn_ratios(item.samples, item.dense) for item in measurements if item.configuration == configuration]
+    if not ratios:
         raise RecordError(f"the profile has no configuration '{configuration}'; measure it first")
-    medians = [median(item.samples.values) for item in measurements]
-    drift = estimate_drift(names, medians)
-    places = [index for index, name in enumerate(names) if name == configuration]
-    samples = np.concatenate([np.asarray(measurements[index].samples.values) / drift[index] for index in places])
-    center = median([medians[index] / drift[index] for index in places])
-    low, high = bootstrap_interval(samples)
-    return Quantity(median=center, low=min(low, center), high=max(high, center))
+    share = quantity(np.concatenate(ratios))
+    return Quantity(median=share.median * dense.median, low=share.low * dense.median, high=share.high * dense.median)
+
+
+def _dense_latency(measurements: Sequence[Measurement]) -> Quantity:
+    """Of the profile's own rounds: what a planner asks for later must not move what it is held against."""
+    own = [item for item in measurements if not item.configuration.startswith(PLANNED)]
+    if not any(item.configuration == DENSE for item in own):
+        raise RecordError("the profile has no measurement of the dense model; profile again")
+    return quantity([median(turn_medians(item.dense)) for item in own])
 
 
 def _unprofiled(fitted: Sequence[Configured]) -> list[Configured]:

@@ -1,0 +1,38 @@
+"""How much board time a measurement may take: one of three levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeprune.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """Board time for measurements; every round opens the models anew.
+
+    rounds: of each configuration of a profile. repeats: rounds of one model that counts by itself (a
+        candidate of the plan, a validation, `edgeprune measure`).
+    seconds: longest sampling of one timing. precision: a timing ends before that once the 95 %
+        interval of its median, or of the ratio to what it is compared with, is +- this share.
+    """
+
+    rounds: int
+    repeats: int
+    seconds: float
+    precision: float | None
+
+
+DEFAULT = Effort(rounds=2, repeats=5, seconds=1.0, precision=0.01)
+EFFORTS = {
+    "quick": Effort(rounds=1, repeats=3, seconds=0.5, precision=0.02),
+    "default": DEFAULT,
+    "thorough": Effort(rounds=4, repeats=12, seconds=3.0, precision=0.005),
+}
+
+
+def find_effort(name: str) -> Effort:
+    """The level of that name. raises: UsageError listing the known ones."""
+    if name not in EFFORTS:
+        raise UsageError(f"unknown effort '{name}'; known: {', '.join(EFFORTS)}")
+    return EFFORTS[name]
