@@ -123,7 +123,7 @@ def validate_artifact(
         `dense_counts` gives them for the dense one. accuracy: what is known before the board.
     budget: where its latency was asked as a share of the dense model, that share is held against the
         ratio of neighbouring turns, since a machine that others share changes its speed from second to
-        second, and the limit in seconds is where that share would be met.
+        second. The limit in seconds, and the prediction, are then at the speed of this validation.
     tolerance: largest |board - host| / max |host|. agreement: least share of equal top-1 answers.
     effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
         many while the limit lies inside the measured interval.
@@ -169,8 +169,12 @@ def validate_artifact(
         )
         for name, file in (("dense", dense), ("compact", artifact))
     }
+    slowness = limit / budget.latency_s if limit and budget.latency_s else 1.0
+    predicted = replace(predicted, latency_s=_scale(predicted.latency_s, slowness))
     checks = [
-        *check_budget(replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions),
+        *check_budget(
+            replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions, slowness=slowness
+        ),
         *check_parity(error, tolerance, agreement),
     ]
     return Report(
@@ -311,6 +315,10 @@ def _latency(rounds: list[Samples], budget: Budget) -> Quantity:
     if budget.statistic == "median":
         return quantity(np.concatenate([turn_medians(samples) for samples in rounds]))
     return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
+
+
+def _scale(value: Quantity | None, factor: float) -> Quantity | None:
+    return value and Quantity(median=factor * value.median, low=factor * value.low, high=factor * value.high)
 
 
 def _compare(outputs: list[NumberArray], examples: Examples) -> tuple[NumericError | None, float | None]:

@@ -194,6 +194,8 @@ def test_relative_latency_is_of_the_dense_model_in_the_same_rounds(
     share = quantity(ratios(relative)).median
     assert relative.budget.latency_s == pytest.approx(0.9 * relative.compact.latency_s.median / share)
     assert relative.checks[0].limit == relative.budget.latency_s
+    assert relative.checks[0].predicted == pytest.approx(1e-4 * relative.budget.latency_s / 1e-9)
+    assert "times as long as while it was profiled" in relative.checks[0].note
     assert relative.checks[0].passed == (share <= 0.9)
     assert relative.checks[0].passed
 

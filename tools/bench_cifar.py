@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -32,7 +32,9 @@ from cifar import ACCURACY, NETS, Cifar, find_data, load_net
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.budget import make_budget
+from edgeprune.core.effort import EFFORTS, Effort
 from edgeprune.core.records import Plan, Step
+from edgeprune.core.stats import median, turn_ratios
 from edgeprune.device.session import Session
 from edgeprune.formats import onnx as onnx_format
 from edgeprune.pipeline import compact_and_compensate, connect, dense_cost, plan_on_board
@@ -98,7 +100,7 @@ def bench_net(
     dense = evaluate_accuracy(net, data.test)
     images = len(data.test.y)
     log(f"{name}: dense {dense:.2%} on {images} test images (its notes say {ACCURACY[name]:.1%} on 5000)")
-    board = Board(session, net, rounds=12 if quick else 30)
+    board = Board(session, net, EFFORTS["quick" if quick else "default"])
     rows = [prune_here(name, net, data, session, board, limit, quick)]
     for criterion in rivals:
         rows.append(prune_there(name, net, criterion, data, board, limit, steps=5 if quick else 8))
@@ -149,7 +151,7 @@ def prune_here(
         path = Path(folder) / "profile.jsonl"
         profile = profile_target(
             net, INPUTS, graph, session, path=path, progress=show,
-            configurations=20 if quick else 40, rounds=2 if quick else 3, held_out=4 if quick else 8,
+            configurations=24 if quick else 40, held_out=4 if quick else 8,
         )  # fmt: skip
         log("  profiled; planning")
         budget = make_budget(dense_cost(graph, profile), latency=f"{limit:.4f}x")
@@ -242,10 +244,10 @@ GRADIENTS: dict[str, Callable[[nn.Module, object, Cifar], None]] = {
 
 
 class Board:
-    """Measures nets in one session, each in many short turns with the dense net, so that drift cancels."""
+    """Measures nets in one session, each in turns with the dense net."""
 
-    def __init__(self, session: Session, dense: nn.Module, rounds: int) -> None:
-        self.session, self.rounds, self.measured = session, rounds, 0
+    def __init__(self, session: Session, dense: nn.Module, effort: Effort) -> None:
+        self.session, self.effort, self.measured = session, effort, 0
         self.folder = tempfile.TemporaryDirectory()
         self._push("dense.onnx", dense)
 
@@ -255,28 +257,24 @@ class Board:
         self.session.push({name: path})
 
     def share(self, model: nn.Module) -> float:
-        """Median over rounds of the net's median latency divided by the dense net's in the same round."""
+        """Median of the net's latency divided by the dense net's in the neighbouring turn."""
         self.measured += 1
         name = f"candidate{self.measured}.onnx"
         self._push(name, model)
         steps = [
-            Step(key=f"{artifact}-{number}", kind="time", artifact=artifact, seconds=0.1)
-            for number in range(self.rounds)
-            for artifact in ("dense.onnx", name)
-        ]
-        results = {result.key: result for result in self.session.run(steps, job=f"share{self.measured}")}
+            Step(
+                key=f"{number}", kind="time", artifact=name, against="dense.onnx",
+                seconds=self.effort.seconds, precision=self.effort.precision,
+            )
+            for number in range(self.effort.repeats)
+        ]  # fmt: skip
+        ratios = []
+        for result in self.session.run(steps, job=f"share{self.measured}"):
+            if result.error is not None or result.samples is None or result.against is None:
+                raise RuntimeError(f"{name}: {result.error}")
+            ratios.append(turn_ratios(result.samples, result.against))
         self.session.remove([name])
-        return statistics.median(
-            self._seconds(results, f"{name}-{number}") / self._seconds(results, f"dense.onnx-{number}")
-            for number in range(self.rounds)
-        )
-
-    @staticmethod
-    def _seconds(results: dict[str, object], key: str) -> float:
-        result = results[key]
-        if result.error is not None or result.samples is None:
-            raise RuntimeError(f"{key}: {result.error}")
-        return statistics.median(result.samples.values)
+        return median(np.concatenate(ratios))
 
 
 def log(text: str) -> None:

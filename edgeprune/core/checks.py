@@ -7,13 +7,17 @@ from edgeprune.core.records import Budget, Check, Conditions, Cost, NumericError
 WINDOW = 0.97
 """A plan should use at least this share of its latency budget; below it accuracy was given away."""
 
+SAME_SPEED = 0.03
+
 
 def check_budget(
-    budget: Budget, predicted: Cost, measured: Cost, latency: Quantity, conditions: Conditions
+    budget: Budget, predicted: Cost, measured: Cost, latency: Quantity, conditions: Conditions, *, slowness: float = 1.0
 ) -> list[Check]:
     """One check a limit that the budget has.
 
     latency: the budget's statistic of the latency with its interval, s; the rest is in `measured`.
+    slowness: how many times as long everything took as while the board was profiled; a limit that was
+        asked as a share of the dense model, and the prediction, have been scaled by it.
     """
     checks: list[Check] = []
 
@@ -34,7 +38,7 @@ def check_budget(
                 limit=budget.latency_s,
                 unit="s",
                 passed=latency.median <= budget.latency_s,
-                note=_describe_latency(latency, budget.latency_s, conditions),
+                note=_describe_latency(latency, budget.latency_s, conditions, slowness),
             )
         )
     at_most("peak memory", budget.peak_memory_bytes, predicted.peak_memory_bytes, measured.peak_memory_bytes, "bytes")
@@ -79,11 +83,13 @@ def _middle(value: Quantity | None) -> float | None:
     return None if value is None else value.median
 
 
-def _describe_latency(latency: Quantity, limit: float, conditions: Conditions) -> str:
+def _describe_latency(latency: Quantity, limit: float, conditions: Conditions, slowness: float) -> str:
     used, low, high = (f"{value / limit:.1%}" for value in (latency.median, latency.low, latency.high))
     note = f"uses {used} of the budget, interval {low} to {high}"
     if latency.median < WINDOW * limit:
         note += f"; more than {1 - WINDOW:.0%} is unused"
+    if abs(slowness - 1) > SAME_SPEED:
+        note += f"; the dense model took {slowness:.2f} times as long as while it was profiled"
     if conditions.throttled:
         note += f"; the board was throttled ({conditions.throttled})"
     return note

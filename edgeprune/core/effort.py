@@ -23,11 +23,11 @@ class Effort:
     precision: float | None
 
 
-DEFAULT = Effort(rounds=2, repeats=5, seconds=1.0, precision=0.01)
+DEFAULT = Effort(rounds=3, repeats=6, seconds=0.6, precision=0.01)
 EFFORTS = {
     "quick": Effort(rounds=1, repeats=3, seconds=0.5, precision=0.02),
     "default": DEFAULT,
-    "thorough": Effort(rounds=4, repeats=12, seconds=3.0, precision=0.005),
+    "thorough": Effort(rounds=5, repeats=12, seconds=2.0, precision=0.005),
 }
 
 
