@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on built-in data and an embedded SSH board
 # make test    the whole test suite
+# make board-test  the tests on emulated boards: made of Debian packages, kept in ~/.cache/edgeprune/boards
 # make lint    style, types, layers
 # make bench   the benchmarks, quick versions (QUICK= for the long ones)
 # Each sets up .venv by itself; what is already there is not installed again.
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 QUICK  ?= --quick
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test board-test lint bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -20,6 +21,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+board-test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m board --timeout 1800
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -20,8 +20,8 @@ from typing import Any
 
 import paramiko
 import pytest
+from boards.openssh import SSHD, openssh_board
 from loopback.models import write_model
-from loopback.sshd import SSHD, openssh_board
 
 from edgeprune.core.errors import AgentError, BoardNotReady, ConnectionLost, DeviceError, HostKeyError, UsageError
 from edgeprune.core.records import Conditions, Step, StepResult, Target

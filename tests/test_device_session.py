@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from boards.openssh import SSHD, openssh_board
 from loopback.models import write_model
-from loopback.sshd import SSHD, openssh_board
 
 from edgeprune.core.errors import DeviceError, InputError, UsageError
 from edgeprune.core.records import Step, Target
