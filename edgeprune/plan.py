@@ -20,6 +20,8 @@ from edgeprune.core.cost import (
     artifact_polynomial,
     artifact_volumes,
     evaluate,
+    kernel_latency,
+    kernel_sizes,
     memory_steps,
     predict_cost,
 )
@@ -54,6 +56,8 @@ from edgeprune.solvers import Solution
 
 __all__ = ["choose_widths", "next_request", "no_finer_step"]
 
+COSTLY = 0.25
+"""Share of a group's costliest kernel from which on a kernel's tile binds the group's widths."""
 TIE_BREAK = 1e-4
 """Weight of the units' own scores beside a measured curve: among equal losses, keep more."""
 
@@ -264,16 +268,19 @@ def _interpolate(widths: IntArray, rises: FloatArray, wanted: IntArray) -> Float
 
 
 def _tiles(graph: Graph, profile: Profile) -> dict[str, int]:
-    """Per group the units that a kernel touching it computes at once."""
+    """Per group the units that the costly kernels touching it compute at once."""
     tables = {table.signature: table for table in profile.tables}
-    result: dict[str, int] = {}
+    found: dict[str, list[tuple[float, int]]] = {}
     for kernel in profile.kernels:
         table = tables[kernel.signature]
+        seconds = kernel_latency(table, *kernel_sizes(kernel, graph.units, graph.units))
         for extent, tile in ((kernel.in_extent, table.tile_in), (kernel.out_extent, table.tile_out)):
             for name, count in extent.groups if extent is not None else ():
-                units = tile // gcd(tile, count)
-                result[name] = min(lcm(result.get(name, 1), units), graph.units[name])
-    return result
+                found.setdefault(name, []).append((seconds, tile // gcd(tile, count)))
+    return {
+        name: min(lcm(*(units for seconds, units in tiles if seconds >= COSTLY * max(tiles)[0])), graph.units[name])
+        for name, tiles in found.items()
+    }
 
 
 def _tail(profile: Profile, budget: Budget) -> float:

@@ -16,7 +16,7 @@ from edgeprune.core.errors import RecordError
 from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, Quantity, Table
 from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
 from edgeprune.tables.design import DENSE
-from edgeprune.tables.fit import Observations, fit_kernel, tabulate
+from edgeprune.tables.fit import OFF_TILE_WEIGHT, Observations, fit_kernels, tabulate
 
 LEAST_SHARE = 0.1
 """Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
@@ -58,13 +58,19 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> C
     dense = next((item for item in fitted if item.name == DENSE), None)
     if dense is None:
         raise RecordError("the profile has no complete measurement of the dense model; profile again")
-    tables = _fit_tables(kernels, _unprofiled(fitted), dense)
-    by_signature = {table.signature: table for table in tables}
     wholes = np.array([item.whole_s for item in fitted])
+    on_tile = np.ones(len(fitted))
+    # The tiles are found on the way, and then tell which configurations calibrate the rest.
+    for _ in range(2):
+        tables = _fit_tables(kernels, _unprofiled(fitted, on_tile), dense)
+        by_signature = {table.signature: table for table in tables}
+        before, on_tile = on_tile, np.array([_weigh_by_tile(c, kernels, by_signature, dense) for c in fitted])
+        if np.array_equal(before, on_tile):
+            break
     predicted = np.array([predict_kernels(kernels, by_signature, item.widths) for item in fitted])
-    scale, overhead = _calibrate(predicted, wholes)
+    scale, overhead = _calibrate(predicted, wholes, on_tile)
     if overhead < 0:
-        scale, overhead = _calibrate(predicted, wholes, intercept=False)
+        scale, overhead = _calibrate(predicted, wholes, on_tile, intercept=False)
     tables = tuple(_scale(table, scale) for table in tables)
     by_signature = {table.signature: table for table in tables}
     errors = [
@@ -135,14 +141,28 @@ def _dense_latency(measurements: Sequence[Measurement]) -> Quantity:
     return quantity([median(turn_medians(item.dense)) for item in own])
 
 
-def _unprofiled(fitted: Sequence[Configured]) -> list[Configured]:
+def _weigh_by_tile(
+    item: Configured, kernels: Sequence[Kernel], tables: Mapping[str, Table], dense: Configured
+) -> float:
+    """A configuration's weight: 1 where every kernel has sizes on its tile or its full size, else OFF_TILE_WEIGHT."""
+    for kernel in kernels:
+        table = tables[kernel.signature]
+        for extent, tile in ((kernel.in_extent, table.tile_in), (kernel.out_extent, table.tile_out)):
+            if extent is not None:
+                size = extent.size(item.widths, item.widths)
+                if size % tile and size != extent.size(dense.widths, dense.widths):
+                    return OFF_TILE_WEIGHT
+    return 1.0
+
+
+def _unprofiled(fitted: Sequence[Configured], weights: FloatArray) -> list[Configured]:
     """Kernel times without what the profiler adds to each: in small models it is half of the sum.
 
     The sum over kernels against the unprofiled whole gives a scale and an intercept. A negative
     intercept is the profiler's own time, taken off every kernel alike.
     """
     sums = np.array([sum(item.kernels.values()) for item in fitted])
-    scale, intercept = _calibrate(sums, np.array([item.whole_s for item in fitted]))
+    scale, intercept = _calibrate(sums, np.array([item.whole_s for item in fitted]), weights)
     result = []
     for item in fitted:
         added = max(-intercept / scale, 0.0) / len(item.kernels)
@@ -151,13 +171,15 @@ def _unprofiled(fitted: Sequence[Configured]) -> list[Configured]:
     return result
 
 
-def _calibrate(parts: FloatArray, wholes: FloatArray, *, intercept: bool = True) -> tuple[float, float]:
+def _calibrate(
+    parts: FloatArray, wholes: FloatArray, weights: FloatArray, *, intercept: bool = True
+) -> tuple[float, float]:
     """(scale, intercept) of whole = scale x part + intercept: least relative error, Huber weights."""
     # With few configurations the intercept cannot be told from the scale.
     used = 2 if intercept and len(wholes) >= FEWEST_FOR_INTERCEPT else 1
     rows = (np.stack([parts, np.full(len(parts), parts.mean())], axis=1) / wholes[:, None])[:, :used]
     # Plans are seldom tiny: a model of a tenth of the time counts a tenth.
-    usual = np.sqrt(wholes / wholes.max())
+    usual = np.sqrt(weights * wholes / wholes.max())
     weight = usual
     solution = np.zeros(2)
     for _ in range(5):
@@ -176,7 +198,7 @@ def _fit_tables(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: 
     pooled: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         pooled.setdefault(kernel.signature, []).append(kernel)
-    tables = []
+    families: dict[str, dict[str, Observations]] = {}
     for signature, members in pooled.items():
         rows = [
             (*kernel_sizes(kernel, item.widths, item.widths), item.kernels[kernel.name], index, weights[index])
@@ -187,14 +209,22 @@ def _fit_tables(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: 
         if not rows:
             raise RecordError(f"the profile has no timing of {members[0].name}; profile again")
         columns = list(zip(*rows, strict=True))
-        data = Observations(
+        families.setdefault(_family(signature, members[0]), {})[signature] = Observations(
             sizes_in=np.array(columns[0], np.int64), sizes_out=np.array(columns[1], np.int64),
             time_s=np.array(columns[2], np.float64), configuration=np.array(columns[3], np.int64),
             weight=np.array(columns[4], np.float64),
         )  # fmt: skip
+    fits = {signature: fit for family in families.values() for signature, fit in fit_kernels(family).items()}
+    tables = []
+    for signature, members in pooled.items():
         full = [kernel_sizes(kernel, dense.widths, dense.widths) for kernel in members]
-        tables.append(tabulate(fit_kernel(data), signature, max(i for i, _ in full), max(o for _, o in full)))
+        tables.append(tabulate(fits[signature], signature, max(i for i, _ in full), max(o for _, o in full)))
     return tuple(tables)
+
+
+def _family(signature: str, kernel: Kernel) -> str:
+    """Kernels of one operator share a tile; with one varying size (depthwise) they are another operator."""
+    return f"{signature.split(' ')[0].split('+')[0]} {kernel.in_extent is not None}"
 
 
 def _closeness(fitted: Sequence[Configured], dense: Configured) -> FloatArray:

@@ -18,7 +18,7 @@ from edgeprune.core.records import FloatArray, Graph, Group
 DENSE = "dense"
 """Name of the configuration with all units: the anchor that every round comes back to."""
 UNIFORM = (0.75, 0.5, 0.25)
-STEPS = (8, 16, 4, 8, 32, 8, 1)
+STEPS = (8, 16, 8, 4, 8, 32, 8, 16, 8, 4, 8, 1)
 """Widths of one configuration are multiples of one of these: on the tiles of known runtimes, and off
 them, so that the staircase shows."""
 SMALLEST = 1 / 8
@@ -75,9 +75,9 @@ def _sobol(count: int, dimensions: int, seed: int) -> FloatArray:
 def _widths(graph: Graph, groups: tuple[Group, ...], shares: FloatArray, multiple: int) -> dict[str, int]:
     widths = graph.units
     for group, share in zip(groups, shares, strict=True):
-        step = int(np.lcm(group.step, multiple))
-        if step > group.units:
-            step = group.step
+        coarse = multiple
+        while (step := int(np.lcm(group.step, coarse))) >= group.units and coarse > 1:
+            coarse //= 2
         width = step * max(round(share * group.units / step), 1)
         # The full width counts as a multiple of every step.
         widths[group.name] = group.units if width > group.units else width

@@ -9,7 +9,8 @@ over is smoothed over the neighbourhood where that predicts left-out configurati
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,13 @@ from scipy.optimize import nnls
 
 from edgeprune.core.records import FloatArray, IntArray, Table
 
-TILES = (4, 8, 16, 32)
+TILES = (8, 1, 4, 16, 32)
+"""The first is taken until the data say otherwise: widths are mostly sampled on it."""
 ALIGNMENT = 4
 """Runtimes leave their blocked layouts for sizes that are no multiple of it; such sizes cost extra."""
+OFF_TILE_WEIGHT = 0.05
+"""What a timing off the tile counts once the tile is known: runtimes may compute such sizes in another way,
+and no plan goes there."""
 FOLDS = 5
 MARGIN = 0.97
 """A more complex form must predict left-out configurations with at most this share of the error."""
@@ -75,23 +80,51 @@ class Fit:
 
 
 def fit_kernel(data: Observations) -> Fit:
-    """The form that predicts left-out configurations best, simpler ones first.
+    """`fit_kernels` of one signature alone."""
+    return fit_kernels({"": data})[""]
 
+
+def fit_kernels(family: Mapping[str, Observations]) -> dict[str, Fit]:
+    """Per signature the form that predicts left-out configurations best, simpler ones first.
+
+    family: signatures of one operator, which share the tile: it is the runtime's, not the layer's, and
+        one layer alone has too few and too noisy timings to tell.
     raises: ValueError without observations.
     """
-    if not len(data.time_s):
+    if not all(len(data.time_s) for data in family.values()):
         raise ValueError("a kernel without observations")
-    best = _cross_validate(data, 1, 1, None)
+
+    def attempt(tile_in: int, tile_out: int) -> dict[str, Fit]:
+        return {name: _cross_validate(data, tile_in, tile_out, None) for name, data in family.items()}
+
+    tiles_in = _tiles([data.sizes_in for data in family.values()])
+    tiles_out = _tiles([data.sizes_out for data in family.values()])
+    tile_in, tile_out = tiles_in[0], tiles_out[0]
+    best = attempt(tile_in, tile_out)
     for _ in range(2):
-        for tile in _tiles(data.sizes_out):
-            best = _better(best, _cross_validate(data, best.tile_in, tile, None))
-        for tile in _tiles(data.sizes_in):
-            best = _better(best, _cross_validate(data, tile, best.tile_out, None))
-    for smoothing in SMOOTHING:
-        local = _cross_validate(data, best.tile_in, best.tile_out, smoothing)
-        if local.error < MARGIN * best.error:
-            best = local
+        for tile in tiles_out[1:]:
+            if _better(other := attempt(tile_in, tile), best, family):
+                best, tile_out = other, tile
+        for tile in tiles_in[1:]:
+            if _better(other := attempt(tile, tile_out), best, family):
+                best, tile_in = other, tile
+    for name, data in family.items():
+        on_tile = is_on_tile(data.sizes_in, tile_in) & is_on_tile(data.sizes_out, tile_out)
+        judged = data.weight * np.where(on_tile, 1.0, OFF_TILE_WEIGHT)
+        best[name] = _cross_validate(data, tile_in, tile_out, None, judged)
+        # What is off the tile may help to fit, or mislead where the runtime computes it in another way.
+        for weight in (data.weight, judged):
+            for smoothing in (None, *SMOOTHING):
+                other = _cross_validate(replace(data, weight=weight), tile_in, tile_out, smoothing, judged)
+                if other.error < MARGIN * best[name].error:
+                    best[name] = other
     return best
+
+
+def is_on_tile(sizes: npt.ArrayLike, tile: int) -> npt.NDArray[np.bool_]:
+    """Whether channel counts are multiples of the tile, or the largest there is."""
+    sizes = np.asarray(sizes)
+    return (sizes % tile == 0) | (sizes == sizes.max(initial=0))
 
 
 def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Table:
@@ -106,17 +139,26 @@ def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Tab
     )  # fmt: skip
 
 
-def _tiles(sizes: IntArray) -> tuple[int, ...]:
-    """Candidate staircases along an axis; none along one that was hardly varied."""
-    return TILES if len(np.unique(sizes)) > 2 else ()
+def _tiles(axis: Sequence[IntArray]) -> tuple[int, ...]:
+    """Candidate staircases along an axis, the likely one first; none along one that was hardly varied."""
+    return TILES if any(len(np.unique(sizes)) > 2 for sizes in axis) else (1,)
 
 
-def _better(best: Fit, other: Fit) -> Fit:
-    return other if other.error < STAIRCASE_MARGIN * best.error else best
+def _better(ours: Mapping[str, Fit], best: Mapping[str, Fit], family: Mapping[str, Observations]) -> bool:
+    """Whether the time-weighted error over the whole family is clearly less."""
+    seconds = {name: float(data.time_s.sum()) for name, data in family.items()}
+    mine, theirs = (sum(fits[name].error * seconds[name] for name in family) for fits in (ours, best))
+    return mine < STAIRCASE_MARGIN * theirs
 
 
-def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None) -> Fit:
-    """Fit to everything; the error is of predictions for configurations left out in turn."""
+def _cross_validate(
+    data: Observations,
+    tile_in: int,
+    tile_out: int,
+    smoothing: tuple[float, float] | None,
+    judged: FloatArray | None = None,
+) -> Fit:
+    """Fit to everything; the error is of predictions for configurations left out in turn, weighted by `judged`."""
     folds = data.configuration % FOLDS
     errors = np.zeros(len(data.time_s))
     for fold in np.unique(folds):
@@ -127,7 +169,7 @@ def _cross_validate(data: Observations, tile_in: int, tile_out: int, smoothing: 
         fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, passes=1)
         errors[outside] = fit.predict(data.sizes_in[outside], data.sizes_out[outside]) / data.time_s[outside] - 1
     # Absolute, not squared: one interrupted timing must not choose the tile.
-    error = float(np.average(np.abs(errors), weights=data.weight * data.time_s))
+    error = float(np.average(np.abs(errors), weights=(data.weight if judged is None else judged) * data.time_s))
     fit = _solve(data, tile_in, tile_out, smoothing)
     return Fit(
         tile_in=tile_in, tile_out=tile_out, coefficients=fit.coefficients, data=data, residuals=fit.residuals,
