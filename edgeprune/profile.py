@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Session
 
 WEIGHTS = "weights.bin"
-PROFILED_RUNS = 12
-MIN_SAMPLES = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +255,7 @@ class _Run:
 
     def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
         """Learn the kernels from one profiled run of the dense model."""
-        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=PROFILED_RUNS)
+        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=self.effort.profiled_runs)
         (result,) = self.session.run([step], job=job)
         if result.error is not None:
             raise AgentError(f"the board cannot run the dense model: {result.error}")
@@ -314,9 +312,9 @@ class _Slot:
         return (
             Step(
                 key=self.time_key, kind="time", artifact=ours, against=dense, seconds=effort.seconds,
-                precision=effort.precision, min_samples=MIN_SAMPLES,
+                precision=effort.precision, min_samples=effort.samples,
             ),
-            Step(key=self.kernels_key, kind="kernels", artifact=ours, against=dense, runs=PROFILED_RUNS),
+            Step(key=self.kernels_key, kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs),
         )  # fmt: skip
 
 
