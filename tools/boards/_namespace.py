@@ -4,7 +4,7 @@
 
 Needs root, and Linux 6.7 for binfmt_misc in a user namespace (Documentation/admin-guide/binfmt-misc.rst): the
 emulator is registered for the programs in there alone. RUN_FOLDER holds what differs from run to run, all
-seen by the program: `cpuinfo`, `sys/`, `home/` and `bin/` (which becomes /usr/local/bin). Everything started
+seen by the program: `cpuinfo`, `passwd`, `sys/`, `home/` and `bin/` (which becomes /usr/local/bin). Everything started
 in there ends with PROGRAM, and PROGRAM with this process.
 """
 
@@ -63,6 +63,7 @@ def furnish(rootfs: Path, run: Path, root: Path) -> None:
     mount("proc", root / "proc", "proc")
     mount(run / "cpuinfo", root / "proc/cpuinfo", flags=BIND)
     mount(run / "sys", root / "sys", flags=BIND)
+    mount(run / "passwd", root / "etc/passwd", flags=BIND)
     mount(run / "bin", root / "usr/local/bin", flags=BIND)
     mount(run / "home", next((root / "home").iterdir()), flags=BIND)
     mount("dev", root / "dev", "tmpfs", options="mode=755")

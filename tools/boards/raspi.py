@@ -63,8 +63,10 @@ esac
 class RaspiBoard:
     """A board that lives as long as the `with` block, and gives the target that reaches it."""
 
-    def __init__(self, *, name: str = "raspi") -> None:
+    def __init__(self, *, name: str = "raspi", shell: str = "/bin/bash") -> None:
+        """shell: of the user, who logs in with it; `/bin/tcsh` and `/bin/dash` are there too."""
         self._name = name
+        self._shell = shell
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -81,6 +83,8 @@ class RaspiBoard:
             for name in ("sys", "bin", "home"):
                 (folder / name).mkdir()
             os.chown(folder / "home", UID, UID)
+            passwd = (built / "root/etc/passwd").read_text()
+            (folder / "passwd").write_text(passwd.replace(f"/home/{USER}:/bin/bash", f"/home/{USER}:{self._shell}"))
             cores = "".join(CORE.format(number=number) for number in range(CORES))
             (folder / "cpuinfo").write_text(cores + REVISION)
             for path, text in SYS.items():
@@ -105,6 +109,12 @@ class RaspiBoard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def home(self) -> Path:
+        """The folder here that is the user's home there."""
+        assert self._folder is not None
+        return Path(self._folder.name) / "home"
 
     def set_sensor(self, path: str, text: str) -> None:
         """Write a file under the board's /sys; THROTTLED takes the firmware's flags in hexadecimal."""

@@ -22,7 +22,7 @@ from edgeprune.device.runtimes.onnxruntime import MODULES, REQUIREMENTS
 PACKAGES = (
     "base-files", "bash", "busybox-static", "coreutils", "dash", "findutils", "grep", "gzip", "hostname", "iproute2",
     "libc-bin", "libgcc-s1", "libgomp1", "libstdc++6", "mount", "netbase", "openssh-server", "openssh-sftp-server",
-    "procps", "python3", "python3-venv", "sed", "tar", "util-linux",
+    "procps", "python3", "python3-venv", "sed", "tar", "tcsh", "util-linux",
 )  # fmt: skip
 USER, UID = "pi", 1000
 ETC = {
