@@ -115,16 +115,16 @@ def fit_kernels(family: Mapping[str, Observations]) -> dict[str, Fit]:
         # What is off the tile may help to fit, or mislead where the runtime computes it in another way.
         for weight in (data.weight, judged):
             for smoothing in (None, *SMOOTHING):
-                other = _cross_validate(replace(data, weight=weight), tile_in, tile_out, smoothing, judged)
-                if other.error < MARGIN * best[name].error:
-                    best[name] = other
+                fit = _cross_validate(replace(data, weight=weight), tile_in, tile_out, smoothing, judged)
+                if fit.error < MARGIN * best[name].error:
+                    best[name] = fit
     return best
 
 
 def is_on_tile(sizes: npt.ArrayLike, tile: int) -> npt.NDArray[np.bool_]:
     """Whether channel counts are multiples of the tile, or the largest there is."""
-    sizes = np.asarray(sizes)
-    return (sizes % tile == 0) | (sizes == sizes.max(initial=0))
+    sizes = np.asarray(sizes, np.int64)
+    return np.asarray((sizes % tile == 0) | (sizes == sizes.max(initial=0)))
 
 
 def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Table:
