@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paramiko
 import pytest
 from boards.openssh import SSHD, openssh_board
@@ -26,10 +29,13 @@ from loopback.models import write_model
 from edgeprune.core.errors import AgentError, BoardNotReady, ConnectionLost, DeviceError, HostKeyError, UsageError
 from edgeprune.core.records import Conditions, Step, StepResult, Target
 from edgeprune.device import job as job_module
+from edgeprune.device.agent import find_deaths
+from edgeprune.device.boards import Fact, linux
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.embedded_server import list_processes
 from edgeprune.device.results import Momentary, read_result
 from edgeprune.device.session import open_session
+from edgeprune.device.sources import Source
 from edgeprune.device.targets import check_target
 
 
@@ -253,6 +259,180 @@ def test_impossible_numbers_are_an_error_never_zero(kind: str, value: object) ->
     )
     with pytest.raises(AgentError, match="cannot be read"):
         read_result(event, base, lambda before, after: nothing, where="target x")
+
+
+def python_with(folder: Path, before: str = "", **files: str) -> str:
+    """A Python on the board that finds these modules first; `before` is set in its environment."""
+    for name, text in files.items():
+        path = folder / "modules" / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{before} PYTHONPATH={folder}/modules exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+CRASHING_RUNTIME = """
+import ctypes, importlib, sys
+from pathlib import Path
+sys.path.remove(str(Path(__file__).parent))
+del sys.modules["onnxruntime"]
+real = importlib.import_module("onnxruntime")
+class InferenceSession(real.InferenceSession):
+    def __init__(self, path, *arguments, **options):
+        if "bad" in str(path):
+            ctypes.string_at(0)
+        super().__init__(path, *arguments, **options)
+real.InferenceSession = InferenceSession
+"""
+
+
+def test_runtime_that_crashes_on_one_model(target: Target, model: Path, tmp_path: Path) -> None:
+    """A segmentation fault in native code: named, and the other models are still measured."""
+    python = python_with(tmp_path, onnxruntime=CRASHING_RUNTIME)
+    bad = Step(key="b", kind="time", artifact="bad.onnx", seconds=0.05)
+    with open_session(target) as session:
+        session._python = python
+        session.push({"net.onnx": model, "bad.onnx": model})
+        a, b, c = session.run([*steps("a", seconds=0.05), bad, *steps("c", seconds=0.05)], job="crash")
+    assert (a.error, c.error) == (None, None)
+    assert b.error == "the agent died 2 times at this step: signal 11 (SIGSEGV): the runtime crashes on this model"
+
+
+def test_board_that_dies_of_one_step_every_time(tmp_path: Path) -> None:
+    """What is left of a step at which the whole board went down: a beginning, and no word of its end."""
+    begin, done = {"event": "begin", "key": "a"}, {"event": "result", "key": "a"}
+    assert find_deaths([begin, done, {"event": "exit", "rc": 0}]) == {}
+    assert find_deaths([begin, begin, {"event": "exit", "rc": -11}]) == {"a": [-9, -11]}
+    assert find_deaths([begin, done, {**begin, "key": "b"}]) == {"b": [-9]}
+
+
+CLOCK_SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int done = real(clock, now);
+    if (clock == CLOCK_REALTIME && access(JUMPED, F_OK) == 0) now->tv_sec -= 400000;
+    return done;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: apt-get install gcc")
+def test_clock_that_jumps(target: Target, model: Path, tmp_path: Path) -> None:
+    """Days back in the middle of a job, as when a board without a battery hears of the time."""
+    source, shim, jumped = tmp_path / "shim.c", tmp_path / "shim.so", tmp_path / "jumped"
+    source.write_text(CLOCK_SHIM)
+    argv = ["cc", "-shared", "-fPIC", f'-DJUMPED="{jumped}"', "-o", str(shim), str(source), "-ldl"]
+    subprocess.run(argv, check=True)
+    python = python_with(tmp_path, before=f"LD_PRELOAD={shim}")
+    told = subprocess.run([python, "-c", "import time; print(time.time())"], stdout=subprocess.PIPE, check=True)
+    with open_session(target) as session:
+        session._python = python
+        session.push({"net.onnx": model})
+        results = session.run(steps("a", "b", seconds=0.2), job="clock", on_result=once(jumped.touch))
+    assert float(told.stdout) - 300_000 > float(
+        subprocess.run([python, "-c", "import time; print(time.time())"], stdout=subprocess.PIPE, check=True).stdout
+    )
+    for result in results:
+        assert result.error is None and result.samples is not None
+        assert 0 < min(result.samples.values) <= max(result.samples.values) < 10
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox", "tcsh", "zsh", "fish"])
+@pytest.mark.skipif(SSHD is None, reason="OpenSSH's server is not installed")
+def test_login_shell_that_is_not_bash_and_talks(shell: str, model: Path, tmp_path: Path) -> None:
+    """Every command runs in it, behind a greeting that is not UTF-8."""
+    found = shutil.which(shell)
+    if found is None:
+        pytest.skip(f"{shell} is not installed")
+    program = f"{found} sh" if shell == "busybox" else found
+    login = tmp_path / "login"
+    login.write_text(
+        "#!/bin/sh\ncase $SSH_ORIGINAL_COMMAND in internal-sftp) exec /usr/lib/openssh/sftp-server ;; esac\n"
+        "printf 'Ol\\341 do quadro \\377\\n'; printf 'setlocale: LC_ALL \\351\\n' >&2\n"
+        f'exec {program} -c "$SSH_ORIGINAL_COMMAND"\n'
+    )
+    login.chmod(0o755)
+    (tmp_path / "sshd").mkdir()
+    with (
+        openssh_board(tmp_path / "sshd", config=f"ForceCommand {login}\n") as board,
+        open_session(replace(board, workdir=str(tmp_path / "a 'work' dir"))) as session,
+    ):
+        session.push({"net.onnx": model})
+        assert session.run(steps("a", seconds=0.05), job="shell")[0].error is None
+
+
+def test_home_with_spaces_and_a_dollar(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = tmp_path / "my board's $HOME"
+    strange.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(strange))
+    with EmbeddedBoard() as target, open_session(target) as session:
+        session.push({"net.onnx": model})
+        assert session.run(steps("a", seconds=0.05), job="home")[0].error is None
+        assert list(strange.rglob("home/.edgeprune/*/jobs/home/results.jsonl"))
+
+
+def test_sensor_that_is_not_text(target: Target, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no UTF-8 from a command and from a file: a sensor that is not known, not an error."""
+    facts = dict(linux.FACTS)
+    garbage = Source(argv=("printf", "\\377\\376 temp=\\240"))
+    facts["temp_c"], facts["governor"] = Fact(garbage, linux.FACTS["temp_c"].parse), facts["governor"]
+    monkeypatch.setattr(linux, "FACTS", facts)
+    with open_session(target) as session:
+        session.push({"net.onnx": model})
+        (result,) = session.run(steps("a", seconds=0.05), job="garbage")
+    assert result.error is None and result.conditions is not None
+    assert result.conditions.temp_before_c is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")
+def test_disk_that_fills_up_while_measuring(
+    embedded: tuple[EmbeddedBoard, Target], model: Path, tmp_path: Path
+) -> None:
+    """The error says so; once there is room, the same command goes on where it was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
+    try:
+        target = replace(embedded[1], workdir=str(disk / "work"))
+
+        def fill() -> None:
+            with contextlib.suppress(OSError), (disk / "full").open("wb") as file:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+
+        with open_session(target) as session:
+            session.push({"net.onnx": model})
+            with pytest.raises(BoardNotReady, match=r"no space left .* run the same command again"):
+                session.run(steps("a", "b", "c"), job="full", on_result=once(fill))
+            (disk / "full").unlink()
+            results = session.run(steps("a", "b", "c"), job="full")
+        assert [result.error for result in results] == [None] * 3
+        written = [event["key"] for event in events(target) if event["event"] == "result"]
+        assert sorted(written) == ["a", "b", "c"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_wheel_of_another_processor(target: Target, model: Path, tmp_path: Path) -> None:
+    """A shared library for AArch64 where this machine's should be, as a wheel unpacked by hand leaves it."""
+    library = next(Path(np.__file__).parent.rglob("*.so"))
+    machine = bytearray(library.read_bytes())
+    machine[18:20] = b"\xb7\x00" if machine[18:20] != b"\xb7\x00" else b"\x3e\x00"  # e_machine of elf(5)
+    python = python_with(tmp_path, onnxruntime____init__="from onnxruntime import native\n")
+    (tmp_path / "modules/onnxruntime" / f"native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(machine)
+    with open_session(target) as session:
+        session._python = python
+        session.push({"net.onnx": model})
+        (result,) = session.run(steps("a"), job="wheel")
+    assert result.error is not None and result.error.startswith("ImportError: ") and "native" in result.error
 
 
 # --- the way there -------------------------------------------------------------------------------

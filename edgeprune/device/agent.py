@@ -169,16 +169,16 @@ def work(spec: dict[str, Any], results: Results) -> None:
         if event["event"] == "result"
         and (event["run"] == results.run or (event["error"] is None and event["kind"] != "outputs"))
     }
-    begun = [event["key"] for event in events if event["event"] == "begin" and event["run"] == results.run]
+    deaths = find_deaths([event for event in events if event["run"] == results.run])
     os.chdir(spec["files"])
     for step in spec["steps"]:
         if (step["key"], step["fingerprint"]) in done:
             continue
         event: dict[str, Any] = {"event": "result", "key": step["key"], "kind": step["kind"]}
         event["fingerprint"] = step["fingerprint"]
-        if begun.count(step["key"]) >= DEATHS_PER_STEP:
-            error = f"the agent was killed {DEATHS_PER_STEP} times at this step (is the board out of memory?)"
-            results.append({**event, "error": error})
+        codes = deaths.get(step["key"], [])
+        if len(codes) >= DEATHS_PER_STEP:
+            results.append({**event, "error": f"the agent died {len(codes)} times at this step: {describe(codes[-1])}"})
             continue
         results.append({"event": "begin", "key": step["key"]})
         try:
@@ -193,6 +193,34 @@ def work(spec: dict[str, Any], results: Results) -> None:
         results.append(event)
         gc.collect()
         time.sleep(0.005)  # lets an agent that waits for the board lock have it
+
+
+def find_deaths(events: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Step -> exit codes of the workers that died at it, in order; a signal is below 0.
+
+    Where even the supervisor is gone, as after a reboot, nobody wrote an exit: that counts as a kill.
+    """
+    deaths: dict[str, list[int]] = {}
+    at = None
+    for event in [*events, {"event": "exit", "rc": -signal.SIGKILL}]:
+        if at is not None and event["event"] in ("begin", "exit"):
+            deaths.setdefault(at, []).append(event.get("rc", -signal.SIGKILL))
+        at = event["key"] if event["event"] == "begin" else None
+    return deaths
+
+
+def describe(code: int) -> str:
+    """An exit code in words, with what it usually means."""
+    if code >= 0:
+        return f"exit {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    hints = {signal.SIGKILL: "is the board out of memory?", signal.SIGSEGV: "the runtime crashes on this model"}
+    hints[signal.SIGILL] = "the runtime was built for another processor"
+    hint = hints.get(-code)  # type: ignore[call-overload]  # a number equals its enumeration member
+    return f"signal {-code} ({name})" + (f": {hint}" if hint else "")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.core.errors import AgentError, BoardNotReady
+from edgeprune.device.agent import describe
 from edgeprune.device.sources import MARK
 from edgeprune.device.transports import Transport
 
@@ -146,9 +147,7 @@ class Job:
         return bool(stat) and stat.rpartition(b")")[2].split()[:1] != [b"Z"]
 
     def _describe_death(self, rc: int) -> str:
-        if rc == -9:
-            return "the agent was killed again and again (signal 9: is the board out of memory?)"
-        return f"the agent died of signal {-rc}" if rc < 0 else f"the agent ended with {rc}"
+        return f"the agent died again and again: {describe(rc)}" if rc < 0 else f"the agent ended with {rc}"
 
     def _decode(self, data: bytes) -> list[dict[str, Any]]:
         events = []

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgeprune.core.errors import BoardNotReady, DeviceError, InputError, UsageError
+from edgeprune.core.errors import AgentError, BoardNotReady, DeviceError, InputError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import BoardFacts, Conditions, Step, StepResult, Target
@@ -37,6 +37,8 @@ from edgeprune.device.transports import Transport
 
 HERE = Path(__file__).parent
 DISK_MARGIN_BYTES = 16 * 1024 * 1024
+FULL_DISK_BYTES = 64 * 1024
+SYNC_TIMEOUT_S = 600.0
 
 
 def open_session(
@@ -132,6 +134,8 @@ class Session:
             except OSError as error:
                 self._check_disk(_local_size(path))
                 raise DeviceError(f"target {self.target.name}: cannot write {self._files}/{name}: {error}") from error
+        # Before they count as there: a board that loses power now must not keep files full of zeros.
+        self._transport.run(["sync", *(f"{self._files}/{name}" for name in fresh)], timeout=SYNC_TIMEOUT_S)
         self._write_manifest({**manifest, **{name: digests[name] for name in fresh}})
 
     def run(
@@ -180,8 +184,10 @@ class Session:
                     on_result(result)
         except BoardNotReady:
             raise  # it is someone else's agent
-        except BaseException:
+        except BaseException as error:
             agent.stop_quietly()
+            if isinstance(error, AgentError):
+                self._explain_full_disk(error)
             raise
         if absent := [step.key for step in steps if step.key not in results]:
             raise DeviceError(f"target {self.target.name}: the agent ended without a result of {', '.join(absent)}")
@@ -270,14 +276,25 @@ class Session:
         """See that so many bytes fit on the board's disk. raises: BoardNotReady."""
         if needed == 0:
             return
-        done = self._transport.run(["df", "-Pk", self._files])
-        free = parse_disk_free(done.stdout.decode("utf-8", "replace"))
+        free = self._disk_free()
         if free is not None and needed + DISK_MARGIN_BYTES > free:
             margin = DISK_MARGIN_BYTES >> 20
             raise BoardNotReady(
                 f"target {self.target.name}: needs {needed / 2**20:.1f} MiB and {margin} MiB to spare on the disk of "
                 f"{self._files}, has {free / 2**20:.1f} MiB; free some or give the target another workdir"
             )
+
+    def _explain_full_disk(self, error: AgentError) -> None:
+        """An agent that cannot write says nothing of use. raises: BoardNotReady when that is the reason."""
+        free = self._disk_free()
+        if free is not None and free < FULL_DISK_BYTES:
+            raise BoardNotReady(
+                f"target {self.target.name}: no space left on the disk of {self._files}; free some and run the same "
+                "command again: what was measured is kept"
+            ) from error
+
+    def _disk_free(self) -> int | None:
+        return parse_disk_free(self._transport.run(["df", "-Pk", self._files]).stdout.decode("utf-8", "replace"))
 
     def _command(self, *argv: str) -> None:
         done = self._transport.run(argv)
