@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,14 +261,13 @@ def test_impossible_numbers_are_an_error_never_zero(kind: str, value: object) ->
         read_result(event, base, lambda before, after: nothing, where="target x")
 
 
-def python_with(folder: Path, before: str = "", **files: str) -> str:
-    """A Python on the board that finds these modules first; `before` is set in its environment."""
-    for name, text in files.items():
-        path = folder / "modules" / f"{name.replace('__', '/')}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def python_with(folder: Path, modules: Mapping[str, str], environment: str = "") -> str:
+    """A Python on the board that finds these files first, with this in its environment."""
+    for name, text in modules.items():
+        (folder / "modules" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "modules" / name).write_text(text)
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\n{before} PYTHONPATH={folder}/modules exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\n{environment} PYTHONPATH={folder}/modules exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     return str(python)
 
@@ -290,7 +289,7 @@ real.InferenceSession = InferenceSession
 
 def test_runtime_that_crashes_on_one_model(target: Target, model: Path, tmp_path: Path) -> None:
     """A segmentation fault in native code: named, and the other models are still measured."""
-    python = python_with(tmp_path, onnxruntime=CRASHING_RUNTIME)
+    python = python_with(tmp_path, {"onnxruntime.py": CRASHING_RUNTIME})
     bad = Step(key="b", kind="time", artifact="bad.onnx", seconds=0.05)
     with open_session(target) as session:
         session._python = python
@@ -330,7 +329,7 @@ def test_clock_that_jumps(target: Target, model: Path, tmp_path: Path) -> None:
     source.write_text(CLOCK_SHIM)
     argv = ["cc", "-shared", "-fPIC", f'-DJUMPED="{jumped}"', "-o", str(shim), str(source), "-ldl"]
     subprocess.run(argv, check=True)
-    python = python_with(tmp_path, before=f"LD_PRELOAD={shim}")
+    python = python_with(tmp_path, {}, f"LD_PRELOAD={shim}")
     told = subprocess.run([python, "-c", "import time; print(time.time())"], stdout=subprocess.PIPE, check=True)
     with open_session(target) as session:
         session._python = python
@@ -426,7 +425,7 @@ def test_wheel_of_another_processor(target: Target, model: Path, tmp_path: Path)
     library = next(Path(np.__file__).parent.rglob("*.so"))
     machine = bytearray(library.read_bytes())
     machine[18:20] = b"\xb7\x00" if machine[18:20] != b"\xb7\x00" else b"\x3e\x00"  # e_machine of elf(5)
-    python = python_with(tmp_path, onnxruntime____init__="from onnxruntime import native\n")
+    python = python_with(tmp_path, {"onnxruntime/__init__.py": "from onnxruntime import native\n"})
     (tmp_path / "modules/onnxruntime" / f"native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(machine)
     with open_session(target) as session:
         session._python = python
