@@ -89,7 +89,7 @@ def test_every_board_keeps_the_contract(name: str) -> None:
     board = load_member("device.boards", name)
     assert set(MOMENTARY) <= set(board.FACTS) <= set(BoardFacts.__dataclass_fields__)
     for fact in board.FACTS.values():
-        assert bool(fact.source.argv) != bool(fact.source.files)
+        assert fact.source.argv or fact.source.files
         assert fact.parse("") is None
         free_text = fact.source.argv[:1] in {("uname",), ("cat",)}
         assert free_text or fact.parse("bash: command not found") is None
@@ -142,9 +142,24 @@ def test_thermal_zone_of_the_cpu_is_found() -> None:
     assert procfs.parse_thermal_zones("\n".join(unnamed)) == 41.0
 
 
+def cpuinfo(*parts: str, implementer: str = "0x41") -> str:
+    return "\n".join(f"CPU implementer\t: {implementer}\nCPU variant\t: 0x0\nCPU part\t: {part}\n" for part in parts)
+
+
 def test_big_little_names_both_kinds() -> None:
-    assert procfs.parse_cpu("CPU part\t: 0xd03\nCPU part\t: 0xd08\nCPU part\t: 0xd03\n") == "Cortex-A53 + Cortex-A72"
-    assert procfs.parse_cpu("CPU part\t: 0xfff\n") == "ARM part 0xfff"
+    assert procfs.parse_cpu(cpuinfo("0xd03", "0xd08", "0xd03")) == "Cortex-A53 + Cortex-A72"
+    assert procfs.parse_cpu(cpuinfo("0xfff")) == "ARM part 0xfff of 0x41"
+    tx2 = cpuinfo("0xd07") + cpuinfo("0x003", implementer="0x4e")
+    assert procfs.parse_cpu(tx2) == "Cortex-A57 + NVIDIA Denver 2"
+
+
+def test_32_bit_kernels_name_the_architecture() -> None:
+    """The part says more than "ARMv7 Processor rev 4 (v7l)", which every 32-bit ARM board is."""
+    name = "model name\t: ARMv7 Processor rev 4 (v7l)\nBogoMIPS\t: 38.40\n"
+    assert procfs.parse_cpu(name + cpuinfo("0xd03")) == "Cortex-A53"
+    old = "Processor\t: ARMv6-compatible processor rev 7 (v6l)\nBogoMIPS\t: 697.95\n"
+    assert procfs.parse_cpu(old + cpuinfo("0xb76")) == "ARM1176"
+    assert procfs.parse_cpu(old) == "ARMv6-compatible processor rev 7 (v6l)"
 
 
 def test_disk_free_of_long_and_odd_names() -> None:

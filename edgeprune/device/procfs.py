@@ -5,19 +5,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Main ID register part numbers, from the kernel's arch/arm64/include/asm/cputype.h.
+# Main ID register, (implementer, part): the kernel's arch/arm64/include/asm/cputype.h and arch/arm's.
 ARM_PARTS = {
-    "0xd03": "Cortex-A53",
-    "0xd04": "Cortex-A35",
-    "0xd05": "Cortex-A55",
-    "0xd07": "Cortex-A57",
-    "0xd08": "Cortex-A72",
-    "0xd09": "Cortex-A73",
-    "0xd0a": "Cortex-A75",
-    "0xd0b": "Cortex-A76",
-    "0xd0c": "Neoverse-N1",
-    "0xd41": "Cortex-A78",
-    "0xd42": "Cortex-A78AE",
+    ("0x41", "0xb76"): "ARM1176",
+    ("0x41", "0xc05"): "Cortex-A5",
+    ("0x41", "0xc07"): "Cortex-A7",
+    ("0x41", "0xc08"): "Cortex-A8",
+    ("0x41", "0xc09"): "Cortex-A9",
+    ("0x41", "0xc0d"): "Cortex-A12",
+    ("0x41", "0xc0e"): "Cortex-A17",
+    ("0x41", "0xc0f"): "Cortex-A15",
+    ("0x41", "0xd03"): "Cortex-A53",
+    ("0x41", "0xd04"): "Cortex-A35",
+    ("0x41", "0xd05"): "Cortex-A55",
+    ("0x41", "0xd07"): "Cortex-A57",
+    ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd09"): "Cortex-A73",
+    ("0x41", "0xd0a"): "Cortex-A75",
+    ("0x41", "0xd0b"): "Cortex-A76",
+    ("0x41", "0xd0c"): "Neoverse-N1",
+    ("0x41", "0xd0d"): "Cortex-A77",
+    ("0x41", "0xd41"): "Cortex-A78",
+    ("0x41", "0xd42"): "Cortex-A78AE",
+    ("0x41", "0xd44"): "Cortex-X1",
+    ("0x41", "0xd46"): "Cortex-A510",
+    ("0x41", "0xd47"): "Cortex-A710",
+    ("0x41", "0xd48"): "Cortex-X2",
+    ("0x41", "0xd4d"): "Cortex-A715",
+    ("0x41", "0xd4e"): "Cortex-X3",
+    ("0x4e", "0x003"): "NVIDIA Denver 2",
+    ("0x4e", "0x004"): "NVIDIA Carmel",
+    ("0x51", "0x802"): "Kryo 385 Gold",
+    ("0x51", "0x803"): "Kryo 385 Silver",
+    ("0x51", "0x804"): "Kryo 4xx Gold",
+    ("0x51", "0x805"): "Kryo 4xx Silver",
 }
 
 
@@ -33,12 +54,24 @@ def parse_os_release(text: str) -> str | None:
 
 
 def parse_cpu(text: str) -> str | None:
-    """The processor's name in /proc/cpuinfo; on ARM from its part number."""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    if match:
-        return match[1].strip()
-    parts = sorted(set(re.findall(r"^CPU part\s*:\s*(0x[0-9a-f]+)", text, re.MULTILINE)))
-    return " + ".join(ARM_PARTS.get(part, f"ARM part {part}") for part in parts) or None
+    """The processor's name in /proc/cpuinfo; on ARM, 32 bits too, from its part number.
+
+    A 32-bit kernel names the architecture as the model ("ARMv7 Processor rev 4 (v7l)"), which tells
+    less than the part does; kernels before 3.8 call that field "Processor".
+    """
+    parts = sorted(
+        set(
+            re.findall(
+                r"^CPU implementer\s*:\s*(0x[0-9a-f]+)$.*?^CPU part\s*:\s*(0x[0-9a-f]+)$",
+                text,
+                re.MULTILINE | re.DOTALL,
+            )
+        )
+    )
+    if parts:
+        return " + ".join(ARM_PARTS.get(part, f"ARM part {part[1]} of {part[0]}") for part in parts)
+    match = re.search(r"^(?:model name|Processor)\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else None
 
 
 def parse_count(text: str) -> int | None:

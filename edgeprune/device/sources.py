@@ -13,7 +13,7 @@ MARK = "@@edgeprune@@"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where text on the board comes from: a command's output, or the lines of files as `path:line`."""
+    """Where text on the board comes from: the lines of files as `path:line`, then a command's output."""
 
     argv: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -21,9 +21,8 @@ class Source:
 
     def script(self) -> str:
         """The source as a line of POSIX shell."""
-        if self.files:
-            return f"grep -sH '' {' '.join(self.files)}"
-        return shlex.join(self.argv)
+        files = [f"grep -sH '' {' '.join(self.files)}"] if self.files else []
+        return "; ".join([*files, *([shlex.join(self.argv)] if self.argv else [])])
 
 
 def section_script(sources: Mapping[str, str]) -> bytes:

@@ -1,0 +1,70 @@
+"""An Android phone, through Termux's SSH server or adb: system properties, thermal zones and service.
+
+source: AOSP's `getprop`, and `dumpsys thermalservice` as quoted publicly (Android 10 and newer). An app
+such as Termux may not ask that service, and often not read thermal zones: then these are None.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edgeprune.device import procfs
+from edgeprune.device.boards import Fact
+from edgeprune.device.sources import Source
+
+# android.os.PowerManager, THERMAL_STATUS_*.
+STATUS = ("", "light", "moderate", "severe", "critical", "emergency", "shutdown")
+
+
+def parse_property(name: str) -> Fact:
+    """A fact that is one system property."""
+    return Fact(Source(argv=("getprop", name)), _parse_property)
+
+
+def _parse_property(text: str) -> str | None:
+    # A property has one line; a shell without getprop says so in words.
+    value = procfs.parse_text(text)
+    return value if value and "\n" not in value and "not found" not in value else None
+
+
+def parse_release(text: str) -> str | None:
+    """`Android 14` from the property ro.build.version.release."""
+    version = re.fullmatch(r"\d+(\.\d+)*|[A-Z]", text.strip())
+    return f"Android {version[0]}" if version else None
+
+
+def parse_status(text: str) -> int | None:
+    """0 (none) to 6 (shutdown) in `Thermal Status: 2`."""
+    match = re.search(r"^\s*Thermal Status: ([0-6])\s*$", text, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+FACTS = {
+    "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
+    "system": Fact(Source(argv=("getprop", "ro.build.version.release")), parse_release),
+    "model": parse_property("ro.product.model"),
+    "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
+    "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
+    "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
+    "ram_free_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemAvailable")),
+    "governor": Fact(
+        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)), procfs.parse_first_value
+    ),
+    "freq_hz": Fact(
+        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq
+    ),
+    "temp_c": Fact(
+        Source(files=("/sys/class/thermal/thermal_zone*/type", "/sys/class/thermal/thermal_zone*/temp")),
+        procfs.parse_thermal_zones,
+    ),
+    "throttled": Fact(Source(argv=("dumpsys", "thermalservice")), parse_status),
+}
+
+
+def find_throttling(before: str, after: str) -> str | None:
+    """The higher of the thermal service's two states; None when it may not be asked."""
+    first, last = parse_status(before), parse_status(after)
+    if first is None or last is None:
+        return None
+    worst = max(first, last)
+    return f"thermal status {STATUS[worst]}" if worst else ""
