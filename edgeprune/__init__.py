@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgeprune.load import example_inputs as example_inputs
     from edgeprune.load import load_data as load_data
     from edgeprune.load import load_model as load_model
+    from edgeprune.measure import measure_files as measure_files
     from edgeprune.pipeline import compact_and_compensate as compact_and_compensate
     from edgeprune.pipeline import connect as connect
     from edgeprune.pipeline import dense_cost as dense_cost
@@ -51,6 +52,7 @@ _PLACES = {
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
     "export": ("export_model",),
     "load": ("example_inputs", "load_data", "load_model"),
+    "measure": ("measure_files",),
     "pipeline": ("compact_and_compensate", "connect", "dense_cost", "plan_on_board", "report_run", "run_pipeline"),
     "plan": ("choose_widths",),
     "profile": ("profile_target", "read_profile"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import edgeprune
-from edgeprune.cli.common import AsJson, bars, show
+from edgeprune.cli.common import AsJson, EffortName, TargetName, Threads, bars, show
+from edgeprune.core.effort import find_effort
 
 targets_app = typer.Typer(help="The boards: list them, look at one, prepare one.", no_args_is_help=True)
 
@@ -42,4 +44,19 @@ def setup_board(
     show(facts, False, "describe_facts")
 
 
-COMMANDS = ()
+def measure(
+    files: Annotated[list[Path], typer.Argument(help="a model file, or two to compare")], target: TargetName,
+    threads: Threads = 1, effort: EffortName = "default",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="keep the record with its raw samples")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Benchmark a model file on a board, or compare two in turns."""
+    level = find_effort(effort)
+    with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+        measured = edgeprune.measure_files(files, session, effort=level, progress=progress)
+    if out:
+        edgeprune.write_record(out, measured)
+    show(measured, as_json, "describe_measured")
+
+
+COMMANDS = (measure,)

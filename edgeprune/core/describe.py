@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.cost import mac_polynomial
-from edgeprune.core.records import Artifact, BoardFacts, Cost, Graph, Plan, Profile, Quantity, Report, Target
+from edgeprune.core.records import Artifact, BoardFacts, Cost, Graph, Measured, Plan, Profile, Quantity, Report, Target
 
 UNKNOWN = "not measured"
 
@@ -197,3 +197,23 @@ def summary(directory: Path, report: Report) -> str:
             f"everything lies in {directory}",
         ]
     )
+
+
+def describe_measured(measured: Measured) -> str:
+    """Latencies of one or two files, and the comparison."""
+    rows = [
+        (
+            timing.name,
+            interval(timing.latency_s),
+            " to ".join(map(format_seconds, timing.quartiles_s)),
+            format_seconds(timing.p95_s),
+            UNKNOWN if timing.activation_bytes is None else format_bytes(timing.activation_bytes),
+            format_bytes(timing.size_bytes),
+        )
+        for timing in measured.timings
+    ]
+    now = measured.conditions
+    runtime = f"{now.runtime} {now.runtime_version}, {now.threads} thread{'s' if now.threads > 1 else ''}"
+    where = f"{measured.target}: {now.cpu}, {runtime}"
+    head = ("file", "median latency", "half of the runs", "95 % below", "peak memory", "size")
+    return "\n".join(filter(None, [table(head, rows), "", where, measured.verdict, *measured.notes]))

@@ -418,6 +418,41 @@ class Quantity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One file as measured on a board.
+
+    latency_s: median over turns with its 95 % interval. quartiles_s, p95_s: of single runs.
+    activation_bytes, process_bytes: as in `StepResult`. rounds: raw samples, a round each.
+    """
+
+    name: str
+    sha256: str
+    size_bytes: int
+    latency_s: Quantity
+    quartiles_s: tuple[float, float]
+    p95_s: float
+    activation_bytes: int | None
+    process_bytes: int | None
+    rounds: tuple[Samples, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What `edgeprune measure` found of one file, or of two in turns.
+
+    ratio: second over first, with a 99 % interval over rounds. verdict: the same in a sentence.
+    notes: what disturbed the measurement.
+    """
+
+    target: str
+    conditions: Conditions
+    timings: tuple[Timing, ...]
+    ratio: Quantity | None = None
+    verdict: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What running a model takes; each None when not known."""
 

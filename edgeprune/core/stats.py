@@ -6,11 +6,16 @@ here rests on ranks. Random resampling is seeded: the same samples give the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.errors import DataError
 from edgeprune.core.records import FloatArray, Quantity, Samples
+
+FEWEST_FOR_MODES = 30
+BLOCKS = 20
 
 
 def _array(values: npt.ArrayLike) -> FloatArray:
@@ -55,6 +60,77 @@ def quantity(values: npt.ArrayLike, *, confidence: float = 0.95, seed: int = 0) 
     """Median of samples with its bootstrap interval."""
     low, high = bootstrap_interval(values, confidence=confidence, seed=seed)
     return Quantity(median=median(values), low=low, high=high)
+
+
+def round_ratio(rounds: Sequence[npt.ArrayLike], *, confidence: float = 0.99) -> Quantity:
+    """The typical ratio over rounds that opened both models anew, with Student's interval of its logarithm.
+
+    rounds: per round the ratios of neighbouring turns; at least two rounds. Turns of one round share
+    what opening a model decides (where its buffers lie), so that rounds are what is independent.
+    """
+    from scipy.stats import t
+
+    logs = np.log([median(ratios) for ratios in rounds])
+    if len(logs) < 2:
+        raise DataError("an interval needs at least two rounds; measure with more effort")
+    center = float(np.mean(logs))
+    reach = float(t.ppf((1 + confidence) / 2, len(logs) - 1) * np.std(logs, ddof=1) / np.sqrt(len(logs)))
+    return Quantity(median=float(np.exp(center)), low=float(np.exp(center - reach)), high=float(np.exp(center + reach)))
+
+
+def find_modes(values: npt.ArrayLike) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The two speeds that samples jump between: (share, median) of the fast and the slow one; None where it is one.
+
+    A kernel density with two peaks at least 5 % apart, each of at least a tenth of the samples, and
+    between them a valley below 60 % of the lower one. Fewer than 30 samples cannot tell.
+    source: bandwidth by Silverman, Density Estimation (1986), eq. 3.31.
+    """
+    logs = np.sort(np.log(_array(values)))
+    count = len(logs)
+    if count < FEWEST_FOR_MODES:
+        return None
+    # Far outliers are interruptions, not a speed, and would flatten the grid.
+    logs = logs[: max(FEWEST_FOR_MODES, int(0.98 * count))]
+    spread = min(float(np.std(logs)), float(np.subtract(*np.percentile(logs, [75, 25]))) / 1.34) or float(np.std(logs))
+    if spread == 0:
+        return None
+    bandwidth = 0.9 * spread * len(logs) ** -0.2
+    grid = np.linspace(logs[0], logs[-1], 256)
+    density = np.exp(-0.5 * ((grid[:, None] - logs[None, :]) / bandwidth) ** 2).sum(axis=1)
+    peaks = [i for i in range(1, 255) if density[i - 1] < density[i] >= density[i + 1]]
+    peaks += [i for i, inner in ((0, 1), (255, 254)) if density[i] > density[inner]]
+    best: tuple[float, int] | None = None
+    for left in peaks:
+        for right in peaks:
+            if grid[right] - grid[left] < np.log(1.05):
+                continue
+            valley = left + int(np.argmin(density[left : right + 1]))
+            below = int(np.searchsorted(logs, grid[valley]))
+            depth = density[valley] / min(density[left], density[right])
+            if depth < 0.6 and min(below, len(logs) - below) >= 0.1 * len(logs) and (best is None or depth < best[0]):
+                best = (float(depth), below)
+    if best is None:
+        return None
+    fast, slow = logs[: best[1]], logs[best[1] :]
+    share = len(fast) / len(logs)
+    return (share, float(np.exp(np.median(fast)))), (1 - share, float(np.exp(np.median(slow))))
+
+
+def find_drift(values: npt.ArrayLike) -> float | None:
+    """Relative change from the first to the last of samples in order of time; None where there is no trend.
+
+    A trend: Kendall's rank correlation with time of p < 0.001, and a Theil-Sen slope of at least 3 % over all.
+    """
+    from scipy.stats import kendalltau, theilslopes
+
+    array = _array(values)
+    if len(array) < FEWEST_FOR_MODES:
+        return None
+    # Medians of blocks: neighbours are alike, and Kendall's test takes samples for independent.
+    blocks = np.array([np.median(block) for block in np.array_split(array, BLOCKS)])
+    place = np.arange(BLOCKS)
+    change = float(theilslopes(blocks, place)[0] * (BLOCKS - 1) / np.median(blocks))
+    return change if kendalltau(place, blocks).pvalue < 0.001 and abs(change) >= 0.03 else None
 
 
 def turn_medians(samples: Samples) -> FloatArray:

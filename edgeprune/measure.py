@@ -1,0 +1,137 @@
+"""Benchmark a model file on a board, or compare two in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune.core.budget import format_seconds
+from edgeprune.core.effort import DEFAULT, Effort
+from edgeprune.core.errors import AgentError, DeviceError, InputError, UsageError
+from edgeprune.core.family import load_member
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import Artifact, Conditions, Measured, Quantity, Samples, Step, StepResult, Timing
+from edgeprune.core.stats import find_drift, find_modes, p95, quantity, round_ratio, turn_medians, turn_ratios
+
+if TYPE_CHECKING:
+    from edgeprune.device.session import Session
+
+
+def measure_files(
+    paths: Sequence[Path], session: Session, *, effort: Effort = DEFAULT, progress: Progress = silent
+) -> Measured:
+    """Measure one file, or compare two in turns of milliseconds.
+
+    paths: one or two model files of formats that the target's runtime runs.
+    effort: its repeats are rounds, each opening the files anew.
+    returns: latencies, peak memory, and of two files the second's latency over the first's.
+    raises: InputError for what is no model file; AgentError when one does not run on the board.
+    """
+    if not 1 <= len(paths) <= 2:
+        raise UsageError("measure takes one file, or two to compare")
+    files = {f"measure-{number}{path.suffix}": path for number, path in enumerate(paths)}
+    artifacts = [_inspect(path) for path in paths]
+    names = list(files)
+    steps = [Step(key=f"memory {name}", kind="memory", artifact=name) for name in names]
+    steps += [
+        Step(
+            key=f"time {number}", kind="time", artifact=names[-1], against=names[0] if len(names) > 1 else None,
+            seconds=effort.seconds, precision=effort.precision, min_samples=effort.samples,
+        )
+        for number in range(effort.repeats)
+    ]  # fmt: skip
+    done = 0
+
+    def advance(_: StepResult) -> None:
+        nonlocal done
+        done += 1
+        progress(f"measuring on {session.target.name}", done, len(steps))
+
+    session.push(files)
+    try:
+        results = session.run(steps, job=f"measure-{time.time_ns():x}", on_result=advance)
+    finally:
+        with suppress(DeviceError):  # a board that cannot be reached any more keeps them
+            session.remove(names)
+    by_key = {result.key: result for result in results}
+    timed = [by_key[f"time {number}"] for number in range(effort.repeats)]
+    for result in timed:
+        if result.error is not None:
+            raise AgentError(f"target {session.target.name} cannot run {_name(result.error, files)}: {result.error}")
+    # In a comparison the second file is the one that is measured against the first.
+    last = [result.samples for result in timed if result.samples is not None]
+    rounds = [[result.against for result in timed if result.against is not None], last] if len(names) > 1 else [last]
+    timings = [
+        _timing(artifact, path, samples, by_key[f"memory {name}"])
+        for artifact, path, samples, name in zip(artifacts, paths, rounds, names, strict=True)
+    ]
+    ratio = None
+    if len(timings) > 1 and effort.repeats > 1:
+        ratio = round_ratio([turn_ratios(b, a) for a, b in zip(rounds[0], rounds[1], strict=True)])
+    conditions = [result.conditions for result in timed if result.conditions is not None]
+    return Measured(
+        target=session.target.name,
+        conditions=conditions[-1] if conditions else session.conditions(),
+        timings=tuple(timings),
+        ratio=ratio,
+        verdict=describe_ratio(ratio, paths[0].name, paths[-1].name) if ratio else "",
+        notes=tuple(_notes(rounds[0], conditions)),
+    )
+
+
+def describe_ratio(ratio: Quantity, first: str, second: str) -> str:
+    """One sentence; a difference is one whose 99 % interval leaves 1 out."""
+    interval = f"99 % interval {ratio.low:.3f} to {ratio.high:.3f}"
+    if ratio.low <= 1 <= ratio.high:
+        reach = max(ratio.high - 1, 1 - ratio.low)
+        return f"no difference between {first} and {second} was found; one of {reach:.1%} would have been ({interval})"
+    change = f"{1 - ratio.median:.1%} faster" if ratio.median < 1 else f"{ratio.median - 1:.1%} slower"
+    return f"{second} is {change} than {first}: {ratio.median:.3f} of its latency ({interval})"
+
+
+def _inspect(path: Path) -> Artifact:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give a model file, such as model.onnx")
+    artifact: Artifact = load_member("formats", path.suffix.lstrip(".").lower()).inspect(path)
+    return artifact
+
+
+def _timing(artifact: Artifact, path: Path, rounds: Sequence[Samples], memory: StepResult) -> Timing:
+    runs = np.concatenate([samples.values for samples in rounds])
+    low, high = np.percentile(runs, [25, 75])
+    return Timing(
+        name=path.name, sha256=artifact.sha256, size_bytes=artifact.bytes,
+        latency_s=quantity(np.concatenate([turn_medians(samples) for samples in rounds])),
+        quartiles_s=(float(low), float(high)), p95_s=p95(runs), activation_bytes=memory.activation_bytes,
+        process_bytes=memory.process_bytes, rounds=tuple(rounds),
+    )  # fmt: skip
+
+
+def _notes(rounds: Sequence[Samples], conditions: Sequence[Conditions]) -> list[str]:
+    """What disturbed the measurement, as the first file shows it."""
+    medians = np.concatenate([turn_medians(samples) for samples in rounds])
+    notes = []
+    if (modes := find_modes(medians)) is not None:
+        (fast, fast_s), (slow, slow_s) = modes
+        notes.append(
+            f"the board jumps between two speeds: {format_seconds(fast_s)} in {fast:.0%} of the turns, "
+            f"{format_seconds(slow_s)} in {slow:.0%}; another process, or a CPU quota?"
+        )
+    if (drift := find_drift(medians)) is not None:
+        notes.append(f"the latency drifted by {drift:+.1%} during the measurement; is the board warming up?")
+    throttled = sorted({c.throttled for c in conditions if c.throttled})
+    if throttled:
+        notes.append(f"the board was throttled: {'; '.join(throttled)}; cool it and measure again")
+    if conditions and conditions[-1].governor not in (None, "performance"):
+        notes.append(f"the clock's governor is '{conditions[-1].governor}'; with 'performance' latencies vary less")
+    return notes
+
+
+def _name(error: str, files: dict[str, Path]) -> str:
+    """The user's name of the file that an error is about; the last one's where it does not say."""
+    return next((str(path) for name, path in files.items() if name in error), str(list(files.values())[-1]))
