@@ -19,6 +19,9 @@ MAX_FRUITLESS_DEATHS = 3
 """The agent is started again this often without a new result before we give up."""
 SHORTEST_POLL_S = 0.02
 LONGEST_POLL_S = 0.25
+PAUSE_PER_POLL = 20
+"""To answer a poll takes the board from its measuring: the pause after is so many times as long as the answer took."""
+LONGEST_PAUSE_S = 5.0
 SILENCE_S = 5.0
 """After this long without a line we look whether the agent is alive."""
 STALL_S = 3600.0
@@ -75,7 +78,9 @@ class Job:
             heard = time.monotonic()
             poll = SHORTEST_POLL_S
             while rc is None:
+                asked = time.monotonic()
                 data = self._transport.read(f"{self._folder}/results.jsonl", offset)
+                pause = min(PAUSE_PER_POLL * (time.monotonic() - asked), LONGEST_PAUSE_S)
                 complete = data[: data.rfind(b"\n") + 1]
                 offset += len(complete)
                 for event in self._decode(complete):
@@ -95,7 +100,7 @@ class Job:
                 if silence > SILENCE_S and not complete and not self._is_alive(pid):
                     rc = -9  # the supervisor is gone too: a reboot, or the whole group was killed
                     break
-                time.sleep(poll)
+                time.sleep(max(poll, pause))
                 poll = min(poll * 1.5, LONGEST_POLL_S)
             if rc == 0:
                 return
