@@ -254,9 +254,7 @@ def test_line_cut_by_a_crash_is_written_again(target: Target, model: Path) -> No
 def test_impossible_numbers_are_an_error_never_zero(kind: str, value: object) -> None:
     event = {"key": "a", "kind": kind, "error": None, "before": {}, "after": {}, "value": value}
     base = Conditions(board="linux", arch="x", cpu="x", runtime="onnxruntime", runtime_version="1")
-    nothing = Momentary(
-        governor=None, freq_hz=None, temp_before_c=None, temp_after_c=None, throttled=None, energy_j=None
-    )
+    nothing = Momentary(governor=None, freq_hz=None, temp_before_c=None, temp_after_c=None, throttled=None)
     with pytest.raises(AgentError, match="cannot be read"):
         read_result(event, base, lambda before, after: nothing, where="target x")
 

@@ -265,7 +265,7 @@ class Step:
 
     key: unique in the job; a result of that key is never measured again.
     kind: `time` the whole model; `kernels` with the runtime's own profiler; `outputs` for given
-        inputs; `memory` in a fresh process.
+        inputs; `memory` in a fresh process; `energy` by the target's meter, in a loop of `seconds`.
     inputs: an .npz on the board (arrays named as the model's inputs, leading axis = examples),
         or None for one random input of the model's own shape.
     against: another artifact that is measured in turns with it, so that the two can be compared on a
@@ -275,7 +275,7 @@ class Step:
     """
 
     key: str
-    kind: Literal["time", "kernels", "outputs", "memory"]
+    kind: Literal["time", "kernels", "outputs", "memory", "energy"]
     artifact: str
     inputs: str | None = None
     against: str | None = None
@@ -295,6 +295,22 @@ class KernelTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PowerSamples:
+    """Power of a board by its meter, in watts: at rest (idle), and while a model ran in a loop (active).
+
+    times are in seconds from the loop's beginning; idle ones lie before it and after it.
+    seconds: the loop took. runs: made in it.
+    """
+
+    idle_times_s: tuple[float, ...]
+    idle_w: tuple[float, ...]
+    active_times_s: tuple[float, ...]
+    active_w: tuple[float, ...]
+    seconds: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What came of a step; `error` says why there is nothing else.
 
@@ -302,7 +318,7 @@ class StepResult:
     for turn (time). kernels, run_s: typical times of each kernel and of the profiled whole run;
     against_run_s: of the other artifact's (kernels). outputs: name of an .npz on the board (outputs).
     activation_bytes: growth of the peak resident set over the loaded session while running;
-    process_bytes: peak resident set of the whole process (memory). energy_j: by the target's meter.
+    process_bytes: peak resident set of the whole process (memory). power: by the target's meter (energy).
     """
 
     key: str
@@ -316,7 +332,7 @@ class StepResult:
     outputs: str | None = None
     activation_bytes: int | None = None
     process_bytes: int | None = None
-    energy_j: float | None = None
+    power: PowerSamples | None = None
     conditions: Conditions | None = None
 
 

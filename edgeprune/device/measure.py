@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from edgeprune.device import energy
     from edgeprune.device.runtimes import onnxruntime as runtime
 else:
+    import energy
     import runtime
 
 MARK = "@@edgeprune@@"
@@ -74,7 +76,7 @@ def open_step(step: dict[str, Any], threads: int, profile: str | None = None) ->
     return model, {name: array[:1] for name, array in examples.items()} if step["inputs"] else examples
 
 
-# --- the four kinds of step ----------------------------------------------------------------------
+# --- the five kinds of step ----------------------------------------------------------------------
 
 
 def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +322,20 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-STEPS = {"time": measure_time, "kernels": measure_kernels, "outputs": compute_outputs, "memory": measure_memory}
+def measure_energy(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Readings of the board's meter, at rest and while the model runs in a loop."""
+    model, feed = open_step(step, spec["threads"])
+    warm_up(model, feed)
+    return energy.measure_power(functools.partial(model.run, feed), step["seconds"], spec["meter"])
+
+
+STEPS = {
+    "time": measure_time,
+    "kernels": measure_kernels,
+    "outputs": compute_outputs,
+    "memory": measure_memory,
+    "energy": measure_energy,
+}
 
 
 if __name__ == "__main__":

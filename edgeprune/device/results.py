@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeprune.core.errors import AgentError
-from edgeprune.core.records import Conditions, KernelTime, Samples, StepResult
+from edgeprune.core.errors import AgentError, DeviceError
+from edgeprune.core.records import Conditions, KernelTime, PowerSamples, Samples, StepResult
+from edgeprune.device.meters import Meter
+
+FEWEST_READINGS = 5
+"""With fewer there is no saying how well the mean power is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,6 @@ class Momentary:
     temp_before_c: float | None
     temp_after_c: float | None
     throttled: str | None
-    energy_j: float | None
 
 
 def read_result(
@@ -28,11 +31,13 @@ def read_result(
     base: Conditions,
     momentary: Callable[[Mapping[str, str], Mapping[str, str]], Momentary],
     *,
+    meter: Meter | None = None,
     where: str,
 ) -> StepResult:
     """One `result` event of the agent as a record.
 
     base: the conditions that hold for the whole session. momentary: reads the sensors' raw text.
+    meter: the target's, which the agent read (energy).
     raises: AgentError when a field is missing or cannot be what it says.
     """
     try:
@@ -47,8 +52,13 @@ def read_result(
             temp_after_c=now.temp_after_c,
             throttled=now.throttled,
         )
-        fields = READERS[event["kind"]](event["value"])
-        return StepResult(key=event["key"], kind=event["kind"], conditions=conditions, energy_j=now.energy_j, **fields)
+        if event["kind"] == "energy":
+            fields: dict[str, Any] = {"power": read_power(event["value"], meter)}
+        else:
+            fields = READERS[event["kind"]](event["value"])
+        return StepResult(key=event["key"], kind=event["kind"], conditions=conditions, **fields)
+    except DeviceError as error:
+        return StepResult(key=event["key"], kind=event["kind"], error=str(error))
     except (KeyError, TypeError, ValueError) as error:
         raise AgentError(f"{where}: the agent's result {str(event)[:300]} cannot be read: {error!r}") from error
 
@@ -110,6 +120,33 @@ def _read_outputs(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_memory(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"activation_bytes": _bytes(value["activation_bytes"]), "process_bytes": _bytes(value["process_bytes"])}
+
+
+def read_power(value: Mapping[str, Any], meter: Meter | None) -> PowerSamples:
+    """Power at rest and in the loop, from what the meter said. raises: DeviceError when that is too little."""
+    if meter is None:
+        raise ValueError("energy of a target without a meter")
+    readings = sorted((float(time_s), str(text)) for time_s, text in value["readings"])
+    began, ended = map(float, value["active"])
+    powers = meter.watts(readings)
+    active = [(time_s - began, watts) for time_s, watts in powers if began <= time_s <= ended]
+    idle = [
+        (time_s - began, watts) for time_s, watts in powers if any(low <= time_s <= high for low, high in value["idle"])
+    ]
+    if min(len(active), len(idle)) < FEWEST_READINGS:
+        last = readings[-1][1][-200:] if readings else ""
+        raise DeviceError(
+            f"the meter gave {len(idle)} readings at rest and {len(active)} in the loop, {FEWEST_READINGS} are needed; "
+            f"measure longer, or look at the meter: {meter.hint}. It said last: {last!r}"
+        )
+    return PowerSamples(
+        idle_times_s=tuple(time_s for time_s, _ in idle),
+        idle_w=tuple(watts for _, watts in idle),
+        active_times_s=tuple(time_s for time_s, _ in active),
+        active_w=tuple(watts for _, watts in active),
+        seconds=ended - began,
+        runs=int(value["runs"]),
+    )
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -2,7 +2,7 @@
 
 On the board everything lies under the target's workdir:
 
-    <workdir>/<client>-<space>/agent.py, measure.py, runtime.py
+    <workdir>/<client>-<space>/agent.py, measure.py, energy.py, runtime.py
                                files/         what was pushed, and outputs; manifest.json beside it
                                jobs/<job>/    results.jsonl, agent.log
 
@@ -30,6 +30,7 @@ from edgeprune.core.store import sha256_file, to_builtins
 from edgeprune.device.boards import MOMENTARY
 from edgeprune.device.facts import Board, describe_conditions, gather_facts
 from edgeprune.device.job import Job
+from edgeprune.device.meters import open_meter
 from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
 from edgeprune.device.targets import connect_target
@@ -79,11 +80,12 @@ class Session:
         self._programs = {
             "agent.py": HERE / "agent.py",
             "measure.py": HERE / "measure.py",
+            "energy.py": HERE / "energy.py",
             "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
         }
         self._manifest: dict[str, str] | None = None
         self._board = load_member("device.boards", target.board)
-        self._meter = load_member("device.meters", target.meter)
+        self._meter = open_meter(target.meter)
 
     def __enter__(self) -> Session:
         return self
@@ -147,7 +149,8 @@ class Session:
         job: names the folder of results. on_result: called with each result as it is made.
         raises: AgentError when the agent dies again and again or writes what cannot be read;
             ConnectionLost when the board does not come back; BoardNotReady when another process runs
-            the same job. Whatever else is raised (Ctrl-C too), our agent is stopped.
+            the same job; UsageError for energy on a target without a meter. Whatever else is raised
+            (Ctrl-C too), our agent is stopped.
         """
         if len({step.key for step in steps}) != len(steps):
             raise UsageError(f"job {job}: two steps have the same key")
@@ -163,6 +166,7 @@ class Session:
             "files": self._files,
             "threads": self.target.threads,
             "sources": self._sources(),
+            "meter": self._describe_meter(),
             "steps": [{**to_builtins(step), "fingerprint": fingerprints[step.key]} for step in steps],
         }
         keys = set(fingerprints)
@@ -178,7 +182,9 @@ class Session:
                     continue  # of other files or settings
                 if event["run"] != spec["run"] and (event.get("error") is not None or event.get("kind") == "outputs"):
                     continue  # the agent does these again
-                result = read_result(event, base, self._momentary, where=f"target {self.target.name}")
+                result = read_result(
+                    event, base, self._momentary, meter=self._meter, where=f"target {self.target.name}"
+                )
                 results[key] = result
                 if on_result is not None:
                     on_result(result)
@@ -253,13 +259,24 @@ class Session:
             if name not in manifest:
                 raise InputError(f"step {step.key}: {name} was not pushed to target {self.target.name}")
         parts = [to_builtins(step), [manifest[name] for name in names], self.target.threads, self.facts.runtimes]
+        if step.kind == "energy":
+            if self._meter is None:
+                raise UsageError(
+                    f"target {self.target.name} has no power meter, so energy cannot be measured there; give it one "
+                    '(meter = "..." in its file) or a power model'
+                )
+            parts.append(self.target.meter)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _sources(self) -> dict[str, Any]:
         sources = {name: self._board.FACTS[name].source for name in MOMENTARY}
-        if self._meter.SOURCE is not None:
-            sources["energy"] = self._meter.SOURCE
         return {name: {"argv": source.argv, "files": source.files} for name, source in sources.items()}
+
+    def _describe_meter(self) -> dict[str, Any] | None:
+        if (meter := self._meter) is None:
+            return None
+        source = {"argv": meter.source.argv, "files": meter.source.files}
+        return {**source, "stream": meter.stream, "interval_s": meter.interval_s}
 
     def _momentary(self, before: Mapping[str, str], after: Mapping[str, str]) -> Momentary:
         facts = self._board.FACTS
@@ -269,7 +286,6 @@ class Session:
             temp_before_c=facts["temp_c"].parse(before["temp_c"]),
             temp_after_c=facts["temp_c"].parse(after["temp_c"]),
             throttled=self._board.find_throttling(before["throttled"], after["throttled"]),
-            energy_j=self._meter.measure_energy(before.get("energy", ""), after.get("energy", "")),
         )
 
     def _check_disk(self, needed: int) -> None:

@@ -24,6 +24,7 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import BoardFacts, Target
 from edgeprune.device.facts import gather_facts
 from edgeprune.device.install import install_runtime
+from edgeprune.device.meters import open_meter
 from edgeprune.device.transports import Transport
 
 CHECKED_FAMILIES = {"board": "boards", "transport": "transports", "runtime": "runtimes", "meter": "meters"}
@@ -112,9 +113,13 @@ def setup_target(target: Target, *, offline: bool = False, progress: Progress = 
 def _check_fields(target: Target, where: str) -> None:
     """See that a target's fields can be right. raises: UsageError; UnknownMember."""
     for field, family in CHECKED_FAMILIES.items():
-        value: Any = getattr(target, field)
+        value: Any = getattr(target, field).partition(":")[0] if field == "meter" else getattr(target, field)
         if value not in (members := list_members(f"device.{family}")):
             raise UnknownMember(f"{where}: unknown {field} '{value}'; known: {', '.join(members)}")
+    try:
+        open_meter(target.meter)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
     if target.threads < 1:
         raise UsageError(f"{where}: threads = {target.threads}; at least 1")
     for field in ("workdir", "python"):

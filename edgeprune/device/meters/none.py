@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from edgeprune.device.sources import Source
+from edgeprune.core.family import configure
+from edgeprune.device.meters import Meter
 
-SOURCE: Source | None = None
 
-
-def measure_energy(before: str, after: str) -> float | None:
-    """None, whatever was read."""
-    del before, after
+def make(options: str) -> Meter | None:
+    """None; takes no options."""
+    configure(lambda: None, options)
     return None
