@@ -32,7 +32,7 @@ EFFORTS = {
     "default": DEFAULT,
     "thorough": Effort(rounds=5, repeats=12, seconds=2.0, precision=0.005),
 }
-NOISELESS = Effort(rounds=1, repeats=1, seconds=0.0, precision=None, samples=1, profiled_runs=3)
+NOISELESS = Effort(rounds=1, repeats=1, seconds=0.0, precision=None, samples=5, profiled_runs=6)
 """For boards on which a run takes the same time every time, such as an emulator that counts instructions."""
 
 
