@@ -1,4 +1,4 @@
-"""One battery over every way to a board: the same session, on this machine, embedded, behind OpenSSH."""
+"""One battery over every way to a board: the same session, on this machine, embedded, behind OpenSSH, behind adb."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from boards.openssh import SSHD, openssh_board
+from loopback.adb import AdbServer
 from loopback.models import write_model
 
 from edgeprune.core.errors import DeviceError, InputError, UsageError
@@ -28,7 +29,7 @@ from edgeprune.device.transports import Transport
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", params=["local", "embedded", "openssh"])
+@pytest.fixture(scope="module", params=["local", "embedded", "openssh", "adb"])
 def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """A target of each kind; its workdir has every character that a careless shell trips over."""
     workdir = tmp_path_factory.mktemp("board") / 'it\'s a "work" $(touch pwned) `dir`; é'
@@ -37,6 +38,8 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             target = read_target(REPOSITORY / "targets" / "localhost.toml")
         elif request.param == "embedded":
             target = stack.enter_context(EmbeddedBoard())
+        elif request.param == "adb":
+            target = stack.enter_context(AdbServer())
         else:
             if SSHD is None:
                 pytest.skip("OpenSSH's server is not installed: apt-get install openssh-server")

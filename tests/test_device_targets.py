@@ -61,7 +61,7 @@ def test_unknown_target_lists_the_known(name: str, tmp_path: Path) -> None:
         ("board = ", "not TOML"),
         ("board = 3", r"board"),
         ('board = "toaster"', r"unknown board 'toaster'; known: android, jetson, linux, raspberry_pi"),
-        ('transport = "pigeon"', "known: local, replay, ssh"),
+        ('transport = "pigeon"', "known: adb, local, replay, ssh"),
         ('runtime = "tpu"', "unknown runtime 'tpu'; known: onnxruntime"),
         ('meter = "gas"', "unknown meter 'gas'; known: command, hwmon, ina3221, none"),
         ('meter = "rapl:core=1"', "'core' is not an option of rapl; known: domain"),
