@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 QUICK  ?= --quick
+BOARD_TESTS ?= board
 
 .PHONY: demo test board-test lint bench clean
 .NOTPARALLEL:
@@ -23,7 +24,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 board-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m board --timeout 1800
+	$(BIN)/python -m pytest -m "$(BOARD_TESTS)" --timeout 1800
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

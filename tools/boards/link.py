@@ -30,6 +30,7 @@ class Link:
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
+        self._down_until = 0.0
         self.connections = 0
 
     def __enter__(self) -> Target:
@@ -58,12 +59,20 @@ class Link:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
+    def go_down(self, seconds: float) -> None:
+        """Drop every connection, and let none through for a while, as when the board restarts."""
+        self._down_until = time.monotonic() + seconds
+        self.cut()
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 near, _ = listener.accept()
             except OSError:
                 return  # closed
+            if time.monotonic() < self._down_until:
+                near.close()
+                continue
             try:
                 far = socket.create_connection(("127.0.0.1", self._target.address["port"]))
             except OSError:

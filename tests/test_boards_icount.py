@@ -1,0 +1,218 @@
+"""What only a board without noise can show: latencies are asserted here, and nowhere else.
+
+The board counts instructions, so that a run takes the same time every time. The short tests run in CI, those
+marked slow in `make board-test`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from boards.__main__ import write_target
+from boards.cache import CannotBuild
+from boards.icount import IcountBoard
+from loopback.models import write_model
+from torch import nn
+
+from edgeprune.core.budget import make_budget
+from edgeprune.core.effort import NOISELESS
+from edgeprune.core.records import Report, Step, Target
+from edgeprune.core.stats import median
+from edgeprune.core.store import read_record
+from edgeprune.device.session import open_session
+from edgeprune.pipeline import dense_cost, plan_on_board
+from edgeprune.profile import profile_target
+from edgeprune.score import score_groups
+from edgeprune.trace import trace_graph
+
+pytestmark = [pytest.mark.device, pytest.mark.board]
+REPEATS = 1e-3
+"""Latencies of one artifact agree to this share, whatever the host is doing."""
+
+
+@pytest.fixture(scope="module")
+def icount() -> Iterator[tuple[IcountBoard, Target]]:
+    board = IcountBoard()
+    with ExitStack() as stack:
+        try:
+            target = stack.enter_context(board)
+        except CannotBuild as reason:
+            pytest.skip(str(reason))
+        yield board, target
+
+
+def latencies(target: Target, models: dict[str, Path], job: str) -> dict[str, float]:
+    """Median seconds of each model, in an agent of its own."""
+    with open_session(target, space="latencies") as session:
+        session.push({f"{name}.onnx": path for name, path in models.items()})
+        steps = [Step(key=name, kind="time", artifact=f"{name}.onnx", seconds=0.01, min_samples=7) for name in models]
+        results = session.run(steps, job=job)
+    assert [result.error for result in results] == [None] * len(models)
+    return {result.key: median(result.samples.values) for result in results if result.samples is not None}
+
+
+def test_latency_repeats_and_ranks(icount: tuple[IcountBoard, Target], tmp_path: Path) -> None:
+    """One artifact, two agents and a power cut in between: the same latency. One channel more: slower."""
+    board, target = icount
+    models = {str(width): write_model(tmp_path / f"{width}.onnx", channels=width) for width in (8, 9, 16)}
+    first = latencies(target, models, "first")
+    board.reboot()
+    second = latencies(target, models, "second")
+    assert second == pytest.approx(first, rel=REPEATS)
+    assert first["8"] < first["9"] < first["16"]
+    assert first["9"] / first["8"] > 1 + 2 * REPEATS
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+def residual_net() -> nn.Module:
+    """3.1 million multiply-adds at 16x16."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 40, 3, stride=2, padding=1), nn.ReLU(), Block(40),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 4),
+    )  # fmt: skip
+
+
+def plain_net() -> nn.Module:
+    """2.5 million multiply-adds at 16x16."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 48, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4),
+    )  # fmt: skip
+
+
+def separable_net() -> nn.Module:
+    """Depthwise and pointwise layers: 1.3 million multiply-adds at 16x16."""
+
+    def pair(inside: int, outside: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inside, inside, 3, padding=1, groups=inside), nn.ReLU(), nn.Conv2d(inside, outside, 1), nn.ReLU(),
+        ]  # fmt: skip
+
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), *pair(24, 40), *pair(40, 56), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(56, 4),
+    )  # fmt: skip
+
+
+def measured_shares(target: Target, net: nn.Module, folder: Path, wanted: Sequence[float]) -> list[float]:
+    """Measured latency as a share of the budget, of plans for budgets that are shares of the dense model's."""
+    torch.manual_seed(0)
+    net, inputs, path = net.eval(), (torch.randn(1, 3, 16, 16),), folder / "profile.jsonl"
+    graph = trace_graph(net, inputs)
+    importance = score_groups(net, inputs, graph, None, criterion="magnitude", curves=False)
+    shares = []
+    with open_session(target, space=str(folder)) as session:
+        profile = profile_target(
+            net, inputs, graph, session, path=path, configurations=10, held_out=3, effort=NOISELESS
+        )
+        assert profile.held_out is not None and profile.held_out.mean < 0.03
+        for share in wanted:
+            budget = make_budget(dense_cost(graph, profile), latency=f"{share}x")
+            plan = plan_on_board(net, inputs, graph, profile, importance, budget, session, path, effort=NOISELESS)
+            chosen = next(turn for turn in plan.rounds if turn.widths == plan.widths)
+            assert budget.latency_s is not None
+            shares.append(chosen.measured.median / budget.latency_s)
+    return shares
+
+
+def test_budget_is_met_closely_and_tables_predict(icount: tuple[IcountBoard, Target], tmp_path: Path) -> None:
+    """A profile of a small net, a plan, and the planned net on the board: 0.97 to 1.00 of the budget."""
+    (share,) = measured_shares(icount[1], residual_net(), tmp_path, [0.6])
+    assert 0.97 <= share <= 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("net", [residual_net, plain_net, separable_net])
+def test_budgets_of_every_size_are_met_closely(
+    net: Callable[[], nn.Module], icount: tuple[IcountBoard, Target], tmp_path: Path
+) -> None:
+    shares = measured_shares(icount[1], net(), tmp_path, [0.8, 0.6, 0.4])
+    assert all(0.97 <= share <= 1.0 for share in shares), shares
+
+
+NETS = """
+import torch
+from torch import nn
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 40, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(40, 40, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 4),
+    )
+
+
+class Source:
+    labels = ("a", "b", "c", "d")
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        y = torch.randint(0, 4, (64,), generator=generator)
+        x = torch.randn(64, 3, 16, 16, generator=generator) + y[:, None, None, None] - 1.5
+        self.train = self.calibration = [(x[:48], y[:48])]
+        self.test = [(x[48:], y[48:])]
+
+
+def source():
+    return Source()
+"""
+RUN_FILE = """
+[model]
+factory = "nets.py:net"
+inputs = [[1, 3, 16, 16]]
+[data]
+source = "nets.py:source"
+[target]
+name = "icount"
+effort = "quick"
+[budget]
+latency = "0.6x"
+[profile]
+configurations = 10
+held_out = 2
+[prune]
+levels = 8
+[recover]
+epochs = 1
+[output]
+dir = "run"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_pipeline_meets_its_budget(icount: tuple[IcountBoard, Target], tmp_path: Path) -> None:
+    """`edgeprune run` from the model to the bundle, on a board of the inventory: exit 0, every check passed."""
+    write_target(icount[1], tmp_path / "targets" / "icount.toml")
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "edgeprune.toml").write_text(RUN_FILE)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "run", "--json"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = read_record(Report, tmp_path / "run" / "report.json")
+    assert report.passed and json.loads(done.stdout)["artifact_sha256"] == report.artifact_sha256
+    assert (tmp_path / "run" / "bundle.zip").is_file()
