@@ -15,7 +15,7 @@ import re
 from edgeprune.device.meters import Meter, configured, each, total_watts
 from edgeprune.device.sources import Source
 
-BOARD_INPUTS = ("VDD_IN", "POM_5V_IN")
+BOARD_INPUTS = ("VDD_IN", "POM_5V_IN", "VIN")
 
 
 def make(options: str) -> Meter:
