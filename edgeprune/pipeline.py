@@ -23,7 +23,7 @@ from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget
-from edgeprune.core.closed_loop import best_round
+from edgeprune.core.closed_loop import best_round, corrected_memory
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import DEFAULT, Effort, find_effort
 from edgeprune.core.errors import InfeasibleBudget
@@ -51,7 +51,7 @@ from edgeprune.export import export_model
 from edgeprune.formats import Resizer
 from edgeprune.load import Data, example_inputs, load_data, load_model
 from edgeprune.plan import choose_widths, next_request, no_finer_step
-from edgeprune.profile import dense_latency, measure_widths, profile_target, read_profile
+from edgeprune.profile import dense_latency, measure_widths, measured_memory, profile_target, read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.score import score_groups
@@ -341,18 +341,21 @@ def plan_on_board(
 
     path: the profile's file; what is measured here is appended to it. resizer: the one it was
         profiled with, made here when not given.
-    returns: the plan whose measured latency is within the budget and closest to it; its `rounds`
-        are the evidence, and `finer_step` says why where it stays below 0.97 of the budget.
+    returns: the plan whose measured latency is within the budget and closest to it, of those whose
+        measured peak memory is within its own. Its `rounds` are the evidence, and `finer_step` says
+        why where it stays below 0.97 of the budget.
     """
     rounds: list[PlanRound] = []
     plans: list[Plan] = []
+    within: list[PlanRound] = []  # the memory budget, as far as it was measured
+    memory = budget.peak_memory_bytes
     limit, asked = budget.latency_s, next_request(rounds, budget)
     if limit is None:
         return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
     resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
     while asked is not None and len(rounds) < max_rounds:
         progress("closing the loop on the board", len(rounds), 0)
-        request = replace(budget, latency_s=asked)
+        request = replace(budget, latency_s=asked, peak_memory_bytes=memory)
         try:
             plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
         except InfeasibleBudget:
@@ -368,12 +371,22 @@ def plan_on_board(
             effort=effort, resizer=resizer, progress=progress,
         )  # fmt: skip
         assert plan.predicted.latency_s is not None
-        predicted_s = plan.predicted.latency_s.median
-        rounds.append(PlanRound(asked_s=asked, predicted_s=predicted_s, measured=measured[0], widths=plan.widths))
+        peak = measured_memory(profile.measurements, plan.widths, graph)
+        turn = PlanRound(
+            asked_s=asked, predicted_s=plan.predicted.latency_s.median, measured=measured[0], widths=plan.widths,
+            peak_memory_bytes=peak,
+        )  # fmt: skip
+        rounds.append(turn)
         plans.append(plan)
-        asked = next_request(rounds, budget)
-    best = plans[best_round(rounds, limit)]
-    return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(rounds, budget))
+        corrected = corrected_memory(budget.peak_memory_bytes, plan.predicted.peak_memory_bytes, peak)
+        if corrected is not None:
+            memory = corrected  # and the same latency once more
+            continue
+        within.append(turn)
+        asked = next_request(within, budget)
+    fitting = within or rounds
+    best = plans[rounds.index(fitting[best_round(fitting, limit)])]
+    return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(fitting, budget))
 
 
 def compact_and_compensate(

@@ -200,11 +200,9 @@ def build_problem(
         terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
         rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
     if budget.peak_memory_bytes is not None:
+        live_limit = _live_limit(profile, budget.peak_memory_bytes)
         distinct = {tuple(sorted(step.bytes.items())): step.bytes for step in memory_steps(graph)}
-        rows.extend(
-            polynomial_terms(step, axes).row("peak_memory_bytes", budget.peak_memory_bytes)
-            for step in distinct.values()
-        )
+        rows.extend(polynomial_terms(step, axes).row("peak_memory_bytes", live_limit) for step in distinct.values())
     return Problem(choices=choices, rows=tuple(rows), sums=tuple(axes.sums))
 
 
@@ -281,6 +279,12 @@ def _tiles(graph: Graph, profile: Profile) -> dict[str, int]:
         name: min(lcm(*(units for seconds, units in tiles if seconds >= COSTLY * max(tiles)[0])), graph.units[name])
         for name, tiles in found.items()
     }
+
+
+def _live_limit(profile: Profile, limit_bytes: float) -> float:
+    """What may be alive at once in the graph so that the process stays within `limit_bytes`."""
+    model = profile.memory
+    return limit_bytes if model is None else (limit_bytes - model.base_bytes) / model.scale
 
 
 def _tail(profile: Profile, budget: Budget) -> float:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from edgeprune.core.cost import peak_memory_bytes
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import load_member
@@ -122,7 +123,7 @@ def measure_widths(
     """
     names = [planned_name(graph.units | dict(widths)) for widths in candidates]
     new = {
-        name: Configuration(name=name, widths=graph.units | dict(widths))
+        name: Configuration(name=name, widths=graph.units | dict(widths), memory=True)
         for name, widths in zip(names, candidates, strict=True)
         if graph.units | dict(widths) != graph.units
     }
@@ -146,6 +147,12 @@ def planned_name(widths: Widths) -> str:
     return PLANNED + digest(dict(sorted(widths.items())))[:12]
 
 
+def measured_memory(measurements: Sequence[Measurement], widths: Widths, graph: Graph) -> int | None:
+    """Peak activation bytes of a model of `widths`, where it was measured."""
+    full = graph.units | dict(widths)
+    return next((m.activation_bytes for m in measurements if m.activation_bytes and m.widths == full), None)
+
+
 def dense_latency(profile: Profile) -> Quantity:
     """Whole-model latency of the dense model over all rounds: what a relative budget refers to."""
     return measured_latency(profile.measurements)
@@ -166,7 +173,7 @@ def read_profile(path: Path, graph: Graph | None = None) -> Profile:
         target=heading.target, conditions=heading.conditions, graph_sha256=heading.graph_sha256,
         artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
         measurements=tuple(measurements), tables=combined.tables, overhead_s=combined.overhead_s,
-        additivity_gap=combined.additivity_gap, held_out=combined.held_out,
+        additivity_gap=combined.additivity_gap, held_out=combined.held_out, memory=combined.memory,
     )  # fmt: skip
 
 
@@ -262,28 +269,28 @@ class _Run:
         return resizer.map_kernels(result.kernels)
 
     def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
-        by_key = {key: slot for slot in slots for key in (slot.time_key, slot.kernels_key)}
-        waiting: dict[str, StepResult] = {}
+        steps = {slot: slot.steps(self.effort) for slot in slots}
+        by_key = {step.key: slot for slot, its in steps.items() for step in its}
+        waiting: dict[_Slot, dict[str, StepResult]] = {slot: {} for slot in slots}
         failures: dict[str, str] = {}
         finished = 0
 
         def take(result: StepResult) -> None:
             nonlocal finished
             slot = by_key[result.key]
-            waiting[result.key] = result
-            if slot.time_key not in waiting or slot.kernels_key not in waiting:
+            waiting[slot][result.kind] = result
+            if len(waiting[slot]) < len(steps[slot]):
                 return
-            timed, profiled = waiting.pop(slot.time_key), waiting.pop(slot.kernels_key)
+            results = waiting.pop(slot)
             finished += 1
             self.progress("profiling", finished, len(slots))
-            error = timed.error or profiled.error
-            if error is not None or timed.samples is None:
+            error = results["time"].error or results["kernels"].error
+            if error is not None or results["time"].samples is None:
                 failures[slot.configuration.name] = error or "no samples"
                 return
-            append_record(self.path, _measurement(slot, timed, profiled, mapped))
+            append_record(self.path, _measurement(slot, results, mapped, self.graph))
 
-        steps = [step for slot in slots for step in slot.steps(self.effort)]
-        self.session.run(steps, job=job, on_result=take)
+        self.session.run([step for its in steps.values() for step in its], job=job, on_result=take)
         names = {slot.configuration.name for slot in slots}
         if DENSE in failures or 2 * len(failures) > len(names):
             name, error = next(iter(failures.items()))
@@ -292,38 +299,37 @@ class _Run:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Slot:
     """One configuration in one round."""
 
     configuration: Configuration
     round: int
 
-    @property
-    def time_key(self) -> str:
-        return f"{self.round}-{self.configuration.name}-time"
-
-    @property
-    def kernels_key(self) -> str:
-        return f"{self.round}-{self.configuration.name}-kernels"
-
-    def steps(self, effort: Effort) -> tuple[Step, Step]:
-        ours, dense = f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
-        return (
+    def steps(self, effort: Effort) -> list[Step]:
+        """The whole model and its kernels against the dense one; once, for some, the memory."""
+        key, ours, dense = f"{self.round}-{self.configuration.name}", f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
+        steps = [
             Step(
-                key=self.time_key, kind="time", artifact=ours, against=dense, seconds=effort.seconds,
+                key=f"{key}-time", kind="time", artifact=ours, against=dense, seconds=effort.seconds,
                 precision=effort.precision, min_samples=effort.samples,
             ),
-            Step(key=self.kernels_key, kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs),
-        )  # fmt: skip
+            Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs),
+        ]  # fmt: skip
+        if self.round == 0 and self.configuration.memory:
+            steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
+        return steps
 
 
-def _measurement(slot: _Slot, timed: StepResult, profiled: StepResult, mapped: KernelMap) -> Measurement:
+def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelMap, graph: Graph) -> Measurement:
+    timed, profiled, memory = results["time"], results["kernels"], results.get("memory")
     assert timed.samples is not None and timed.against is not None
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
         held_out=slot.configuration.held_out, samples=timed.samples, dense=timed.against,
         kernels=mapped.charge(profiled.kernels), run_s=profiled.run_s, dense_run_s=profiled.against_run_s,
+        activation_bytes=memory.activation_bytes if memory else None,
+        live_bytes=peak_memory_bytes(graph, slot.configuration.widths) if memory else None,
         conditions=timed.conditions,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from synthetic import synthetic_importance, synthetic_profile
 from torch import Tensor, nn
 
 from edgeprune.core.budget import make_budget
-from edgeprune.core.closed_loop import HIGHEST_SHARE, LOWEST_SHARE, next_request, no_finer_step
+from edgeprune.core.closed_loop import HIGHEST_SHARE, LOWEST_SHARE, corrected_memory, next_request, no_finer_step
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.errors import (
     DataError,
@@ -398,6 +398,15 @@ def test_nothing_fits_on_the_board() -> None:
     rounds = close_loop(lambda predicted: 5 * predicted, STAIRS, 0.9)
     reason = no_finer_step(rounds, Budget(latency_s=0.9))
     assert reason is not None and "no plan measured within 900 ms" in reason
+
+
+def test_memory_that_is_over_its_limit_is_asked_for_less() -> None:
+    """The board takes 1.3 times what was predicted: the next request meets the limit with a per cent to spare."""
+    assert corrected_memory(100_000, 100_000, 99_000) is None
+    assert corrected_memory(None, 100_000, 130_000) is None
+    assert corrected_memory(100_000, 100_000, None) is None
+    asked = corrected_memory(100_000, 100_000, 130_000)
+    assert asked is not None and 0.98 * 100_000 < 1.3 * asked < 100_000
 
 
 def test_plans_without_a_latency_budget_need_no_loop() -> None:

@@ -29,7 +29,7 @@ from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
 from edgeprune.formats.onnx import make_resizer
 from edgeprune.profile import ProfileHeading, dense_latency, measure_widths, profile_target, read_profile
-from edgeprune.tables.combine import PLANNED, average_rounds, combine, measured_latency
+from edgeprune.tables.combine import PLANNED, average_rounds, combine, fit_memory, measured_latency
 from edgeprune.tables.design import DENSE, design_configurations
 from edgeprune.tables.fit import Observations, fit_kernel, tabulate
 from edgeprune.trace import trace_graph
@@ -327,6 +327,8 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
     assert profile.held_out is not None and profile.held_out.configurations == 2
     assert all(item.kernels and item.run_s for item in profile.measurements)
     assert predict_latency(graph, {}, profile) > 0
+    assert profile.memory is not None and profile.memory.scale > 0
+    assert all(item.activation_bytes and item.live_bytes for item in profile.measurements if item.round == 0)
 
     again = profile_target(module, inputs, graph, session, path=path, **OPTIONS)
     assert again.measurements == profile.measurements
@@ -364,6 +366,28 @@ def test_refusals(session: Session, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("not a profile\n")
     with pytest.raises(RecordError, match="line 1"):
         read_profile(tmp_path / "p.jsonl")
+
+
+def test_memory_is_a_line_through_what_was_measured() -> None:
+    """A runtime that takes 1.2 bytes per live byte and 40 KiB on top, within 3 %; held-out ones are not fitted."""
+    rng = np.random.default_rng(0)
+    live = rng.integers(100_000, 900_000, 12)
+    some = _measure(_chain_graph())[:12]
+
+    def measured(scale: float, held: int) -> list[Measurement]:
+        return [
+            replace(item, configuration=str(i), held_out=i >= held, live_bytes=int(bytes_),
+                    activation_bytes=int((40_960 + scale * bytes_) * (1 + 0.03 * rng.uniform(-1, 1))))
+            for i, (item, bytes_) in enumerate(zip(some, live, strict=True))
+        ]  # fmt: skip
+
+    model = fit_memory(measured(1.2, 8))
+    assert model is not None and model.error is not None
+    assert model.scale == pytest.approx(1.2, abs=0.08)
+    assert model.error.configurations == 4 and model.error.max < 0.06
+    alone = fit_memory(measured(1.5, 2))
+    assert alone is not None and alone.base_bytes == 0 and alone.scale > 1.5
+    assert fit_memory(some) is None
 
 
 def test_rounds_are_averaged_by_medians() -> None:

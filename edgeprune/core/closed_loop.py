@@ -21,6 +21,7 @@ HIGHEST_SHARE = 0.995
 AIM = 0.988
 """Share of what it is content with that the loop aims at: the middle between the two."""
 
+MEMORY_AIM = 0.99
 RESOLUTION = 1e-3
 """Relative distance of two requests below which they are one."""
 
@@ -62,6 +63,16 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
     else:
         request = low * limit / last.measured.median
     return request if above < request < high else None
+
+
+def corrected_memory(limit_bytes: int | None, predicted_bytes: int | None, measured_bytes: int | None) -> int | None:
+    """What to ask of the memory model next after a plan took more than `limit_bytes`; None where it did not.
+
+    As for latency the ratio of measured to predicted corrects it, with a per cent to spare.
+    """
+    if limit_bytes is None or predicted_bytes is None or measured_bytes is None or measured_bytes <= limit_bytes:
+        return None
+    return int(MEMORY_AIM * predicted_bytes * limit_bytes / measured_bytes)
 
 
 def best_round(rounds: Sequence[PlanRound], limit: float) -> int:

@@ -310,8 +310,9 @@ def predict_latency(graph: Graph, widths: Widths, profile: Profile) -> float:
 def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -> Cost:
     """Everything that can be said without running the network.
 
-    Latency and artifact size need a profile. The latency's interval is the largest relative error
-    of the profile on configurations it was not fitted to; without held-out ones it has no width.
+    Latency and artifact size need a profile; with one, memory is what this runtime takes for it. The
+    latency's interval is the largest relative error of the profile on configurations it was not
+    fitted to; without held-out ones it has no width.
     """
     latency = size = None
     if profile is not None:
@@ -319,9 +320,12 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
         error = profile.held_out.max if profile.held_out is not None else 0.0
         latency = Quantity(median=seconds, low=seconds * max(1 - error, 0.0), high=seconds * (1 + error))
         size = artifact_bytes(graph, widths, profile.dense_bytes)
+    memory = peak_memory_bytes(graph, widths)
+    if profile is not None and profile.memory is not None:
+        memory = round(profile.memory.base_bytes + profile.memory.scale * memory)
     return Cost(
         latency_s=latency,
-        peak_memory_bytes=peak_memory_bytes(graph, widths),
+        peak_memory_bytes=memory,
         artifact_bytes=size,
         parameters=count_parameters(graph, widths),
         macs=count_macs(graph, widths),

@@ -379,6 +379,8 @@ class Measurement:
     """One configuration as measured in one round: whole model and, if profiled, each kernel.
 
     dense, dense_run_s: the dense model in the turns between: whole, and whole while profiled.
+    activation_bytes: growth of the process while running, where it was measured; live_bytes: the
+        largest sum of tensors alive at once in the graph at these widths.
     """
 
     configuration: str
@@ -390,16 +392,30 @@ class Measurement:
     kernels: dict[str, float] = field(default_factory=dict)
     run_s: float | None = None
     dense_run_s: float | None = None
+    activation_bytes: int | None = None
+    live_bytes: int | None = None
     conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutError:
-    """Relative whole-model latency error on configurations the fit never saw."""
+    """Relative error on configurations the fit never saw."""
 
     mean: float
     max: float
     configurations: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModel:
+    """Peak activation memory as measured: base_bytes + scale x the tensors alive at once in the graph.
+
+    error: on held-out configurations.
+    """
+
+    base_bytes: float
+    scale: float
+    error: HeldOutError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,6 +438,7 @@ class Profile:
     overhead_s: float
     additivity_gap: float
     held_out: HeldOutError | None = None
+    memory: MemoryModel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -529,12 +546,13 @@ class SolverResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRound:
-    """One turn of the closed loop: the latency asked of the tables, predicted and measured."""
+    """One turn of the closed loop: the latency asked of the tables, predicted and measured; the peak memory."""
 
     asked_s: float
     predicted_s: float
     measured: Quantity
     widths: dict[str, int]
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import nnls
 
 from edgeprune.core.cost import kernel_latency, kernel_sizes
 from edgeprune.core.errors import RecordError
-from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, Quantity, Table
+from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, MemoryModel, Quantity, Table
 from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.fit import OFF_TILE_WEIGHT, Observations, fit_kernels, tabulate
@@ -46,6 +47,7 @@ class Combined:
     overhead_s: float
     additivity_gap: float
     held_out: HeldOutError | None
+    memory: MemoryModel | None
 
 
 def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> Combined:
@@ -82,7 +84,34 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> C
     )
     return Combined(
         tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements), held_out=held_out,
+        memory=fit_memory(measurements),
     )  # fmt: skip
+
+
+def fit_memory(measurements: Sequence[Measurement]) -> MemoryModel | None:
+    """What the runtime takes per byte that is alive in the graph, and on top; None where it was not measured.
+
+    Runtimes round allocations up, keep buffers for reordered tensors and reuse others in place. All of
+    that grows with the widths as the tensors do, so a line through the measured peaks tells it.
+    """
+    seen = {m.configuration: m for m in measurements if m.activation_bytes and m.live_bytes}
+    fitted = [m for m in seen.values() if not m.held_out]
+    if not fitted:
+        return None
+    live, measured = (
+        np.array([getattr(m, name) for m in fitted], float) for name in ("live_bytes", "activation_bytes")
+    )
+    if len(fitted) < FEWEST_FOR_INTERCEPT:
+        scale, base = float(np.median(measured / live)), 0.0
+    else:
+        # Relative errors; neither part can be negative.
+        (scale, base), _ = nnls(np.stack([live / measured, 1 / measured], axis=1), np.ones(len(fitted)))
+    if scale <= 0:
+        return None
+    held = [m for m in seen.values() if m.held_out and m.live_bytes and m.activation_bytes]
+    errors = [abs((base + scale * (m.live_bytes or 0)) / (m.activation_bytes or 1) - 1) for m in held]
+    error = HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None
+    return MemoryModel(base_bytes=float(base), scale=float(scale), error=error)
 
 
 def predict_kernels(kernels: Sequence[Kernel], tables: Mapping[str, Table], widths: Mapping[str, int]) -> float:

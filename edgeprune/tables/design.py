@@ -21,17 +21,23 @@ UNIFORM = (0.75, 0.5, 0.25)
 STEPS = (8, 16, 8, 4, 8, 32, 8, 16, 8, 4, 8, 1)
 """Widths of one configuration are multiples of one of these: on the tiles of known runtimes, and off
 them, so that the staircase shows."""
+FITTED_MEMORY, HELD_OUT_MEMORY = 8, 4
+"""Of how many configurations the peak memory is measured."""
 SMALLEST = 1 / 8
 """Smallest share of a group's units in a random configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """One point of the design: a name for its files and steps, and all group widths."""
+    """One point of the design: a name for its files and steps, and all group widths.
+
+    memory: whether its peak memory is measured too, which takes a process of its own.
+    """
 
     name: str
     widths: dict[str, int]
     held_out: bool = False
+    memory: bool = False
 
 
 def design_configurations(
@@ -56,12 +62,15 @@ def design_configurations(
     plans = [
         np.clip(rng.uniform(0.5, 1.0) * rng.uniform(0.65, 1.35, len(groups)), SMALLEST, 1.0) for _ in range(held_out)
     ]
-    found = [Configuration(name=DENSE, widths=graph.units)]
+    found = [Configuration(name=DENSE, widths=graph.units, memory=True)]
     for index, (share, multiple) in enumerate(shares[: max(configurations - 1, 0)]):
-        found.append(Configuration(name=f"fit-{index:02d}", widths=_widths(graph, groups, share, multiple)))
+        widths = _widths(graph, groups, share, multiple)
+        found.append(Configuration(name=f"fit-{index:02d}", widths=widths, memory=index < FITTED_MEMORY))
     for index, share in enumerate(plans):
         widths = _widths(graph, groups, share, step or 8)
-        found.append(Configuration(name=f"held-{index:02d}", widths=widths, held_out=True))
+        found.append(
+            Configuration(name=f"held-{index:02d}", widths=widths, held_out=True, memory=index < HELD_OUT_MEMORY)
+        )
     return tuple(found)
 
 
