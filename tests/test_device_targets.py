@@ -63,7 +63,7 @@ def test_unknown_target_lists_the_known(name: str, tmp_path: Path) -> None:
         ('board = "toaster"', r"unknown board 'toaster'; known: android, jetson, linux, raspberry_pi"),
         ('transport = "pigeon"', "known: adb, local, replay, ssh"),
         ('runtime = "tpu"', "unknown runtime 'tpu'; known: onnxruntime"),
-        ('meter = "gas"', "unknown meter 'gas'; known: command, hwmon, ina3221, none"),
+        ('meter = "gas"', "unknown meter 'gas'; known: android_battery, command, hwmon"),
         ('meter = "rapl:core=1"', "'core' is not an option of rapl; known: domain"),
         ('meter = "tegrastats:interval_ms=0"', "readings every 0 s"),
         ('meter = "command:"', "needs a program"),

@@ -23,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 MARK = "@@edgeprune@@"
-BOARD_LOCK = Path("/tmp/edgeprune-board.lock")  # noqa: S108  one for all users of the board, on purpose
+# One for all users of the board, on purpose. Android has no /tmp, and only one user.
+BOARD_LOCK = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir(), "edgeprune-board.lock")  # noqa: S108
 BOARD_LOCK_TIMEOUT_S = 1800.0
 DEATHS_PER_STEP = 2
 """A step that took the agent down this often is given up, so that the others are still done."""
