@@ -18,8 +18,8 @@ pytestmark = pytest.mark.device
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_profile_survives_killed_hosts_and_a_troubled_board() -> None:
-    outcome = run_faults("embedded", kills=4)
-    assert outcome.faults["host killed"] == 4
+    outcome = run_faults("embedded", kills=3)
+    assert outcome.faults["host killed"] == 3
     assert (outcome.lost, outcome.doubled, outcome.altered) == (0, 0, 0)
     assert outcome.measurements >= ROUNDS * (CONFIGURATIONS + HELD_OUT)
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import NOISELESS
+from edgeprune.core.family import load_member
 from edgeprune.core.records import Report, Step, Target
 from edgeprune.core.stats import median
 from edgeprune.core.store import read_record
@@ -120,15 +121,18 @@ def measured_shares(target: Target, net: nn.Module, folder: Path, wanted: Sequen
     net, inputs, path = net.eval(), (torch.randn(1, 3, 16, 16),), folder / "profile.jsonl"
     graph = trace_graph(net, inputs)
     importance = score_groups(net, inputs, graph, None, criterion="magnitude", curves=False)
+    resizer = load_member("formats", "onnx").make_resizer(net, inputs, graph)
     shares = []
     with open_session(target, space=str(folder)) as session:
         profile = profile_target(
-            net, inputs, graph, session, path=path, configurations=10, held_out=3, effort=NOISELESS
+            net, inputs, graph, session, path=path, configurations=10, held_out=3, effort=NOISELESS, resizer=resizer
         )
         assert profile.held_out is not None and profile.held_out.mean < 0.03
         for share in wanted:
             budget = make_budget(dense_cost(graph, profile), latency=f"{share}x")
-            plan = plan_on_board(net, inputs, graph, profile, importance, budget, session, path, effort=NOISELESS)
+            plan = plan_on_board(
+                net, inputs, graph, profile, importance, budget, session, path, effort=NOISELESS, resizer=resizer
+            )
             chosen = next(turn for turn in plan.rounds if turn.widths == plan.widths)
             assert budget.latency_s is not None
             shares.append(chosen.measured.median / budget.latency_s)
