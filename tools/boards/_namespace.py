@@ -23,6 +23,8 @@ LIBC: Any = ctypes.CDLL(None, use_errno=True)
 NEW_USER, NEW_MOUNTS, NEW_PIDS, NEW_NAME, NEW_IPC = 0x10000000, 0x20000, 0x20000000, 0x4000000, 0x8000000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
 DIE_WITH_PARENT = 1
+UNAVAILABLE = 69
+"""Exit code where the kernel or our rights do not allow what is needed; EX_UNAVAILABLE of sysexits.h."""
 # An ELF header of 64 bits, little-endian, executable or shared, for machine 0xb7 (AArch64), and what of it counts.
 MAGIC = "7f454c460201010000000000000000000200b700"
 MASK = "ffffffffffffff00fffffffffffffffffeffffff"
@@ -101,8 +103,12 @@ def main(argv: list[str]) -> int:
     if parent:
         os.close(child_is_ready[1])
         os.read(child_is_ready[0], 1)
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{parent}/{name}").write_text("0 0 65536")
+        try:
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{parent}/{name}").write_text("0 0 65536")
+        except OSError as error:
+            print(error, file=sys.stderr, flush=True)
+            return UNAVAILABLE
         os.write(map_is_written[1], b"x")
         signal.signal(signal.SIGTERM, lambda *_: os.kill(parent, signal.SIGKILL))
         return os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) & 255
@@ -112,7 +118,7 @@ def main(argv: list[str]) -> int:
         check(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_PIDS | NEW_NAME | NEW_IPC), "making namespaces")
         os.close(child_is_ready[1])
         if not os.read(map_is_written[0], 1):
-            os._exit(1)  # the user map was refused
+            os._exit(UNAVAILABLE)  # the user map was refused
         # The change of user cleared it.
         LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL)
         if process := os.fork():
@@ -121,7 +127,7 @@ def main(argv: list[str]) -> int:
         inside(Path(rootfs), Path(run), emulator, program)
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(UNAVAILABLE)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from boards._namespace import UNAVAILABLE
 from boards._server import die_with_parent, end, free_port, ssh_address, wait_for_banner
 from boards.cache import CannotBuild
 from boards.host_tools import find_tool
 from boards.rootfs import UID, USER, build_rootfs
+from edgeprune.core.errors import DeviceError
 from edgeprune.core.records import Target
 
 START_S = 60.0
@@ -137,7 +139,13 @@ class RaspiBoard:
             self._server = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent
             )
-        wait_for_banner(self._port, self._server, folder / "sshd.log", START_S)
+        try:
+            wait_for_banner(self._port, self._server, folder / "sshd.log", START_S)
+        except DeviceError as error:
+            if self._server.poll() == UNAVAILABLE:
+                said = (folder / "sshd.log").read_text(errors="replace").strip()
+                raise CannotBuild(f"this machine cannot run arm64 programs in namespaces: {said[-300:]}") from error
+            raise
 
     def power_off(self) -> None:
         """Kill every process of the board at once."""
