@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +189,21 @@ def test_power_model() -> None:
 def test_bad_power_model(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_power_model(text)
+
+
+def test_meters_program_does_not_outlive_a_killed_agent(tmp_path: Path) -> None:
+    """Nobody reads its lines any more: the next one ends it."""
+    device = Path(open_session.__code__.co_filename).parent
+    meter = {"argv": ["sh", "-c", f"echo $$ > {tmp_path}/pid; while sleep 0.05; do echo 1; done"], "stream": True}
+    program = f"import energy, time\nwith energy.Sampler({meter!r}): print('on', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=device, stdout=subprocess.PIPE) as agent:
+        assert agent.stdout is not None and agent.stdout.readline() == b"on\n"
+        agent.kill()
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    for _ in range(200):
+        # A zombie that no init collects has ended too.
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("the meter's program goes on")

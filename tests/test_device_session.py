@@ -207,6 +207,16 @@ def test_every_kind_of_step(session: Session, model: Path, tmp_path: Path) -> No
     assert 0 <= memory.activation_bytes < memory.process_bytes
 
 
+def test_energy_by_a_program_on_the_board(board: Target, model: Path) -> None:
+    meter = "command:sh -c 'while sleep 0.02; do echo 2.5; done'"
+    with open_session(replace(board, meter=meter)) as session:
+        session.push({"net.onnx": model})
+        (result,) = session.run([quick("e", kind="energy", seconds=0.4)], job="energy")
+    assert result.error is None and result.power is not None
+    assert set(result.power.active_w) == set(result.power.idle_w) == {2.5}
+    assert result.power.runs > 0 and result.power.seconds >= 0.4
+
+
 def test_result_is_never_measured_twice(session: Session, model: Path) -> None:
     session.push({"net.onnx": model})
     first = session.run([quick("a"), quick("b")], job="twice")
