@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgeprune.advise import advise_pruning as advise_pruning
     from edgeprune.bundle import verify_bundle as verify_bundle
     from edgeprune.bundle import write_bundle as write_bundle
     from edgeprune.compact import compact_model as compact_model
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "advise": ("advise_pruning",),
     "bundle": ("verify_bundle", "write_bundle"),
     "compact": ("compact_model", "save_compact"),
     "core.store": ("read_record", "write_record"),

@@ -91,6 +91,27 @@ def profile_target(
     if configurations < 2 or effort.rounds < 1 or held_out < 0:
         raise UsageError("a profile needs at least 2 configurations and 1 round")
     sweep = design_configurations(graph, configurations, held_out, step=step, seed=seed)
+    return profile_configurations(
+        module, inputs, graph, session, sweep, path=path, effort=effort, progress=progress, seed=seed,
+        resizer=resizer, format=format,
+    )  # fmt: skip
+
+
+def profile_configurations(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    graph: Graph,
+    session: Session,
+    sweep: Sequence[Configuration],
+    *,
+    path: Path,
+    effort: Effort = DEFAULT,
+    progress: Progress = silent,
+    seed: int = 0,
+    resizer: Resizer | None = None,
+    format: str = "onnx",
+) -> Profile:
+    """`profile_target` with configurations of one's own, the dense model among them."""
     make = partial(_make_resizer, resizer, format, module, inputs, graph)
     with _Run(graph, session, make, path, effort, progress) as run:
         schedule = []

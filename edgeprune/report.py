@@ -14,9 +14,9 @@ from plotly.offline import get_plotlyjs
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.describe import interval
 from edgeprune.core.family import list_members, load_member
-from edgeprune.core.records import Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
+from edgeprune.core.records import Advice, Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
 from edgeprune.core.store import to_builtins, write_atomic
-from edgeprune.figures import DENSE, PRUNED, Figure, Run, Table
+from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
 
 UNKNOWN = "–"
 AMOUNTS = {"s": "latency_s", "bytes": "artifact_bytes", "J": "energy_j"}
@@ -61,6 +61,49 @@ def render_report(*, report: Report, plan: Plan, graph: Graph, profile: Profile,
         colours={"dense": DENSE, "pruned": PRUNED},
         plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
     )
+
+
+def write_advice(path: Path, advice: Advice, most: int = 25) -> None:
+    """A page with the costliest kernels and their staircases. raises: UsageError when it cannot be written."""
+    kernels = advice.kernels[:most]
+    scale, unit = time_scale(kernel.time_s for kernel in kernels)
+    names = [kernel.name for kernel in kernels]
+    bars = [
+        {
+            "type": "bar", "orientation": "h", "name": f"limited by {limit}" + ("" if prunable else ", not prunable"),
+            "y": [k.name for k in mine], "x": [k.time_s * scale for k in mine],
+            "marker": {"color": colour, "opacity": 1.0 if prunable else 0.4},
+        }
+        for limit, colour in (("compute", PRUNED), ("memory", STAGE), ("start-up", DENSE))
+        for prunable in (True, False)
+        if (mine := [k for k in kernels if k.limited_by == limit and k.prunable == prunable])
+    ]  # fmt: skip
+    stairs = [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": k.name, "line": {"shape": "linear"},
+            "x": [0, *(less for less, _ in k.steps)], "y": [1, *(share for _, share in k.steps)],
+        }
+        for k in [k for k in kernels if k.prunable and k.steps][:6]
+    ]  # fmt: skip
+    bar_layout = {
+        "height": bars_height(len(kernels), 24), "barmode": "stack", "xaxis": axis(f"time ({unit})"),
+        "yaxis": {**names_axis(), "categoryorder": "array", "categoryarray": names},
+    }  # fmt: skip
+    stair_layout = {
+        "height": 420, "xaxis": axis("units taken off every group"),
+        "yaxis": axis("share of the kernel's time left", rangemode="tozero"),
+    }  # fmt: skip
+    text = files("edgeprune").joinpath("templates", "advice.html.j2").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(text).render(
+        advice=advice,
+        latency=interval(advice.latency_s),
+        outside=format_seconds(advice.outside_s),
+        threads=[(count, interval(time)) for count, time in advice.threads],
+        plots=[("kernels", bars, bar_layout), *([("stairs", stairs, stair_layout)] if stairs else [])],
+        plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
+    )
+    write_atomic(path, page.encode())
 
 
 def headline(report: Report) -> str:

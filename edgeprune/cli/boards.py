@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 import edgeprune
-from edgeprune.cli.common import AsJson, EffortName, TargetName, Threads, bars, show
+from edgeprune.cli.common import (
+    AsJson,
+    EffortName,
+    Inexact,
+    Model,
+    Shapes,
+    TargetName,
+    Threads,
+    Weights,
+    bars,
+    load_graph,
+    show,
+)
 from edgeprune.core.effort import find_effort
 
 targets_app = typer.Typer(help="The boards: list them, look at one, prepare one.", no_args_is_help=True)
@@ -59,4 +71,29 @@ def measure(
     show(measured, as_json, "describe_measured")
 
 
-COMMANDS = (measure,)
+def advise(
+    model: Model, target: TargetName, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False,
+    threads: Threads = 1, effort: EffortName = "quick",
+    other_threads: Annotated[list[int] | None, typer.Option("--other-threads", help="also time these")] = None,
+    html: Annotated[Path | None, typer.Option(help="a page with the picture")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="keep the record")] = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Where the time goes on a board and whether pruning is worth it, before anyone trains anything."""
+    level = find_effort(effort)
+    with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+        module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
+        cpus = session.facts.cpus or 1
+        counts = other_threads or [count for count in (1, 2, 4) if count <= cpus and count != threads]
+        found = edgeprune.advise_pruning(
+            module, inputs, graph, session, threads=counts, effort=level, progress=progress
+        )
+    if out:
+        edgeprune.write_record(out, found)
+    if html:
+        from edgeprune.report import write_advice
+
+        write_advice(html, found)
+    show(found, as_json, "describe_advice")
+
+
+COMMANDS = (advise, measure)

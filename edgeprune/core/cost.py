@@ -100,18 +100,23 @@ def count_parameters(graph: Graph, widths: Widths) -> int:
 
 
 def mac_polynomial(graph: Graph) -> Polynomial:
-    """Multiply-accumulates of convolutions, linears and matrix products on the example input.
+    """Multiply-accumulates of convolutions, linears and matrix products on the example input."""
+    return add(mac_terms(graph).values())
+
+
+def mac_terms(graph: Graph) -> dict[str, Polynomial]:
+    """`mac_polynomial` of each node that has any.
 
     A weight is used once per output position (per input position when transposed), so a layer costs
     positions x elements of its weight, grouped or not.
     """
     nodes = {node.name: node for node in graph.nodes}
     parameters = {p.name: p for p in graph.parameters}
-    terms: list[Polynomial] = []
+    terms: dict[str, Polynomial] = {}
     for node in graph.nodes:
         if node.op in PRODUCTS and node.inputs:
             inner = nodes[node.inputs[0]].out_extents[-1]
-            terms.append(volume((*node.out_extents, inner)))
+            terms[node.name] = volume((*node.out_extents, inner))
             continue
         if not node.parameters or node.parameters[0] not in parameters:
             continue
@@ -124,8 +129,8 @@ def mac_polynomial(graph: Graph) -> Polynomial:
             positions = node.out_extents[:-1]
         else:
             continue
-        terms.append(volume((*positions, *weight.extents)))
-    return add(terms)
+        terms[node.name] = volume((*positions, *weight.extents))
+    return terms
 
 
 def count_macs(graph: Graph, widths: Widths) -> int:

@@ -7,7 +7,19 @@ from pathlib import Path
 
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.cost import mac_polynomial
-from edgeprune.core.records import Artifact, BoardFacts, Cost, Graph, Measured, Plan, Profile, Quantity, Report, Target
+from edgeprune.core.records import (
+    Advice,
+    Artifact,
+    BoardFacts,
+    Cost,
+    Graph,
+    Measured,
+    Plan,
+    Profile,
+    Quantity,
+    Report,
+    Target,
+)
 
 UNKNOWN = "not measured"
 
@@ -217,3 +229,32 @@ def describe_measured(measured: Measured) -> str:
     where = f"{measured.target}: {now.cpu}, {runtime}"
     head = ("file", "median latency", "half of the runs", "95 % below", "peak memory", "size")
     return "\n".join(filter(None, [table(head, rows), "", where, measured.verdict, *measured.notes]))
+
+
+def describe_advice(advice: Advice, most: int = 20) -> str:
+    """The costliest kernels with their staircase, other thread counts, and the conclusion."""
+    total = sum(kernel.time_s for kernel in advice.kernels) + advice.outside_s
+    steps = [less for less, _ in advice.kernels[0].steps] if advice.kernels else []
+    rows = [
+        (
+            kernel.name,
+            kernel.op,
+            format_seconds(kernel.time_s),
+            f"{kernel.time_s / total:.0%}",
+            kernel.limited_by,
+            "yes" if kernel.prunable else "no",
+            *(f"{share:.2f}" if kernel.prunable else "" for _, share in kernel.steps),
+        )
+        for kernel in advice.kernels[:most]
+    ]
+    head = ("layer", "kernel", "time", "share", "limit", "prunable", *(f"-{less}" for less in steps))
+    parts = [table(head, rows)] if rows else []
+    if len(advice.kernels) > most:
+        rest = sum(kernel.time_s for kernel in advice.kernels[most:])
+        parts.append(f"{len(advice.kernels) - most} more kernels: {format_seconds(rest)}")
+    parts.append(f"outside kernels: {format_seconds(advice.outside_s)}")
+    if steps:
+        parts.append("-N: share of a kernel's time that is left with N units taken off every group")
+    parts += [f"{count} threads: {interval(time)}" for count, time in advice.threads]
+    parts += [f"dense model: {interval(advice.latency_s)} on {advice.target}", "", advice.verdict]
+    return "\n".join(parts)

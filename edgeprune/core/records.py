@@ -509,6 +509,43 @@ class Budget:
     statistic: Literal["median", "p95"] = "median"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelAdvice:
+    """One kernel of the dense model.
+
+    limited_by: `compute`, `memory` or `start-up`. prunable: whether pruning changes its size.
+    steps: (units taken off every group, share of its dense time that is left).
+    """
+
+    name: str
+    op: str
+    time_s: float
+    macs: int
+    limited_by: str
+    prunable: bool
+    steps: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """Where the time of a model goes on a board, and whether pruning can help.
+
+    smallest_s: at the least widths; None where nothing can be pruned. outside_s: in no kernel.
+    prunable_share: of the time in kernels. kernels: the costliest first.
+    threads: (thread count, latency). verdict: the conclusion in words.
+    """
+
+    target: str
+    conditions: Conditions
+    latency_s: Quantity
+    smallest_s: Quantity | None
+    outside_s: float
+    prunable_share: float
+    kernels: tuple[KernelAdvice, ...]
+    threads: tuple[tuple[int, Quantity], ...]
+    verdict: str
+
+
 # --- what to keep --------------------------------------------------------------------------------
 
 
