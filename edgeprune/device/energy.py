@@ -26,6 +26,8 @@ SETTLE_S = 0.5
 FIRST_READING_S = 10.0
 REST_SHARE = 0.25
 """Rest before the loop and after it, of the loop's time: the mean of both is where a drift was half-way."""
+REST_READINGS = 5
+"""A rest is at least so many readings of the meter long."""
 
 
 def measure_power(run: Callable[[], Any], seconds: float, meter: dict[str, Any]) -> dict[str, Any]:
@@ -34,8 +36,9 @@ def measure_power(run: Callable[[], Any], seconds: float, meter: dict[str, Any])
     meter: argv, files, stream, interval_s, as the session sends it. returns: readings [seconds, text] on
     the monotonic clock, the windows idle and active on it, and the runs made. raises: RuntimeError.
     """
+    rest_s = max(seconds * REST_SHARE, REST_READINGS * meter["interval_s"])
     with Sampler(meter) as sampler:
-        idle = [_rest(seconds * REST_SHARE)]
+        idle = [_rest(rest_s)]
         limit = time.monotonic() + SETTLE_S
         while time.monotonic() < limit:
             run()
@@ -44,7 +47,7 @@ def measure_power(run: Callable[[], Any], seconds: float, meter: dict[str, Any])
             run()
             runs += 1
         active = [began, time.monotonic()]
-        idle.append(_rest(seconds * REST_SHARE))
+        idle.append(_rest(rest_s))
         sampler.check()
     return {"readings": sampler.readings, "idle": idle, "active": active, "runs": runs}
 
