@@ -169,8 +169,9 @@ class Graph:
 class Target:
     """One entry of the inventory, from `targets/NAME.toml`.
 
-    board, transport, runtime, meter: names of family members. address: what the transport needs
-    (ssh: host, port, user, key, alias ...). threads: intra-op threads of the runtime.
+    board, transport, runtime: names of family members; meter: too, with its options as `NAME:options`.
+    address: what the transport needs (ssh: host, port, user, key, alias ...; adb: serial ...).
+    threads: intra-op threads of the runtime.
     workdir: folder on the board that edgeprune may fill. python: interpreter on the board.
     """
 

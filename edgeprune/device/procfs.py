@@ -43,8 +43,8 @@ ARM_PARTS = {
 
 
 def parse_text(text: str) -> str | None:
-    """The text without surrounding white space and NULs; None when there is none."""
-    return text.strip(" \n\t\0") or None
+    """The first line without surrounding white space and NULs; None when there is none."""
+    return text.strip(" \n\t\0").partition("\n")[0].strip(" \t\0") or None
 
 
 def parse_os_release(text: str) -> str | None:

@@ -22,9 +22,8 @@ def parse_property(name: str) -> Fact:
 
 
 def _parse_property(text: str) -> str | None:
-    # A property has one line; a shell without getprop says so in words.
     value = procfs.parse_text(text)
-    return value if value and "\n" not in value and "not found" not in value else None
+    return value if value and "not found" not in value else None  # a shell without getprop says so in words
 
 
 def parse_release(text: str) -> str | None:

@@ -9,7 +9,11 @@ from edgeprune.device.sources import Source
 FACTS = {
     "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
     "system": Fact(Source(argv=("cat", "/etc/os-release")), procfs.parse_os_release),
-    "model": Fact(Source(argv=("cat", "/sys/class/dmi/id/product_name")), procfs.parse_text),
+    "model": Fact(
+        # A PC has the one, an ARM board the other, which ends in a NUL that grep would take for a binary file.
+        Source(argv=("cat", "/sys/class/dmi/id/product_name", "/proc/device-tree/model")),
+        procfs.parse_text,
+    ),
     "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
     "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
     "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
