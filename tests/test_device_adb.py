@@ -47,6 +47,14 @@ def test_no_server() -> None:
         connect_target(Target(name="phone", transport="adb", address={"serial": "x", "port": port}))
 
 
+def test_device_that_is_too_old() -> None:
+    server = AdbServer()
+    with server as target:
+        server.old = True
+        with pytest.raises(ConnectionLost, match="Android 7 or newer"):
+            connect_target(target)
+
+
 def test_device_that_does_not_trust_us_is_not_waited_for() -> None:
     server = AdbServer()
     with server as target:

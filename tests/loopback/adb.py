@@ -24,7 +24,8 @@ class AdbServer:
     """Listens on 127.0.0.1 for as long as the `with` block, and gives the target that reaches it.
 
     refusal: what it says instead of joining the device, the way a server does. cut_after: hang up after
-    so many bytes to the client, once.
+    so many bytes to the client, once. disk_full: no file gets longer than a few bytes. old: a device of
+    before the shell protocol.
     """
 
     def __init__(self, serial: str = "emulator-5554") -> None:
@@ -32,6 +33,7 @@ class AdbServer:
         self.refusal = ""
         self.cut_after: int | None = None
         self.disk_full = False
+        self.old = False
         self.services: list[str] = []
         outer = self
 
@@ -106,7 +108,7 @@ class _Conversation:
                 self.send(b"OKAY")
                 self.sync()
                 return
-            elif joined and service.startswith("shell,v2,raw:"):
+            elif joined and service.startswith("shell,v2,raw:") and not self.server.old:
                 self.send(b"OKAY")
                 self.shell(service.removeprefix("shell,v2,raw:"))
                 return

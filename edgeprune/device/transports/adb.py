@@ -131,8 +131,14 @@ class AdbTransport:
     def check(self) -> None:
         """See that the device is there. raises: ConnectionLost, saying what to do."""
         try:
-            with self._open(self._timeout_s):
-                pass
+            with self._open(self._timeout_s) as link:
+                try:
+                    link.request("shell,v2,raw:true")
+                except (_Refused, EOFError) as error:
+                    raise ConnectionLost(
+                        f"target {self._name}: device {self._serial} does not know adb's shell protocol ({error}), "
+                        "which needs Android 7 or newer"
+                    ) from error
         except (_Refused, OSError, EOFError) as error:
             raise ConnectionLost(self._explain(error)) from error
 
