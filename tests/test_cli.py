@@ -157,3 +157,25 @@ def test_an_altered_record_is_refused(project: Path) -> None:
     assert done.returncode == 4
     assert "importance.json" in done.stderr
     assert not (project / "plan.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")
+@pytest.mark.parametrize("command", ["trace", "export"])
+def test_full_output_disk(project: Path, command: str) -> None:
+    """One sentence and exit code 2; nothing half-written lies there, and with room the same command works."""
+    disk = project / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], check=True)
+    try:
+        (disk / "ballast").write_bytes(bytes(60 * 1024))
+        out = disk / ("result.onnx" if command == "export" else "result.json")
+        arguments = [command, "nets.py:net", "--input", "1x3x12x12", "--out", str(out)]
+        done = edgeprune(*arguments, cwd=project)
+        assert done.returncode == 2, done.stderr
+        assert "No space left" in done.stderr and "Traceback" not in done.stderr
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert edgeprune(*arguments, cwd=project).returncode == 0
+        assert len(list(disk.iterdir())) == 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
