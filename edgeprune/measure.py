@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeprune.core.budget import format_seconds
 from edgeprune.core.effort import DEFAULT, Effort
+from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, DeviceError, InputError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
@@ -20,6 +21,9 @@ from edgeprune.core.stats import find_drift, find_modes, p95, quantity, round_ra
 
 if TYPE_CHECKING:
     from edgeprune.device.session import Session
+
+
+NO_METER = "none"
 
 
 def measure_files(
@@ -38,6 +42,8 @@ def measure_files(
     artifacts = [_inspect(path) for path in paths]
     names = list(files)
     steps = [Step(key=f"memory {name}", kind="memory", artifact=name) for name in names]
+    if session.target.meter != NO_METER:
+        steps += [Step(key=f"energy {name}", kind="energy", artifact=name, seconds=effort.energy_s) for name in names]
     steps += [
         Step(
             key=f"time {number}", kind="time", artifact=names[-1], against=names[0] if len(names) > 1 else None,
@@ -67,7 +73,7 @@ def measure_files(
     last = [result.samples for result in timed if result.samples is not None]
     rounds = [[result.against for result in timed if result.against is not None], last] if len(names) > 1 else [last]
     timings = [
-        _timing(artifact, path, samples, by_key[f"memory {name}"])
+        _timing(artifact, path, samples, by_key[f"memory {name}"], by_key.get(f"energy {name}"))
         for artifact, path, samples, name in zip(artifacts, paths, rounds, names, strict=True)
     ]
     ratio = None
@@ -80,7 +86,7 @@ def measure_files(
         timings=tuple(timings),
         ratio=ratio,
         verdict=describe_ratio(ratio, paths[0].name, paths[-1].name) if ratio else "",
-        notes=tuple(_notes(rounds[0], conditions)),
+        notes=(*_notes(rounds[0], conditions), *_failures(results)),
     )
 
 
@@ -101,7 +107,9 @@ def _inspect(path: Path) -> Artifact:
     return artifact
 
 
-def _timing(artifact: Artifact, path: Path, rounds: Sequence[Samples], memory: StepResult) -> Timing:
+def _timing(
+    artifact: Artifact, path: Path, rounds: Sequence[Samples], memory: StepResult, energy: StepResult | None
+) -> Timing:
     runs = np.concatenate([samples.values for samples in rounds])
     low, high = np.percentile(runs, [25, 75])
     return Timing(
@@ -109,6 +117,7 @@ def _timing(artifact: Artifact, path: Path, rounds: Sequence[Samples], memory: S
         latency_s=quantity(np.concatenate([turn_medians(samples) for samples in rounds])),
         quartiles_s=(float(low), float(high)), p95_s=p95(runs), activation_bytes=memory.activation_bytes,
         process_bytes=memory.process_bytes, rounds=tuple(rounds),
+        energy_j=energy_per_run(energy.power) if energy is not None and energy.power is not None else None,
     )  # fmt: skip
 
 
@@ -130,6 +139,11 @@ def _notes(rounds: Sequence[Samples], conditions: Sequence[Conditions]) -> list[
     if conditions and conditions[-1].governor not in (None, "performance"):
         notes.append(f"the clock's governor is '{conditions[-1].governor}'; with 'performance' latencies vary less")
     return notes
+
+
+def _failures(results: Sequence[StepResult]) -> list[str]:
+    """Why energy was not measured."""
+    return [f"no energy: {result.error}" for result in results if result.kind == "energy" and result.error]
 
 
 def _name(error: str, files: dict[str, Path]) -> str:

@@ -297,6 +297,7 @@ class Stages:
             target.name,
             threads=target.threads,
             runtime=target.runtime,
+            meter=target.meter,
             space=self.folder.path,
             progress=self.progress,
         )
@@ -307,15 +308,22 @@ class Stages:
 
 @contextmanager
 def connect(
-    name: str, *, threads: int = 1, runtime: str = "onnxruntime", space: Path | None = None, progress: Progress = silent
+    name: str,
+    *,
+    threads: int = 1,
+    runtime: str = "onnxruntime",
+    meter: str | None = None,
+    space: Path | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Session]:
     """An open session on a board of the inventory, or on an embedded one of its own.
 
-    space: whose files on the board are shared and reused; the current folder's when not given.
+    meter: instead of the target's own. space: whose files on the board are shared and reused; the
+        current folder's when not given.
     """
     with ExitStack() as stack:
         target = stack.enter_context(EmbeddedBoard()) if name == EMBEDDED else load_target(name)
-        target = replace(target, threads=threads, runtime=runtime)
+        target = replace(target, threads=threads, runtime=runtime, meter=meter or target.meter)
         where = str((space or Path.cwd()).resolve())
         yield stack.enter_context(open_session(target, space=where, progress=progress))
 

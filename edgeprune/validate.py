@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgeprune.core.checks import check_budget, check_parity
 from edgeprune.core.effort import DEFAULT, Effort
+from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from edgeprune.device.session import Session
 
+NO_METER = "none"
 NumberArray = npt.NDArray[Any]
 
 
@@ -163,6 +165,7 @@ def validate_artifact(
         name: Cost(
             latency_s=measured[name],
             peak_memory_bytes=board.memory[name],
+            energy_j=board.energy.get(name),
             artifact_bytes=file.bytes,
             parameters=counts[name].parameters,
             macs=counts[name].macs,
@@ -206,6 +209,7 @@ class _Board:
         self.files: dict[str, str] = {}
         self.samples: dict[str, list[Samples]] = {"dense": [], "compact": []}
         self.memory: dict[str, int | None] = {}
+        self.energy: dict[str, Quantity | None] = {}
         self.conditions: Conditions = session.conditions()
         self.done = self.total = 0
 
@@ -231,6 +235,11 @@ class _Board:
             inputs = self.files["inputs"]
             steps.append(Step(key="outputs compact", kind="outputs", artifact=self.files["compact"], inputs=inputs))
             steps += [Step(key=f"memory {name}", kind="memory", artifact=self.files[name]) for name in self.samples]
+            if self.session.target.meter != NO_METER:
+                steps += [
+                    Step(key=f"energy {name}", kind="energy", artifact=self.files[name], seconds=effort.energy_s)
+                    for name in self.samples
+                ]
         start = len(self.samples["dense"])
         steps += [
             Step(
@@ -247,6 +256,9 @@ class _Board:
         kind, name = result.key.split(" ")[:2]
         if kind == "memory":  # a board that cannot tell has not failed
             self.memory[name] = result.activation_bytes
+            return
+        if kind == "energy":
+            self.energy[name] = energy_per_run(result.power) if result.power is not None else None
             return
         if result.error is not None:
             raise AgentError(f"target {self.session.target.name}: {kind} of the {name} model failed: {result.error}")

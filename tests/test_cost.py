@@ -312,6 +312,23 @@ def test_budget_relative_to_the_dense_model() -> None:
         make_budget(dense)
 
 
+def test_energy_by_a_power_model_is_a_latency() -> None:
+    """2.5 W more at work: 30 mJ are 12 ms, half the energy is half the latency, and the tighter limit holds."""
+    dense = Cost(latency_s=Quantity(median=0.02, low=0.02, high=0.02))
+    model = "idle=2.0W,active=4.5W"
+    absolute = make_budget(dense, energy="30mJ", power_model=model)
+    assert absolute.latency_s == pytest.approx(0.012)
+    assert absolute.energy_j is None and absolute.latency_share is None
+    relative = make_budget(dense, energy="0.5x", power_model=model)
+    assert (relative.latency_s, relative.latency_share) == (0.01, 0.5)
+    tighter = make_budget(dense, latency="5 ms", energy="30mJ", power_model=model)
+    assert tighter.latency_s == pytest.approx(0.005)
+    looser = make_budget(dense, latency="0.9x", energy="30mJ", power_model=model)
+    assert looser.latency_s == pytest.approx(0.012)
+    with pytest.raises(UsageError, match="power model"):
+        make_budget(dense, energy="30mJ", power_model="idle=2")
+
+
 def test_numbers_for_people() -> None:
     assert format_seconds(0.0123) == "12.3 ms"
     assert format_seconds(789e-6) == "789 us"

@@ -75,6 +75,22 @@ def test_two_files_are_timed_in_turns(session: Session, models: dict[str, Path])
     assert session.run([], job="x") == []
 
 
+def test_energy_by_a_meter(session: Session, models: dict[str, Path], tmp_path: Path) -> None:
+    """A meter that says 4 W always: at work no more than at rest, so that an inference adds about nothing."""
+    program = tmp_path / "meter.py"
+    program.write_text("import time\nwhile True:\n    print(4.0, flush=True)\n    time.sleep(0.02)\n")
+    target = replace(session.target, meter=f"command:{sys.executable} {program}")
+    brief = replace(BRIEF, energy_s=1.0)
+    with open_session(target) as metered:
+        measured = measure_files([models["small"]], metered, effort=brief)
+        assert measured.timings[0].energy_j is not None, measured.notes
+        assert measured.timings[0].energy_j.median == pytest.approx(0, abs=1e-9)
+    with open_session(replace(target, meter="command:/bin/true")) as broken:
+        silent = measure_files([models["small"]], broken, effort=brief)
+    assert silent.timings[0].energy_j is None
+    assert any(note.startswith("no energy:") for note in silent.notes)
+
+
 def test_nothing_stays_on_the_board(session: Session, models: dict[str, Path]) -> None:
     measure_files([models["small"]], session, effort=BRIEF)
     with pytest.raises(Exception, match=r"no file measure-0\.onnx"):

@@ -14,6 +14,7 @@ from edgeprune.cli.common import (
     EffortName,
     Inexact,
     Limit,
+    MeterName,
     Model,
     Out,
     Shapes,
@@ -81,6 +82,7 @@ def plan(
     importance: Annotated[Path, typer.Option(help="from `edgeprune score`")], out: Out, weights: Weights = None,
     shapes: Shapes = None, allow_inexact: Inexact = False, latency: Limit = None, memory: Limit = None,
     size: Limit = None, energy: Limit = None,
+    power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
     threads: Threads = 1, effort: EffortName = "default", solver: str = "milp", levels: int = 16,
     as_json: AsJson = False,
@@ -91,7 +93,10 @@ def plan(
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
-    budget = make_budget(edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy)
+    budget = make_budget(
+        edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy,
+        power_model=power_model,
+    )  # fmt: skip
     with bars() as progress:
         if target is None:
             chosen = edgeprune.choose_widths(
@@ -158,7 +163,7 @@ def validate(
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
     plan: Annotated[Path, typer.Option(help="from `edgeprune plan`: the budgets and what was predicted")],
     data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, threads: Threads = 1,
-    effort: EffortName = "default", as_json: AsJson = False,
+    effort: EffortName = "default", meter: MeterName = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.records import Plan
@@ -167,7 +172,7 @@ def validate(
     chosen = edgeprune.read_record(Plan, plan)
     files = [load_member("formats", file.suffix.lstrip(".")).inspect(file) for file in (artifact, dense)]
     examples = edgeprune.collect_examples(module, edgeprune.load_data(data, Path.cwd()).require("test"), files[0])
-    with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+    with bars() as progress, edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
         report = edgeprune.validate_artifact(
             files[0], session, dense=files[1], examples=examples, budget=chosen.budget, predicted=chosen.predicted,
             effort=find_effort(effort), progress=progress,

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from edgeprune.core.energy import PowerModel, parse_power_model
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import Budget, Cost
 
@@ -61,14 +62,19 @@ def make_budget(
     memory: str | None = None,
     size: str | None = None,
     energy: str | None = None,
+    power_model: str | None = None,
     statistic: Literal["median", "p95"] = "median",
 ) -> Budget:
     """Absolute limits from what was asked for.
 
     dense: what the dense model takes; needed for limits that are relative to it.
+    power_model: such as "idle=2.1W,active=4.8W", where no meter can tell: energy is then the difference
+        times the latency, and an energy limit one on the latency.
     raises: UsageError for text that cannot be read, no limit at all, or a relative limit on
             something that was not measured.
     """
+    if energy is not None and power_model is not None:
+        latency, energy = _tighter_latency(dense, latency, energy, parse_power_model(power_model)), None
     asked: dict[str, tuple[str | None, Kind, float | None]] = {
         "latency": (latency, "time", dense.latency_s.median if dense.latency_s else None),
         "memory": (memory, "bytes", dense.peak_memory_bytes),
@@ -96,6 +102,18 @@ def make_budget(
         energy_j=limits.get("energy"),
         statistic=statistic,
     )
+
+
+def _tighter_latency(dense: Cost, latency: str | None, energy: str, model: PowerModel) -> str:
+    """The latency limit that keeps both, as text."""
+    asked = parse_limit(energy, "energy")
+    watts = model.active_w - model.idle_w
+    # A share of the energy is the same share of the latency.
+    meant = f"{asked.value}x" if asked.relative else f"{asked.value / watts} s"
+    if latency is None:
+        return meant
+    reference = dense.latency_s.median if dense.latency_s else 0.0
+    return min(meant, latency, key=lambda text: parse_limit(text, "time").absolute(reference))
 
 
 def format_seconds(seconds: float) -> str:

@@ -221,13 +221,14 @@ def describe_measured(measured: Measured) -> str:
             format_seconds(timing.p95_s),
             UNKNOWN if timing.activation_bytes is None else format_bytes(timing.activation_bytes),
             format_bytes(timing.size_bytes),
+            UNKNOWN if timing.energy_j is None else format_energy(timing.energy_j.median),
         )
         for timing in measured.timings
     ]
     now = measured.conditions
     runtime = f"{now.runtime} {now.runtime_version}, {now.threads} thread{'s' if now.threads > 1 else ''}"
     where = f"{measured.target}: {now.cpu}, {runtime}"
-    head = ("file", "median latency", "half of the runs", "95 % below", "peak memory", "size")
+    head = ("file", "median latency", "half of the runs", "95 % below", "peak memory", "size", "energy")
     return "\n".join(filter(None, [table(head, rows), "", where, measured.verdict, *measured.notes]))
 
 

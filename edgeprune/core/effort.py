@@ -15,22 +15,24 @@ class Effort:
         candidate of the plan, a validation, `edgeprune measure`).
     seconds: longest sampling of one timing. precision: a timing ends before that once the 95 %
         interval of its median, or of the ratio to what it is compared with, is +- this share.
-    samples: fewest of one timing. profiled_runs: of which a kernel's typical time is made.
+    energy_s: of the loop in which power is sampled. samples: fewest of one timing.
+    profiled_runs: of which a kernel's typical time is made.
     """
 
     rounds: int
     repeats: int
     seconds: float
     precision: float | None
+    energy_s: float = 10.0
     samples: int = 7
     profiled_runs: int = 12
 
 
 DEFAULT = Effort(rounds=3, repeats=6, seconds=0.6, precision=0.01)
 EFFORTS = {
-    "quick": Effort(rounds=1, repeats=3, seconds=0.5, precision=0.02),
+    "quick": Effort(rounds=1, repeats=3, seconds=0.5, precision=0.02, energy_s=5.0),
     "default": DEFAULT,
-    "thorough": Effort(rounds=5, repeats=12, seconds=2.0, precision=0.005),
+    "thorough": Effort(rounds=5, repeats=12, seconds=2.0, precision=0.005, energy_s=30.0),
 }
 NOISELESS = Effort(rounds=1, repeats=1, seconds=0.0, precision=None, samples=5, profiled_runs=6)
 """For boards on which a run takes the same time every time, such as an emulator that counts instructions."""

@@ -457,6 +457,7 @@ class Timing:
 
     latency_s: median over turns with its 95 % interval. quartiles_s, p95_s: of single runs.
     activation_bytes, process_bytes: as in `StepResult`. rounds: raw samples, a round each.
+    energy_j: what one inference adds to the board at rest.
     """
 
     name: str
@@ -468,6 +469,7 @@ class Timing:
     activation_bytes: int | None
     process_bytes: int | None
     rounds: tuple[Samples, ...]
+    energy_j: Quantity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     name: str
     runtime: str = "onnxruntime"
     threads: int = 1
+    meter: str | None = None
     effort: Literal["quick", "default", "thorough"] = "default"
 
 
@@ -46,6 +47,7 @@ class BudgetSection(_Section, frozen=True, kw_only=True):
     memory: str | None = None
     size: str | None = None
     energy: str | None = None
+    power_model: str | None = None
 
 
 class ProfileSection(_Section, frozen=True, kw_only=True):
