@@ -1,0 +1,82 @@
+"""What is told of files and models before or without pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeprune.core.records.board import Conditions, Samples
+from edgeprune.core.records.costs import Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One file as measured on a board.
+
+    latency_s: median over turns with its 95 % interval. quartiles_s, p95_s: of single runs.
+    activation_bytes, process_bytes: as in `StepResult`. rounds: raw samples, a round each.
+    energy_j: what one inference adds to the board at rest.
+    """
+
+    name: str
+    sha256: str
+    size_bytes: int
+    latency_s: Quantity
+    quartiles_s: tuple[float, float]
+    p95_s: float
+    activation_bytes: int | None
+    process_bytes: int | None
+    rounds: tuple[Samples, ...]
+    energy_j: Quantity | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What `edgeprune measure` found of one file, or of two in turns.
+
+    ratio: second over first, with a 99 % interval over rounds. verdict: the same in a sentence.
+    notes: what disturbed the measurement.
+    """
+
+    target: str
+    conditions: Conditions
+    timings: tuple[Timing, ...]
+    ratio: Quantity | None = None
+    verdict: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelAdvice:
+    """One kernel of the dense model.
+
+    limited_by: `compute`, `memory` or `start-up`. prunable: whether pruning changes its size.
+    steps: (units taken off every group, share of its dense time that is left).
+    """
+
+    name: str
+    op: str
+    time_s: float
+    macs: int
+    limited_by: str
+    prunable: bool
+    steps: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """Where the time of a model goes on a board, and whether pruning can help.
+
+    smallest_s: at the least widths; None where nothing can be pruned. outside_s: in no kernel.
+    prunable_share: of the time in kernels. kernels: the costliest first.
+    threads: (thread count, latency). verdict: the conclusion in words.
+    """
+
+    target: str
+    conditions: Conditions
+    latency_s: Quantity
+    smallest_s: Quantity | None
+    outside_s: float
+    prunable_share: float
+    kernels: tuple[KernelAdvice, ...]
+    threads: tuple[tuple[int, Quantity], ...]
+    verdict: str

@@ -1,0 +1,74 @@
+"""What is worth keeping, and what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgeprune.core.records.arrays import FloatArray, IntArray
+from edgeprune.core.records.costs import Budget, Cost, Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossCurve:
+    """Calibration loss of the model with one group cut to a few widths (ascending), others dense."""
+
+    widths: IntArray
+    loss: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Importance:
+    """How much each unit matters: larger = keep. curves: measured, per group, where asked for."""
+
+    criterion: str
+    graph_sha256: str
+    scores: dict[str, FloatArray]
+    dense_loss: float | None = None
+    curves: dict[str, LossCurve] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverResult:
+    """What one solver would choose: widths, predicted loss and cost, and what is proven of it."""
+
+    solver: str
+    status: str
+    widths: dict[str, int]
+    loss: float
+    cost: Cost
+    gap: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRound:
+    """One turn of the closed loop: the latency asked of the tables, predicted and measured; the peak memory."""
+
+    asked_s: float
+    predicted_s: float
+    measured: Quantity
+    widths: dict[str, int]
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The chosen widths and the units to keep.
+
+    keep: per pruned group the kept unit indices, ascending; a group not named keeps all.
+    rounds: the closed loop on the board, empty when the plan was made from tables alone.
+    """
+
+    graph_sha256: str
+    budget: Budget
+    widths: dict[str, int]
+    keep: dict[str, IntArray]
+    predicted: Cost
+    solver: str
+    status: str
+    gap: float | None
+    loss: float
+    alternatives: tuple[SolverResult, ...] = ()
+    rounds: tuple[PlanRound, ...] = ()
+    finer_step: str | None = None
+    """Why the measured latency may stay below 0.97 of the budget, or None when it does not."""
