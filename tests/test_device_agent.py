@@ -16,10 +16,10 @@ from edgeprune.device.runtimes import onnxruntime as runtime
 DEVICE = Path(agent.__file__).parent
 FIXTURES = Path(__file__).parent / "fixtures"
 RUNTIMES = [f"runtimes/{name}.py" for name in list_members("device.runtimes")]
-STANDARD = sys.stdlib_module_names | {"numpy", "agent", "measure", "energy", "runtime"}
+STANDARD = sys.stdlib_module_names | {"numpy", "agent", "measure", "energy", "pin", "runtime"}
 
 
-@pytest.mark.parametrize("name", ["agent.py", "measure.py", "energy.py", *RUNTIMES])
+@pytest.mark.parametrize("name", ["agent.py", "measure.py", "energy.py", "pin.py", *RUNTIMES])
 def test_programs_need_only_old_python_and_numpy(name: str) -> None:
     tree = ast.parse((DEVICE / name).read_text(), feature_version=(3, 9))
     imported = set()

@@ -161,6 +161,7 @@ def work(spec: dict[str, Any], results: Results) -> None:
     """Carry out the steps of `spec` that have no result yet, in order."""
     # Not above, so that starting and stopping cost no import of numpy.
     import measure  # type: ignore[import-not-found]
+    import pin  # type: ignore[import-not-found]
 
     results.close_line()
     events = results.read()
@@ -172,6 +173,7 @@ def work(spec: dict[str, Any], results: Results) -> None:
         and (event["run"] == results.run or (event["error"] is None and event["kind"] != "outputs"))
     }
     deaths = find_deaths([event for event in events if event["run"] == results.run])
+    pinned = Path(spec["job"]).resolve() / "pinned.json"
     os.chdir(spec["files"])
     for step in spec["steps"]:
         if (step["key"], step["fingerprint"]) in done:
@@ -184,7 +186,7 @@ def work(spec: dict[str, Any], results: Results) -> None:
             continue
         results.append({"event": "begin", "key": step["key"]})
         try:
-            with board_lock(spec["owner"]):
+            with board_lock(spec["owner"]), pin.held(spec["pins"], pinned):
                 event["before"] = read_sources(spec["sources"])
                 event["value"] = measure.STEPS[step["kind"]](step, spec)
                 event["after"] = read_sources(spec["sources"])

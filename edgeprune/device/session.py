@@ -2,7 +2,7 @@
 
 On the board everything lies under the target's workdir:
 
-    <workdir>/<client>-<space>/agent.py, measure.py, energy.py, runtime.py
+    <workdir>/<client>-<space>/agent.py, measure.py, energy.py, pin.py, runtime.py
                                files/         what was pushed, and outputs; manifest.json beside it
                                jobs/<job>/    results.jsonl, agent.log
 
@@ -81,6 +81,7 @@ class Session:
             "agent.py": HERE / "agent.py",
             "measure.py": HERE / "measure.py",
             "energy.py": HERE / "energy.py",
+            "pin.py": HERE / "pin.py",
             "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
         }
         self._manifest: dict[str, str] | None = None
@@ -166,6 +167,7 @@ class Session:
             "files": self._files,
             "threads": self.target.threads,
             "sources": self._sources(),
+            "pins": dict(self._board.PINS),
             "meter": self._describe_meter(),
             "steps": [{**to_builtins(step), "fingerprint": fingerprints[step.key]} for step in steps],
         }

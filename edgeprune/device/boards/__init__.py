@@ -29,6 +29,9 @@ class Board(Protocol):
     FACTS: Mapping[str, Fact]
     """BoardFacts field -> fact."""
 
+    PINS: Mapping[str, str]
+    """Shell patterns of settings that change the board's speed, and the value to hold them at while it measures."""
+
     def find_throttling(self, before: str, after: str) -> str | None:
         """What slowed the board between two readings of the `throttled` fact.
 

@@ -60,6 +60,9 @@ FACTS = {
 }
 
 
+PINS: dict[str, str] = {}  # an app may not touch the clocks
+
+
 def find_throttling(before: str, after: str) -> str | None:
     """The higher of the thermal service's two states; None when it may not be asked."""
     first, last = parse_status(before), parse_status(after)

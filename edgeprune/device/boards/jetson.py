@@ -62,6 +62,9 @@ FACTS = {
 }
 
 
+PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
+
+
 def find_throttling(before: str, after: str) -> str | None:
     """Over-current events between two readings; None where this L4T does not count them."""
     first, last = parse_events(before), parse_events(after)

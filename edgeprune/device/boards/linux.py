@@ -35,6 +35,9 @@ FACTS = {
 }
 
 
+PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
+
+
 def find_throttling(before: str, after: str) -> str | None:
     """Thermal throttling events that the processor counted between two readings."""
     first, last = procfs.parse_throttle_counts(before), procfs.parse_throttle_counts(after)

@@ -51,6 +51,9 @@ FACTS = {
 }
 
 
+PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
+
+
 def find_throttling(before: str, after: str) -> str | None:
     """Flags that were set at either reading, or raised and cleared in between."""
     first, last = parse_flags(before), parse_flags(after)
