@@ -97,6 +97,7 @@ def test_login_shells_that_talk_in_latin_1(shell: str, model: Path) -> None:
             assert session.run(steps("a"), job="noise")[0].error is None
 
 
+@pytest.mark.slow
 def test_wheel_of_another_architecture(raspi: tuple[RaspiBoard, Target], model: Path) -> None:
     """This machine's numpy, copied there by hand: it says that it is there until it is imported."""
     board, target = raspi

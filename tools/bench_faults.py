@@ -188,6 +188,7 @@ def suffer(
         finally:
             run.send_signal(signal.SIGKILL)
         outcome.faults["host killed"] += 1
+    print(f"kill {outcome.faults['host killed']}, fault: {fault}", file=sys.stderr, flush=True)
     return True
 
 

@@ -20,7 +20,7 @@ MAX_FRUITLESS_DEATHS = 3
 SHORTEST_POLL_S = 0.02
 LONGEST_POLL_S = 0.25
 PAUSE_PER_POLL = 100
-"""To answer takes a board of one core from its measuring: the pause after is so many times as long as the answer took."""
+"""To answer takes the board from its measuring: the pause after is so many times as long as the answer took."""
 LONGEST_PAUSE_S = 3.0
 SILENCE_S = 5.0
 """After this long without a line we look whether the agent is alive."""
