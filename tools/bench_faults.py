@@ -75,7 +75,8 @@ def profile(target: Target, path: Path, rounds: int) -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
     ).eval()  # fmt: skip
     inputs = (torch.randn(1, 3, 16, 16),)
-    effort = Effort(rounds=rounds, repeats=1, seconds=0.2, precision=None)
+    # Long enough that a kill falls into a step, not behind the last.
+    effort = Effort(rounds=rounds, repeats=1, seconds=1.0, precision=None)
 
     def say(what: str, done: int, total: int) -> None:
         print(what, done, total, flush=True)
