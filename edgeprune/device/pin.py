@@ -53,17 +53,22 @@ def _start_guard(record: Path) -> tuple[int, int]:
     In a session of its own, so that what kills our group leaves it alive.
     """
     ours, end = os.pipe()
+    ready, say_ready = os.pipe()
     guard = os.fork()
     if guard == 0:
         try:
             os.setsid()
             os.close(end)
+            os.close(say_ready)
             while os.read(ours, 1):
                 pass
             restore(record)
         finally:
             os._exit(0)
     os.close(ours)
+    os.close(say_ready)
+    os.read(ready, 1)  # until the guard is in its own session, what kills us kills it
+    os.close(ready)
     return guard, end
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from edgeprune.device import procfs
 from edgeprune.device.sources import Source
 
 MOMENTARY = ("governor", "freq_hz", "temp_c", "throttled")
@@ -21,6 +22,30 @@ class Fact:
 
     source: Source
     parse: Callable[[str], Any]
+
+
+KERNEL_FACTS = {
+    "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
+    "system": Fact(Source(argv=("cat", "/etc/os-release")), procfs.parse_os_release),
+    "model": Fact(Source(argv=("cat", "/proc/device-tree/model")), procfs.parse_text),
+    "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
+    "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
+    "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
+    "ram_free_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemAvailable")),
+    "governor": Fact(
+        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)), procfs.parse_first_value
+    ),
+    "freq_hz": Fact(
+        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq
+    ),
+    "temp_c": Fact(
+        Source(files=("/sys/class/thermal/thermal_zone*/type", "/sys/class/thermal/thermal_zone*/temp")),
+        procfs.parse_thermal_zones,
+    ),
+}
+"""What a Linux kernel says on every board; members replace what their board says better."""
+
+GOVERNOR_PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
 
 
 class Board(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from edgeprune.device import procfs
-from edgeprune.device.boards import Fact
+from edgeprune.device.boards import KERNEL_FACTS, Fact
 from edgeprune.device.sources import Source
 
 # android.os.PowerManager, THERMAL_STATUS_*.
@@ -39,23 +39,9 @@ def parse_status(text: str) -> int | None:
 
 
 FACTS = {
-    "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
+    **KERNEL_FACTS,
     "system": Fact(Source(argv=("getprop", "ro.build.version.release")), parse_release),
     "model": parse_property("ro.product.model"),
-    "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
-    "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
-    "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
-    "ram_free_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemAvailable")),
-    "governor": Fact(
-        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)), procfs.parse_first_value
-    ),
-    "freq_hz": Fact(
-        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq
-    ),
-    "temp_c": Fact(
-        Source(files=("/sys/class/thermal/thermal_zone*/type", "/sys/class/thermal/thermal_zone*/temp")),
-        procfs.parse_thermal_zones,
-    ),
     "throttled": Fact(Source(argv=("dumpsys", "thermalservice")), parse_status),
 }
 

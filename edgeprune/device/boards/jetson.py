@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from edgeprune.device import procfs
-from edgeprune.device.boards import Fact
+from edgeprune.device.boards import GOVERNOR_PINS, KERNEL_FACTS, Fact
 from edgeprune.device.sources import Source
 
 
@@ -40,29 +40,15 @@ def parse_events(text: str) -> int | None:
 
 
 FACTS = {
-    "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
+    **KERNEL_FACTS,
     "system": Fact(Source(files=("/etc/nv_tegra_release", "/etc/os-release")), parse_release),
-    "model": Fact(Source(argv=("cat", "/proc/device-tree/model")), procfs.parse_text),
-    "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
-    "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
-    "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
-    "ram_free_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemAvailable")),
     "governor": Fact(
         Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",), argv=("nvpmodel", "-q")),
         parse_governor,
     ),
-    "freq_hz": Fact(
-        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq",)), procfs.parse_scaling_freq
-    ),
-    "temp_c": Fact(
-        Source(files=("/sys/class/thermal/thermal_zone*/type", "/sys/class/thermal/thermal_zone*/temp")),
-        procfs.parse_thermal_zones,
-    ),
     "throttled": Fact(Source(files=("/sys/class/hwmon/hwmon*/oc*_event_cnt",)), parse_events),
 }
-
-
-PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
+PINS = GOVERNOR_PINS
 
 
 def find_throttling(before: str, after: str) -> str | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from edgeprune.device import procfs
-from edgeprune.device.boards import Fact
+from edgeprune.device.boards import GOVERNOR_PINS, KERNEL_FACTS, Fact
 from edgeprune.device.sources import Source
 
 THROTTLE_FLAGS = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
@@ -35,23 +34,12 @@ def parse_flags(text: str) -> int | None:
 
 
 FACTS = {
-    "arch": Fact(Source(argv=("uname", "-m")), procfs.parse_text),
-    "system": Fact(Source(argv=("cat", "/etc/os-release")), procfs.parse_os_release),
-    "model": Fact(Source(argv=("cat", "/proc/device-tree/model")), procfs.parse_text),
-    "cpu": Fact(Source(argv=("cat", "/proc/cpuinfo")), procfs.parse_cpu),
-    "cpus": Fact(Source(argv=("nproc",)), procfs.parse_count),
-    "ram_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemTotal")),
-    "ram_free_bytes": Fact(Source(argv=("cat", "/proc/meminfo")), procfs.parse_meminfo("MemAvailable")),
-    "governor": Fact(
-        Source(files=("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",)), procfs.parse_first_value
-    ),
+    **KERNEL_FACTS,
     "freq_hz": Fact(Source(argv=("vcgencmd", "measure_clock", "arm")), parse_clock),
     "temp_c": Fact(Source(argv=("vcgencmd", "measure_temp")), parse_temperature),
     "throttled": Fact(Source(argv=("vcgencmd", "get_throttled")), parse_flags),
 }
-
-
-PINS = {"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor": "performance"}
+PINS = GOVERNOR_PINS
 
 
 def find_throttling(before: str, after: str) -> str | None:
