@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +30,7 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import BoardFacts, Conditions, Step, StepResult, Target
 from edgeprune.core.store import sha256_file, to_builtins
 from edgeprune.device.boards import MOMENTARY
+from edgeprune.device.cooling import run_cool
 from edgeprune.device.facts import Board, describe_conditions, gather_facts
 from edgeprune.device.job import Job
 from edgeprune.device.meters import open_meter
@@ -38,6 +41,7 @@ from edgeprune.device.transports import Transport
 
 HERE = Path(__file__).parent
 DISK_MARGIN_BYTES = 16 * 1024 * 1024
+COOL_DOWN_S = 60
 FULL_DISK_BYTES = 64 * 1024
 SYNC_TIMEOUT_S = 600.0
 
@@ -85,6 +89,7 @@ class Session:
             "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
         }
         self._manifest: dict[str, str] | None = None
+        self._stays_hot = False
         self._board = load_member("device.boards", target.board)
         self._meter = open_meter(target.meter)
 
@@ -146,7 +151,8 @@ class Session:
     ) -> list[StepResult]:
         """Carry out steps on the board, detached from the connection, and return their results in order.
 
-        A step that has a result in this job, of the same files and settings, is not measured again.
+        A step that has a result in this job, of the same files and settings, is not measured again; what
+        was measured while the board was throttled is, once it has cooled down.
         job: names the folder of results. on_result: called with each result as it is made.
         raises: AgentError when the agent dies again and again or writes what cannot be read;
             ConnectionLost when the board does not come back; BoardNotReady when another process runs
@@ -155,8 +161,28 @@ class Session:
         """
         if len({step.key for step in steps}) != len(steps):
             raise UsageError(f"job {job}: two steps have the same key")
-        if not steps:
-            return []
+        results: dict[str, StepResult] = {}
+
+        def deliver(result: StepResult) -> None:
+            results[result.key] = result
+            if on_result is not None:
+                on_result(result)
+
+        if steps:
+            run_cool(steps, partial(self._carry_out, job), self._cool_down, deliver)
+        return [results[step.key] for step in steps]
+
+    def _cool_down(self) -> bool:
+        """Wait until the board is no longer throttled. False when it does not get there, from then on at once."""
+        for second in range(0 if self._stays_hot else COOL_DOWN_S):
+            self._progress(f"letting {self.target.name} cool down", second, COOL_DOWN_S)
+            time.sleep(1)
+            if second % 10 == 9 and not gather_facts(self.target, self._transport).facts.throttled:
+                return True
+        self._stays_hot = True
+        return False
+
+    def _carry_out(self, job: str, steps: Sequence[Step], on_result: Callable[[StepResult], None]) -> None:
         manifest = self._open_root()
         folder = f"{self._root}/jobs/{_folder_name(job)}"
         fingerprints = {step.key: self._fingerprint(step, manifest) for step in steps}
@@ -173,23 +199,22 @@ class Session:
         }
         keys = set(fingerprints)
         base = self.conditions()
-        results: dict[str, StepResult] = {}
+        found: set[str] = set()
         agent = Job(
             self._transport, python=self._python, agent=f"{self._root}/agent.py", folder=folder, name=self.target.name
         )
         try:
             for event in agent.follow(spec):
                 key = event.get("key")
-                if key not in keys or key in results or event.get("fingerprint") != fingerprints[key]:
+                if key not in keys or key in found or event.get("fingerprint") != fingerprints[key]:
                     continue  # of other files or settings
                 if event["run"] != spec["run"] and (event.get("error") is not None or event.get("kind") == "outputs"):
                     continue  # the agent does these again
                 result = read_result(
                     event, base, self._momentary, meter=self._meter, where=f"target {self.target.name}"
                 )
-                results[key] = result
-                if on_result is not None:
-                    on_result(result)
+                found.add(key)
+                on_result(result)
         except BoardNotReady:
             raise  # it is someone else's agent
         except BaseException as error:
@@ -197,9 +222,8 @@ class Session:
             if isinstance(error, AgentError):
                 self._explain_full_disk(error)
             raise
-        if absent := [step.key for step in steps if step.key not in results]:
+        if absent := [step.key for step in steps if step.key not in found]:
             raise DeviceError(f"target {self.target.name}: the agent ended without a result of {', '.join(absent)}")
-        return [results[step.key] for step in steps]
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file of the board here.
