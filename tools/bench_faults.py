@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from boards.__main__ import write_target
+from boards._server import die_with_parent
 from boards.icount import IcountBoard
 from boards.link import Link
 
@@ -33,11 +34,11 @@ from edgeprune.core.records import Target
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.targets import connect_target, read_target
 
-CONFIGURATIONS, HELD_OUT, ROUNDS = 6, 2, 3
+CONFIGURATIONS, HELD_OUT, ROUNDS = 6, 2, 6
 FAULTS = ("none", "cut", "worker", "none", "agent", "restart")
 """What happens to the board before each kill of the host, in turn."""
 RUN_LIMIT_S = 900.0
-KILL_AGENT = 'for f in "$1"/*/jobs/*/agent.pid; do [ -e "$f" ] && kill -9 -- "-$(cat "$f")"; done; true'
+KILL_AGENT = 'for f in "$1"/*/jobs/*/agent.pid; do [ -e "$f" ] && kill -9 "-$(cat "$f")"; done; true'
 KILL_WORKER = 'for f in "$1"/*/jobs/*/agent.pid; do [ -e "$f" ] && pkill -9 -P "$(cat "$f")"; done; true'
 SHOW_RESULTS = 'cat "$1"/*/jobs/*/results.jsonl'
 
@@ -160,7 +161,10 @@ def suffer(
     argv: list[str], fault: str, trouble: Troubled, generator: random.Random, outcome: Outcome, log: Path
 ) -> bool:
     """One run with one fault of the board, then killed. False when it had finished before."""
-    with log.open("w") as errors, subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True) as run:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=die_with_parent) as run,
+    ):
         assert run.stdout is not None
         try:
             # A third of the kills falls anywhere from the start on, the others while the board measures.
