@@ -15,8 +15,8 @@ pytest.importorskip("asyncssh")
 pytestmark = pytest.mark.device
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.board
+@pytest.mark.timeout(1200)
 def test_a_profile_survives_killed_hosts_and_a_troubled_board() -> None:
     outcome = run_faults("embedded", kills=3)
     assert outcome.faults["host killed"] == 3
