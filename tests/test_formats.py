@@ -107,14 +107,15 @@ def test_resized_equals_exported(case: tuple[nn.Module, tuple[torch.Tensor, ...]
     resizer.write_model(keep, tmp_path / "resized.onnx")
     output, found = _run(str(tmp_path / "resized.onnx"), inputs[0], tmp_path / "resized")
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert [op for _, op in found] == [op for _, op in kernels]
+    # Sorted: of kernels that do not wait for each other the runtime takes now the one first, now the other.
+    assert sorted(op for _, op in found) == sorted(op for _, op in kernels)
 
     widths = {name: len(kept) for name, kept in keep.items()}
     resizer.write_weights(tmp_path / "weights.bin")
     resizer.write_structure(widths, tmp_path / "structure.onnx", "weights.bin")
     shared, found = _run(str(tmp_path / "structure.onnx"), inputs[0], tmp_path / "structure")
     assert shared.shape == expected.shape
-    assert [op for _, op in found] == [op for _, op in kernels]
+    assert sorted(op for _, op in found) == sorted(op for _, op in kernels)
     assert format.inspect(tmp_path / "structure.onnx").bytes > (tmp_path / "weights.bin").stat().st_size
 
 
