@@ -263,7 +263,8 @@ class _Run:
                 kernels=mapped.kernels, job=job,
             )  # fmt: skip
             append_record(self.path, heading)
-        elif [kernel.name for kernel in heading.kernels] != [kernel.name for kernel in mapped.kernels]:
+        # As sets: of kernels that do not wait for each other the runtime takes now the one first, now the other.
+        elif {kernel.name for kernel in heading.kernels} != {kernel.name for kernel in mapped.kernels}:
             raise RecordError(
                 f"{self.path}: the runtime now makes other kernels of the same model; profile into another file"
             )
