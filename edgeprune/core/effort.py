@@ -15,7 +15,8 @@ class Effort:
         candidate of the plan, a validation, `edgeprune measure`).
     seconds: longest sampling of one timing. precision: a timing ends before that once the 95 %
         interval of its median, or of the ratio to what it is compared with, is +- this share.
-    energy_s: of the loop in which power is sampled. samples: fewest of one timing.
+    energy_s: of the loop in which power is sampled. samples: fewest of one timing that does not reach the precision:
+    models so slow that few turns fit into `seconds` get more.
     profiled_runs: of which a kernel's typical time is made.
     """
 
@@ -24,7 +25,7 @@ class Effort:
     seconds: float
     precision: float | None
     energy_s: float = 10.0
-    samples: int = 7
+    samples: int = 15
     profiled_runs: int = 12
 
 

@@ -153,12 +153,8 @@ class Timer:
 def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:
     """Why a timing is over; empty while it is not."""
     turns, first = len(timers[0].turns), timers[0].samples
-    if turns < MIN_TURNS or turns * first < step["min_samples"]:
+    if turns < MIN_TURNS:
         return ""
-    if turns * max(timer.samples for timer in timers) >= MAX_SAMPLES:
-        return "sample limit"
-    if elapsed_s >= step["seconds"]:
-        return "time limit"
     # Looking costs time too: now and then is often enough.
     if step["precision"] and turns % 8 == 0:
         values = timers[0].medians
@@ -166,6 +162,10 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
             values = list(map(operator.truediv, values, timers[1].medians))
         if half_width(values) <= step["precision"] * statistics.median(values):
             return "interval"
+    if turns * max(timer.samples for timer in timers) >= MAX_SAMPLES:
+        return "sample limit"
+    if elapsed_s >= step["seconds"] and turns * first >= step["min_samples"]:
+        return "time limit"
     return ""
 
 
