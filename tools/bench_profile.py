@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,8 @@ def bench(name: str, session: Session, options: argparse.Namespace, folder: Path
     layers.mkdir(exist_ok=True)
     grid = isolated_layers(graph, profile, session, options.grid, row["timings"], options.effort.seconds, layers)
     grid_s = board_seconds(session.target) - profiled
+    kept = {"board_s": grid_s, **asdict(grid)}
+    (folder / f"{name}-grid.json").write_text(json.dumps(kept, default=np.ndarray.tolist))
     held = [item for item in average_rounds(profile.measurements) if item.held_out]
     for stride in (4, 2, 1) if options.grid else (1,):
         part = grid.thinned(stride)
@@ -294,7 +296,7 @@ def main() -> None:
     parser.add_argument("--target", help="a target of the inventory instead of a stand-in board")
     parser.add_argument("--configurations", type=int, help="widths to fit (default: 40, without noise 30)")
     parser.add_argument("--grid", type=int, help="isolated timings along each width; 0: none")
-    parser.add_argument("--out", type=Path, help="keep the profiles here, and go on from them")
+    parser.add_argument("--out", type=Path, help="keep the profiles and grids here; go on from the profiles")
     options = parser.parse_args()
     options.effort, options.held_out = (EFFORTS["quick"], 8) if options.quick else (EFFORTS["default"], 16)
     kind = "embedded"
