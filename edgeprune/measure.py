@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +87,7 @@ def measure_files(
         timings=tuple(timings),
         ratio=ratio,
         verdict=describe_ratio(ratio, paths[0].name, paths[-1].name) if ratio else "",
-        notes=(*_notes(rounds[0], conditions), *_failures(results)),
+        notes=(*find_disturbances(rounds, conditions), *_failures(results)),
     )
 
 
@@ -121,9 +122,12 @@ def _timing(
     )  # fmt: skip
 
 
-def _notes(rounds: Sequence[Samples], conditions: Sequence[Conditions]) -> list[str]:
-    """What disturbed the measurement, as the first file shows it."""
-    medians = np.concatenate([turn_medians(samples) for samples in rounds])
+def find_disturbances(rounds: Sequence[Sequence[Samples]], conditions: Sequence[Conditions]) -> list[str]:
+    """What disturbed a measurement, a sentence each.
+
+    rounds: of each file; two speeds and a drift are the board's, and the first file shows them.
+    """
+    medians = np.concatenate([turn_medians(samples) for samples in rounds[0]])
     notes = []
     if (modes := find_modes(medians)) is not None:
         (fast, fast_s), (slow, slow_s) = modes
@@ -133,6 +137,10 @@ def _notes(rounds: Sequence[Samples], conditions: Sequence[Conditions]) -> list[
         )
     if (drift := find_drift(medians)) is not None:
         notes.append(f"the latency drifted by {drift:+.1%} during the measurement; is the board warming up?")
+    ends = [samples.warm_up_ended for each in rounds for samples in each]
+    for end, count in sorted(Counter(ends).items()):
+        if end not in ("", "stable"):
+            notes.append(f"{count} of {len(ends)} warm-ups were not seen to become stable: {end}")
     throttled = sorted({c.throttled for c in conditions if c.throttled})
     if throttled:
         notes.append(f"the board was throttled: {'; '.join(throttled)}; cool it and measure again")

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from loopback.models import write_model
 
-from edgeprune.core.describe import describe_measured
+from edgeprune.core.describe import describe_facts, describe_measured
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import DataError, InputError, UsageError
-from edgeprune.core.records import Measured, Quantity, Samples
+from edgeprune.core.records import BoardFacts, Measured, Quantity, Samples
 from edgeprune.core.stats import find_drift, find_modes, round_ratio, turn_medians, turn_ratios
 from edgeprune.core.store import read_record, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
-from edgeprune.measure import describe_ratio, measure_files
+from edgeprune.measure import describe_ratio, find_disturbances, measure_files
 
 REPOSITORY = Path(__file__).parent.parent
 BRIEF = Effort(rounds=1, repeats=4, seconds=0.05, precision=None)
@@ -165,3 +165,18 @@ def test_drift_is_found_and_jumps_are_not_taken_for_it() -> None:
 )
 def test_verdicts(low: float, high: float, says: str) -> None:
     assert says in describe_ratio(Quantity(median=(low + high) / 2, low=low, high=high), "a", "b")
+
+
+def test_a_warm_up_that_did_not_settle_is_told() -> None:
+    steady = Samples(values=(1e-3,) * 5, warm_up_ended="stable")
+    moving = replace(steady, warm_up_ended="changing after 3 s")
+    assert find_disturbances([[steady, steady]], []) == []
+    (note,) = find_disturbances([[steady, moving], [steady, moving]], [])
+    assert note == "2 of 4 warm-ups were not seen to become stable: changing after 3 s"
+
+
+@pytest.mark.parametrize(("throttled", "says"), [("", "no"), (None, "not known"), ("soft limit", "soft limit")])
+def test_throttling_is_told_apart_from_not_knowing(throttled: str | None, says: str) -> None:
+    text = describe_facts(BoardFacts(arch="aarch64", throttled=throttled))
+    (line,) = (line for line in text.splitlines() if line.startswith("throttled"))
+    assert line.split(maxsplit=1)[1] == says

@@ -151,7 +151,7 @@ def describe_facts(facts: BoardFacts) -> str:
         ("governor", facts.governor),
         ("frequency", None if facts.freq_hz is None else f"{facts.freq_hz / 1e6:.0f} MHz"),
         ("temperature", None if facts.temp_c is None else f"{facts.temp_c:.1f} C"),
-        ("throttled", facts.throttled),
+        ("throttled", "no" if facts.throttled == "" else facts.throttled),
         ("python", facts.python),
         ("runtimes", ", ".join(f"{name} {version}" for name, version in facts.runtimes.items())),
     ]

@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,9 +36,17 @@ else:
 MARK = "@@edgeprune@@"
 CLOCK_MULTIPLE = 1000
 """One sample is at least this many ticks of the clock."""
-WARM_UP_WINDOW_S = 0.02
+WARM_UP_BLOCKS = 10
+"""The latency has settled when so many blocks of runs in a row show no change."""
+WARM_UP_BLOCK_S = 0.008
 WARM_UP_LIMIT_S = 3.0
-WARM_UP_TOLERANCE = 0.02
+WARM_AGAIN_LIMIT_S = 0.5
+"""Of kernels: the same files were warmed up at length when the whole model was timed."""
+CHANGE_RANKS = 21
+"""Pettitt's K that counts as a change: 7 % of ten values in random order reach it, every clean step from the fourth to
+the eighth does. A false alarm costs some blocks more."""
+CHANGE_SHARE = 0.02
+"""By how much the median has to change, too: less is lost in what the board does anyway."""
 TURN_S = 0.005
 """A turn takes at least this long. The shorter, the less the machine changes from a turn to its neighbour."""
 SPIN_S = 0.002
@@ -109,7 +118,8 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
             "values": [value for turn in timer.turns for value in turn],
             "per_turn": timer.samples,
             "loops": timer.loops,
-            "warmups": timer.warmups,
+            "warmups": timer.warm.runs,
+            "warm_up_ended": timer.warm.ended,
             "stopped_because": reason,
         }
         for timer in timers
@@ -122,7 +132,8 @@ class Timer:
 
     def __init__(self, model: runtime.Model, feed: dict[str, Any], threads: int) -> None:
         self.run = functools.partial(model.run, feed)
-        self.run_s, self.warmups = warm_up(model, feed)
+        self.warm = warm_up(self.run)
+        self.run_s = self.warm.run_s
         self.loops = max(1, math.ceil(CLOCK_MULTIPLE * clock_tick_s() / self.run_s))
         self.samples = 1
         self.turns: list[list[float]] = []
@@ -177,25 +188,63 @@ def half_width(values: list[float]) -> float:
     return (ordered[high] - ordered[low]) / 2
 
 
-def warm_up(model: runtime.Model, feed: dict[str, Any]) -> tuple[float, int]:
-    """Run until the medians of two successive windows agree. returns: seconds per run, runs made."""
-    began = time.perf_counter()
-    model.run(feed)
-    first = time.perf_counter() - began
-    window = min(50, max(2, math.ceil(WARM_UP_WINDOW_S / max(first, 1e-7))))
-    runs, previous = 1, math.inf
+class WarmUp(NamedTuple):
+    """How a warm-up went: typical seconds of a run at its end, runs made, and why it ended.
+
+    ended: `stable`; at the time limit `changing after ... s`, or `too few runs in ... s` to tell whether it was stable.
+    """
+
+    run_s: float
+    runs: int
+    ended: str
+
+
+def warm_up(
+    run: Callable[[], Any], *, limit_s: float = WARM_UP_LIMIT_S, clock: Callable[[], float] = time.perf_counter
+) -> WarmUp:
+    """Run until the latency has settled: no changepoint in the latest blocks; what lies before one is warm-up.
+
+    limit_s: end then in any case, after at least two runs.
+    source: the idea is of Barrett et al., Virtual machine warmup blows hot and cold, OOPSLA 2017; in sequence, with
+        a rank test, since a board has to decide while it runs.
+    """
+    began = clock()
+    run()
+    blocks: list[float] = []
+    runs, changed = 1, False
     while True:
-        durations = []
-        for _ in range(window):
-            before = time.perf_counter()
-            model.run(feed)
-            durations.append(time.perf_counter() - before)
-        runs += window
-        median = max(statistics.median(durations), 1e-7)
-        stable = abs(median - previous) <= WARM_UP_TOLERANCE * median
-        if stable or time.perf_counter() - began > WARM_UP_LIMIT_S:
-            return median, runs
-        previous = median
+        durations: list[float] = []
+        until = clock() + WARM_UP_BLOCK_S
+        while not durations or clock() < until:
+            before = clock()
+            run()
+            durations.append(clock() - before)
+        runs += len(durations)
+        blocks.append(max(statistics.median(durations), 1e-7))
+        full = len(blocks) == WARM_UP_BLOCKS
+        change = find_change(blocks) if full else None
+        if full and change is None:
+            return WarmUp(statistics.median(blocks), runs, "stable")
+        if change is not None:
+            changed = True
+            del blocks[:change]
+        if clock() - began > limit_s:
+            ended = f"changing after {limit_s:g} s" if changed else f"too few runs in {limit_s:g} s"
+            return WarmUp(statistics.median(blocks), runs, ended)
+
+
+def find_change(blocks: list[float]) -> int | None:
+    """Where ten values in order of time change to another level; None where they do not.
+
+    returns: the place of the first value of the new level, in [1, 9].
+    source: Pettitt, A non-parametric approach to the change-point problem, Applied Statistics 28 (1979) 126, eq. 2.
+    """
+    values = np.asarray(blocks)
+    # U(t): by how much the first t values outrank the others.
+    ranks = np.cumsum(np.sign(np.subtract.outer(values, values)).sum(axis=1))[:-1]
+    place = int(np.argmax(np.abs(ranks))) + 1
+    share = np.median(values[place:]) / np.median(values[:place]) - 1
+    return place if abs(ranks[place - 1]) >= CHANGE_RANKS and abs(share) > CHANGE_SHARE else None
 
 
 def clock_tick_s() -> float:
@@ -223,7 +272,7 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
             for number, artifact in enumerate(artifacts)
         ]
         for model, feed in models:
-            warm_up(model, feed)
+            warm_up(functools.partial(model.run, feed), limit_s=WARM_AGAIN_LIMIT_S)
         bursts = math.ceil(step["runs"] / BURST)
         for _ in range(bursts):
             for model, feed in models:
@@ -325,8 +374,9 @@ def resident_bytes(field: str) -> int:
 def measure_energy(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Readings of the board's meter, at rest and while the model runs in a loop."""
     model, feed = open_step(step, spec["threads"])
-    warm_up(model, feed)
-    return energy.measure_power(functools.partial(model.run, feed), step["seconds"], spec["meter"])
+    run = functools.partial(model.run, feed)
+    warm_up(run)
+    return energy.measure_power(run, step["seconds"], spec["meter"])
 
 
 STEPS = {

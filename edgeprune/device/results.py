@@ -84,6 +84,7 @@ def _read_samples(value: Mapping[str, Any]) -> Samples:
         per_turn=int(value["per_turn"]),
         loops=int(value["loops"]),
         warmups=int(value["warmups"]),
+        warm_up_ended=str(value.get("warm_up_ended", "")),  # results of an older agent may lie on the board
         stopped_because=str(value["stopped_because"]),
     )
 

@@ -91,6 +91,7 @@ class Samples:
     """Raw repeated measurements of one quantity: each value is the mean of `loops` inner loops.
 
     per_turn: how many values in a row were taken before another model had its turn.
+    warmups: runs before them. warm_up_ended: `stable`; at its time limit such as `changing after 3 s`.
     """
 
     values: tuple[float, ...]
@@ -98,6 +99,7 @@ class Samples:
     per_turn: int = 1
     loops: int = 1
     warmups: int = 0
+    warm_up_ended: str = ""
     stopped_because: str = ""
 
 
