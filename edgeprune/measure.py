@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 
 NO_METER = "none"
+MOST_ROUNDS = 4
+"""Of a comparison, in multiples of the effort's repeats."""
+OFTEN = 0.2
+"""Share of interrupted turns that is worth a word."""
 
 
 def measure_files(
@@ -33,7 +38,8 @@ def measure_files(
     """Measure one file, or compare two in turns of milliseconds.
 
     paths: one or two model files of formats that the target's runtime runs.
-    effort: its repeats are rounds, each opening the files anew.
+    effort: its repeats are rounds, each opening the files anew; a comparison takes up to four times as
+        many, until its interval is as narrow as the effort's precision or the difference is plain.
     returns: latencies, peak memory, and of two files the second's latency over the first's.
     raises: InputError for what is no model file; AgentError when one does not run on the board.
     """
@@ -45,42 +51,34 @@ def measure_files(
     steps = [Step(key=f"memory {name}", kind="memory", artifact=name) for name in names]
     if session.target.meter != NO_METER:
         steps += [Step(key=f"energy {name}", kind="energy", artifact=name, seconds=effort.energy_s) for name in names]
-    steps += [
-        Step(
-            key=f"time {number}", kind="time", artifact=names[-1], against=names[0] if len(names) > 1 else None,
-            seconds=effort.seconds, precision=effort.precision, min_samples=effort.samples,
-        )
-        for number in range(effort.repeats)
-    ]  # fmt: skip
-    done = 0
+    steps += _time_steps(names, effort, range(effort.repeats))
+    results: list[StepResult] = []
+    job = f"measure-{time.time_ns():x}"
 
-    def advance(_: StepResult) -> None:
-        nonlocal done
-        done += 1
-        progress(f"measuring on {session.target.name}", done, len(steps))
+    def take(result: StepResult) -> None:
+        results.append(result)
+        progress(f"measuring on {session.target.name}", len(results), max(len(steps), len(results)))
 
     session.push(files)
     try:
-        results = session.run(steps, job=f"measure-{time.time_ns():x}", on_result=advance)
+        session.run(steps, job=job, on_result=take)
+        rounds = _read_rounds(results, files, session.target.name)
+        ratio = _compare(rounds)
+        while ratio and not is_settled(ratio, effort.precision) and len(rounds[0]) < MOST_ROUNDS * effort.repeats:
+            count = len(rounds[0])
+            steps += (more := _time_steps(names, effort, range(count, count + max(2, effort.repeats // 2))))
+            session.run(more, job=job, on_result=take)
+            rounds = _read_rounds(results, files, session.target.name)
+            ratio = _compare(rounds)
     finally:
         with suppress(DeviceError):  # a board that cannot be reached any more keeps them
             session.remove(names)
     by_key = {result.key: result for result in results}
-    timed = [by_key[f"time {number}"] for number in range(effort.repeats)]
-    for result in timed:
-        if result.error is not None:
-            raise AgentError(f"target {session.target.name} cannot run {_name(result.error, files)}: {result.error}")
-    # In a comparison the second file is the one that is measured against the first.
-    last = [result.samples for result in timed if result.samples is not None]
-    rounds = [[result.against for result in timed if result.against is not None], last] if len(names) > 1 else [last]
     timings = [
         _timing(artifact, path, samples, by_key[f"memory {name}"], by_key.get(f"energy {name}"))
         for artifact, path, samples, name in zip(artifacts, paths, rounds, names, strict=True)
     ]
-    ratio = None
-    if len(timings) > 1 and effort.repeats > 1:
-        ratio = round_ratio([turn_ratios(b, a) for a, b in zip(rounds[0], rounds[1], strict=True)])
-    conditions = [result.conditions for result in timed if result.conditions is not None]
+    conditions = [result.conditions for result in results if result.kind == "time" and result.conditions is not None]
     return Measured(
         target=session.target.name,
         conditions=conditions[-1] if conditions else session.conditions(),
@@ -89,6 +87,49 @@ def measure_files(
         verdict=describe_ratio(ratio, paths[0].name, paths[-1].name) if ratio else "",
         notes=(*find_disturbances(rounds, conditions), *_failures(results)),
     )
+
+
+def is_settled(ratio: Quantity, precision: float | None) -> bool:
+    """Whether a comparison needs no more rounds.
+
+    Either its interval is narrow, or 1 lies far outside of it: to stop as soon as 1 is just outside would find
+    differences that are none, since every look is another chance.
+    """
+    reach = math.log(ratio.high / ratio.median)
+    return precision is None or reach <= precision or abs(math.log(ratio.median)) > 2 * reach
+
+
+def _compare(rounds: Sequence[Sequence[Samples]]) -> Quantity | None:
+    """The second file's latency over the first's; None of one file, or of one round."""
+    if len(rounds) == 1 or len(rounds[0]) < 2:
+        return None
+    return round_ratio([turn_ratios(second, first) for first, second in zip(*rounds, strict=True)])
+
+
+def _time_steps(names: Sequence[str], effort: Effort, numbers: range) -> list[Step]:
+    """A round each. In a comparison the second file is the one that is measured against the first."""
+    against = names[0] if len(names) > 1 else None
+    return [
+        Step(
+            key=f"time {number}", kind="time", artifact=names[-1], against=against, seconds=effort.seconds,
+            precision=effort.precision, min_samples=effort.samples,
+        )
+        for number in numbers
+    ]  # fmt: skip
+
+
+def _read_rounds(results: Sequence[StepResult], files: dict[str, Path], target: str) -> list[list[Samples]]:
+    """The samples of each file, round by round. raises: AgentError when a round failed."""
+    rounds: list[list[Samples]] = [[] for _ in files]
+    for result in results:
+        if result.kind != "time":
+            continue
+        if result.error is not None or result.samples is None:
+            raise AgentError(f"target {target} cannot run {_name(result.error or '', files)}: {result.error}")
+        rounds[-1].append(result.samples)
+        if result.against is not None:
+            rounds[0].append(result.against)
+    return rounds
 
 
 def describe_ratio(ratio: Quantity, first: str, second: str) -> str:
@@ -134,6 +175,12 @@ def find_disturbances(rounds: Sequence[Sequence[Samples]], conditions: Sequence[
         notes.append(
             f"the board jumps between two speeds: {format_seconds(fast_s)} in {fast:.0%} of the turns, "
             f"{format_seconds(slow_s)} in {slow:.0%}; another process, or a CPU quota?"
+        )
+    interrupted, turns = sum(len(samples.interrupted) for samples in rounds[0]), len(medians)
+    if interrupted > OFTEN * turns:
+        notes.append(
+            f"something else had the processor in {interrupted / turns:.0%} of the turns (another process, a CPU quota)"
+            + ("; two files are compared by the others" if len(rounds) > 1 else "; stop it and measure again")
         )
     if (drift := find_drift(medians)) is not None:
         notes.append(f"the latency drifted by {drift:+.1%} during the measurement; is the board warming up?")

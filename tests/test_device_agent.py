@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,14 +17,15 @@ from hypothesis import strategies as st
 from edgeprune.core.family import list_members
 from edgeprune.device import agent
 from edgeprune.device.runtimes import onnxruntime as runtime
+from edgeprune.device.warm_up import find_change, warm_up
 
 DEVICE = Path(agent.__file__).parent
 FIXTURES = Path(__file__).parent / "fixtures"
 RUNTIMES = [f"runtimes/{name}.py" for name in list_members("device.runtimes")]
-STANDARD = sys.stdlib_module_names | {"numpy", "agent", "measure", "energy", "pin", "runtime"}
+STANDARD = sys.stdlib_module_names | {"numpy", "agent", "measure", "warm_up", "energy", "pin", "runtime"}
 
 
-@pytest.mark.parametrize("name", ["agent.py", "measure.py", "energy.py", "pin.py", *RUNTIMES])
+@pytest.mark.parametrize("name", ["agent.py", "measure.py", "warm_up.py", "energy.py", "pin.py", *RUNTIMES])
 def test_programs_need_only_old_python_and_numpy(name: str) -> None:
     tree = ast.parse((DEVICE / name).read_text(), feature_version=(3, 9))
     imported = set()
@@ -81,20 +79,6 @@ def test_sources_are_read_and_absent_ones_are_empty(tmp_path: Path) -> None:
 # --- warming up ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def measure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """measure.py as it lies on a board, beside the others."""
-    folder = tmp_path_factory.mktemp("board")
-    for name in ("measure.py", "energy.py", "agent.py"):
-        shutil.copy(DEVICE / name, folder)
-    shutil.copy(DEVICE / "runtimes" / "onnxruntime.py", folder / "runtime.py")
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module("measure")
-    sys.path.remove(str(folder))
-    for name in ("measure", "energy", "agent", "runtime"):
-        del sys.modules[name]
-
-
 class Series:
     """Runs that take given seconds, and the clock that they move on."""
 
@@ -116,23 +100,21 @@ def endless(level: Callable[[int], float], *, noise: float = 0.0, seed: int = 0)
 
 
 @given(seconds=st.floats(2e-5, 0.25), seed=st.integers(0, 99))
-def test_a_warm_up_of_a_steady_model_is_short(measure: ModuleType, seconds: float, seed: int) -> None:
+def test_a_warm_up_of_a_steady_model_is_short(seconds: float, seed: int) -> None:
     series = Series(endless(lambda _: seconds, noise=0.005, seed=seed))
-    warm = measure.warm_up(series.run, clock=series.clock)
+    warm = warm_up(series.run, clock=series.clock)
     assert warm.ended == "stable"
     assert warm.run_s == pytest.approx(seconds, rel=0.01)
     assert series.now < 0.09 + 12 * seconds
 
 
 @given(seconds=st.floats(2e-5, 0.05), slower=st.floats(1.1, 5), warm_s=st.floats(0.02, 1.5), seed=st.integers(0, 99))
-def test_what_lies_before_a_step_is_warm_up(
-    measure: ModuleType, seconds: float, slower: float, warm_s: float, seed: int
-) -> None:
+def test_what_lies_before_a_step_is_warm_up(seconds: float, slower: float, warm_s: float, seed: int) -> None:
     """Where the step is too early or too late for the blocks to show it, they lie nearly all on one side of it."""
     series = Series(())
     noise = endless(lambda _: seconds, noise=0.003, seed=seed)
     series.durations = (next(noise) * (slower if series.now < warm_s else 1) for _ in itertools.count())
-    warm = measure.warm_up(series.run, clock=series.clock)
+    warm = warm_up(series.run, clock=series.clock)
     assert warm.ended == "stable"
     if series.now < warm_s:  # it was as steady as can be before the step came
         assert warm.run_s == pytest.approx(slower * seconds, rel=0.01)
@@ -140,46 +122,46 @@ def test_what_lies_before_a_step_is_warm_up(
         assert warm.run_s == pytest.approx(seconds, rel=0.01)
 
 
-def test_a_decay_is_waited_for(measure: ModuleType) -> None:
+def test_a_decay_is_waited_for() -> None:
     """Halved every 0.1 s, the excess is below 10 % when the warm-up ends."""
     for seconds in (5e-5, 1e-3, 2e-2):
         series = Series(())
         series.durations = (seconds * (1 + 2 * 0.5 ** (series.now / 0.1)) for _ in itertools.count())
-        warm = measure.warm_up(series.run, clock=series.clock)
+        warm = warm_up(series.run, clock=series.clock)
         assert warm.ended == "stable" and seconds < warm.run_s < 1.1 * seconds
 
 
 @given(seed=st.integers(0, 99))
-def test_what_jumps_between_two_speeds_is_not_waited_for(measure: ModuleType, seed: int) -> None:
+def test_what_jumps_between_two_speeds_is_not_waited_for(seed: int) -> None:
     """Jumps from run to run are how the board is, not a warm-up."""
     rng = np.random.default_rng(seed)
     series = Series(1e-3 * (1.3 if rng.random() < 0.4 else 1.0) for _ in itertools.count())
-    warm = measure.warm_up(series.run, clock=series.clock)
+    warm = warm_up(series.run, clock=series.clock)
     assert warm.ended == "stable" and 1e-3 <= warm.run_s <= 1.3e-3
     assert series.now < 0.5
 
 
-def test_it_ends_though_the_board_never_settles(measure: ModuleType) -> None:
+def test_it_ends_though_the_board_never_settles() -> None:
     series = Series(())
     series.durations = (1e-3 * 2 ** (series.now / 0.3) for _ in itertools.count())
-    warm = measure.warm_up(series.run, clock=series.clock, limit_s=1.0)
+    warm = warm_up(series.run, clock=series.clock, limit_s=1.0)
     assert warm.ended == "changing after 1 s" and 1.0 < series.now < 1.1
 
 
-def test_a_slow_model_costs_its_limit_and_says_that_this_is_too_little(measure: ModuleType) -> None:
+def test_a_slow_model_costs_its_limit_and_says_that_this_is_too_little() -> None:
     for seconds, runs in ((2.0, 2), (0.7, 5), (200.0, 2)):
         series = Series(endless(lambda _, seconds=seconds: seconds))
-        warm = measure.warm_up(series.run, clock=series.clock)
+        warm = warm_up(series.run, clock=series.clock)
         assert (warm.ended, warm.runs) == ("too few runs in 3 s", runs)
         assert warm.run_s == pytest.approx(seconds)
 
 
-def test_noise_alone_is_seldom_taken_for_a_change(measure: ModuleType) -> None:
+def test_noise_alone_is_seldom_taken_for_a_change() -> None:
     """Exchangeable values: 7 % by the count of permutations, so at most 10 % of 1000 here."""
     rng = np.random.default_rng(3)
-    found = [measure.find_change(list(1 + 0.1 * rng.random(10))) for _ in range(1000)]
+    found = [find_change(list(1 + 0.1 * rng.random(10))) for _ in range(1000)]
     assert sum(place is not None for place in found) <= 100
     for place in range(3, 8):
-        assert measure.find_change([1.1] * place + [1.0] * (10 - place)) == place
-        assert measure.find_change([1.015] * place + [1.0] * (10 - place)) is None, "too little to matter"
-    assert measure.find_change([1.0] * 10) is None
+        assert find_change([1.1] * place + [1.0] * (10 - place)) == place
+        assert find_change([1.015] * place + [1.0] * (10 - place)) is None, "too little to matter"
+    assert find_change([1.0] * 10) is None

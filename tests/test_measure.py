@@ -20,7 +20,7 @@ from edgeprune.core.stats import find_drift, find_modes, round_ratio, turn_media
 from edgeprune.core.store import read_record, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
-from edgeprune.measure import describe_ratio, find_disturbances, measure_files
+from edgeprune.measure import describe_ratio, find_disturbances, is_settled, measure_files
 
 REPOSITORY = Path(__file__).parent.parent
 BRIEF = Effort(rounds=1, repeats=4, seconds=0.05, precision=None)
@@ -121,6 +121,17 @@ def test_ratios_are_of_neighbouring_turns() -> None:
         turn_ratios(second, replace(first, per_turn=1))
 
 
+def test_interrupted_turns_are_left_out_of_the_ratio() -> None:
+    """Half of the turns took twice as long because something else ran; too few others are no reason to use them."""
+    ours = Samples(values=tuple(np.tile([2.0, 4.0], 10)), interrupted=tuple(range(1, 20, 2)))
+    theirs = Samples(values=(1.0,) * 20)
+    assert turn_ratios(ours, theirs).tolist() == [2.0] * 10
+    assert turn_ratios(theirs, ours).tolist() == [0.5] * 10
+    assert len(turn_ratios(ours, replace(theirs, interrupted=tuple(range(0, 14, 2))))) == 20
+    notes = find_disturbances([[ours, ours]], [])
+    assert any("something else had the processor in 50% of the turns" in note for note in notes)
+
+
 def test_the_interval_of_a_ratio_covers_the_truth() -> None:
     """Rounds differ by 1 %: in 300 comparisons of equal files at most 2 % find a difference; 5 % is always found."""
     rng = np.random.default_rng(0)
@@ -134,6 +145,24 @@ def test_the_interval_of_a_ratio_covers_the_truth() -> None:
     assert all(compare(1.05).low > 1 for _ in range(100))
     with pytest.raises(DataError, match="two rounds"):
         round_ratio([[1.0, 1.1]])
+
+
+@pytest.mark.parametrize("spread", [0.003, 0.02])
+def test_more_rounds_do_not_find_differences_that_are_none(spread: float) -> None:
+    """The stop rule looks after every three rounds: still at most 4 % of 300 equal pairs differ, and 3 % is found."""
+    rng = np.random.default_rng(4)
+
+    def compare(truth: float) -> tuple[Quantity, int]:
+        ratios = list(truth * np.exp(spread * rng.standard_normal(6)))
+        while not is_settled(found := round_ratio([[ratio] for ratio in ratios]), 0.01) and len(ratios) < 24:
+            ratios += list(truth * np.exp(spread * rng.standard_normal(3)))
+        return found, len(ratios)
+
+    same, slower = ([compare(truth) for _ in range(300)] for truth in (1.0, 1.03))
+    assert sum(not q.low <= 1 <= q.high for q, _ in same) <= 12
+    assert sum(q.low > 1 for q, _ in slower) >= 290
+    if spread < 0.01:
+        assert np.mean([rounds for _, rounds in (*same, *slower)]) < 7, "what is plain needs no more rounds"
 
 
 def test_two_speeds_are_found_and_tails_are_not_taken_for_one() -> None:

@@ -16,6 +16,7 @@ from edgeprune.core.records import FloatArray, Quantity, Samples
 
 FEWEST_FOR_MODES = 30
 BLOCKS = 20
+FEWEST_CLEAN = 5
 
 
 def _array(values: npt.ArrayLike) -> FloatArray:
@@ -141,9 +142,13 @@ def turn_medians(samples: Samples) -> FloatArray:
 def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
     """How many times as long as its neighbour each turn took.
 
+    Of neighbours that no other process interrupted; of all where those are fewer than five.
     raises: DataError when the two were not measured in turns with each other.
     """
     ours, theirs = turn_medians(samples), turn_medians(against)
     if len(ours) != len(theirs):
         raise DataError("samples of different numbers of turns cannot be compared; measure both together")
-    return np.asarray(ours / theirs, dtype=np.float64)
+    clean = np.ones(len(ours), dtype=bool)
+    clean[[*samples.interrupted, *against.interrupted]] = False
+    ratios = np.asarray(ours / theirs, dtype=np.float64)
+    return ratios[clean] if clean.sum() >= FEWEST_CLEAN else ratios

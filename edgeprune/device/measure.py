@@ -1,4 +1,4 @@
-"""The steps of a job, measured on the board. Copied there beside agent.py, with runtime.py.
+"""The steps of a job, measured on the board. Copied there beside agent.py, with warm_up.py and runtime.py.
 
 runtime.py is the module of `runtimes/` that the target names. Python 3.9, numpy and the runtime's own
 package, nothing else of edgeprune.
@@ -20,38 +20,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from edgeprune.device import energy
     from edgeprune.device.runtimes import onnxruntime as runtime
+    from edgeprune.device.warm_up import warm_up
 else:
     import energy
     import runtime
+    from warm_up import warm_up
 
 MARK = "@@edgeprune@@"
 CLOCK_MULTIPLE = 1000
 """One sample is at least this many ticks of the clock."""
-WARM_UP_BLOCKS = 10
-"""The latency has settled when so many blocks of runs in a row show no change."""
-WARM_UP_BLOCK_S = 0.008
-WARM_UP_LIMIT_S = 3.0
 WARM_AGAIN_LIMIT_S = 0.5
 """Of kernels: the same files were warmed up at length when the whole model was timed."""
-CHANGE_RANKS = 21
-"""Pettitt's K that counts as a change: 7 % of ten values in random order reach it, every clean step from the fourth to
-the eighth does. A false alarm costs some blocks more."""
-CHANGE_SHARE = 0.02
-"""By how much the median has to change, too: less is lost in what the board does anyway."""
 TURN_S = 0.005
 """A turn takes at least this long. The shorter, the less the machine changes from a turn to its neighbour."""
 SPIN_S = 0.002
 """For so long the threads of a runtime may go on spinning after a run, in the way of another model's."""
 MIN_TURNS = 5
+AWAY_SHARE = 0.02
+"""A turn was interrupted when the processor did something else for more than this share of it."""
 MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
 BURST = 3
@@ -117,6 +111,7 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
         {
             "values": [value for turn in timer.turns for value in turn],
             "per_turn": timer.samples,
+            "interrupted": timer.interrupted,
             "loops": timer.loops,
             "warmups": timer.warm.runs,
             "warm_up_ended": timer.warm.ended,
@@ -138,6 +133,7 @@ class Timer:
         self.samples = 1
         self.turns: list[list[float]] = []
         self.medians: list[float] = []
+        self.interrupted: list[int] = []
         # A long run refills the caches by itself. The other's threads spin on after its last run.
         self.settle = 1 if self.run_s * self.loops < TURN_S else 0
         if threads > 1:
@@ -152,11 +148,14 @@ class Timer:
         for _ in range(0 if alone else self.settle):
             run()
         turn = []
+        began, at_work = clock(), time.thread_time_ns()
         for _ in range(self.samples):
             before = clock()
             for _ in each:
                 run()
             turn.append((clock() - before) * 1e-9 / self.loops)
+        if time.thread_time_ns() - at_work < (1 - AWAY_SHARE) * (clock() - began):
+            self.interrupted.append(len(self.turns))
         self.turns.append(turn)
         self.medians.append(statistics.median(turn))
 
@@ -168,9 +167,7 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
         return ""
     # Looking costs time too: now and then is often enough.
     if step["precision"] and turns % 8 == 0:
-        values = timers[0].medians
-        if len(timers) > 1:
-            values = list(map(operator.truediv, values, timers[1].medians))
+        values = timers[0].medians if len(timers) == 1 else turn_ratios(*timers)
         if half_width(values) <= step["precision"] * statistics.median(values):
             return "interval"
     if turns * max(timer.samples for timer in timers) >= MAX_SAMPLES:
@@ -180,71 +177,20 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
     return ""
 
 
+def turn_ratios(ours: Timer, theirs: Timer) -> list[float]:
+    """Ratios of neighbouring turns that nothing interrupted; of all where those are too few (as `core.stats`)."""
+    ratios = list(map(operator.truediv, ours.medians, theirs.medians))
+    disturbed = {*ours.interrupted, *theirs.interrupted}
+    clean = [ratio for place, ratio in enumerate(ratios) if place not in disturbed]
+    return clean if len(clean) >= MIN_TURNS else ratios
+
+
 def half_width(values: list[float]) -> float:
     """Half of the 95 % interval of the median, from order statistics (Conover, Practical Nonparametric Statistics)."""
     ordered, count = sorted(values), len(values)
     reach = 0.98 * math.sqrt(count)
     low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
     return (ordered[high] - ordered[low]) / 2
-
-
-class WarmUp(NamedTuple):
-    """How a warm-up went: typical seconds of a run at its end, runs made, and why it ended.
-
-    ended: `stable`; at the time limit `changing after ... s`, or `too few runs in ... s` to tell whether it was stable.
-    """
-
-    run_s: float
-    runs: int
-    ended: str
-
-
-def warm_up(
-    run: Callable[[], Any], *, limit_s: float = WARM_UP_LIMIT_S, clock: Callable[[], float] = time.perf_counter
-) -> WarmUp:
-    """Run until the latency has settled: no changepoint in the latest blocks; what lies before one is warm-up.
-
-    limit_s: end then in any case, after at least two runs.
-    source: the idea is of Barrett et al., Virtual machine warmup blows hot and cold, OOPSLA 2017; in sequence, with
-        a rank test, since a board has to decide while it runs.
-    """
-    began = clock()
-    run()
-    blocks: list[float] = []
-    runs, changed = 1, False
-    while True:
-        durations: list[float] = []
-        until = clock() + WARM_UP_BLOCK_S
-        while not durations or clock() < until:
-            before = clock()
-            run()
-            durations.append(clock() - before)
-        runs += len(durations)
-        blocks.append(max(statistics.median(durations), 1e-7))
-        full = len(blocks) == WARM_UP_BLOCKS
-        change = find_change(blocks) if full else None
-        if full and change is None:
-            return WarmUp(statistics.median(blocks), runs, "stable")
-        if change is not None:
-            changed = True
-            del blocks[:change]
-        if clock() - began > limit_s:
-            ended = f"changing after {limit_s:g} s" if changed else f"too few runs in {limit_s:g} s"
-            return WarmUp(statistics.median(blocks), runs, ended)
-
-
-def find_change(blocks: list[float]) -> int | None:
-    """Where ten values in order of time change to another level; None where they do not.
-
-    returns: the place of the first value of the new level, in [1, 9].
-    source: Pettitt, A non-parametric approach to the change-point problem, Applied Statistics 28 (1979) 126, eq. 2.
-    """
-    values = np.asarray(blocks)
-    # U(t): by how much the first t values outrank the others.
-    ranks = np.cumsum(np.sign(np.subtract.outer(values, values)).sum(axis=1))[:-1]
-    place = int(np.argmax(np.abs(ranks))) + 1
-    share = np.median(values[place:]) / np.median(values[:place]) - 1
-    return place if abs(ranks[place - 1]) >= CHANGE_RANKS and abs(share) > CHANGE_SHARE else None
 
 
 def clock_tick_s() -> float:

@@ -82,6 +82,7 @@ def _read_samples(value: Mapping[str, Any]) -> Samples:
     return Samples(
         values=values,
         per_turn=int(value["per_turn"]),
+        interrupted=tuple(map(int, value.get("interrupted", ()))),
         loops=int(value["loops"]),
         warmups=int(value["warmups"]),
         warm_up_ended=str(value.get("warm_up_ended", "")),  # results of an older agent may lie on the board

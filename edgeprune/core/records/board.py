@@ -91,12 +91,14 @@ class Samples:
     """Raw repeated measurements of one quantity: each value is the mean of `loops` inner loops.
 
     per_turn: how many values in a row were taken before another model had its turn.
+    interrupted: turns, counted from 0, of which another process took more than 2 %.
     warmups: runs before them. warm_up_ended: `stable`; at its time limit such as `changing after 3 s`.
     """
 
     values: tuple[float, ...]
     unit: str = "s"
     per_turn: int = 1
+    interrupted: tuple[int, ...] = ()
     loops: int = 1
     warmups: int = 0
     warm_up_ended: str = ""
