@@ -195,6 +195,7 @@ def read_profile(path: Path, graph: Graph | None = None) -> Profile:
         artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
         measurements=tuple(measurements), tables=combined.tables, overhead_s=combined.overhead_s,
         additivity_gap=combined.additivity_gap, held_out=combined.held_out, memory=combined.memory,
+        folds=combined.folds,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ polynomials in the widths. They are kept as polynomials, because the solvers nee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import overload
@@ -18,6 +19,7 @@ from edgeprune.core.records import (
     Cost,
     Extent,
     FloatArray,
+    Fold,
     Graph,
     Kernel,
     Node,
@@ -42,6 +44,9 @@ IN_PLACE = frozenset((
 ))
 # fmt: on
 """Operations that write over an input that nobody reads again, or that fuse into its producer."""
+
+INTERVAL_SHARE = 0.9
+"""How many of the measured latencies a predicted interval is to hold."""
 
 Polynomial = dict[tuple[str, ...], float]
 """Sum of coefficient x product of widths: {(): 3.0, ("a",): 2.0, ("a", "b"): 9.0}; names sorted."""
@@ -303,27 +308,50 @@ def kernel_sizes(kernel: Kernel, widths: Widths, units: Widths) -> tuple[int, in
     return cin, kernel.out_extent.size(widths, units)
 
 
-def predict_latency(graph: Graph, widths: Widths, profile: Profile) -> float:
-    """Whole-model seconds: the sum over kernels plus the time outside any kernel."""
+def predict_latency(graph: Graph, widths: Widths, profile: Profile | Fold, kernels: Sequence[Kernel] = ()) -> float:
+    """Whole-model seconds: the sum over kernels plus the time outside any kernel.
+
+    kernels: of the profile, where only one of its folds is given.
+    """
     tables = {table.signature: table for table in profile.tables}
     total = profile.overhead_s
-    for kernel in profile.kernels:
+    for kernel in profile.kernels if isinstance(profile, Profile) else kernels:
         total += kernel_latency(tables[kernel.signature], *kernel_sizes(kernel, widths, graph.units))
     return total
+
+
+def latency_interval(graph: Graph, widths: Widths, profile: Profile) -> Quantity:
+    """Predicted whole-model latency, and between what the measured one is to be expected.
+
+    The interval is what the folds say of these widths, each moved by the errors on the configurations
+    it had not seen, so that it is wide where the folds disagree and as wide as they were wrong before.
+    Without folds it is the largest error on held-out configurations, without those it has no width.
+    source: CV+ of Barber et al., Predictive inference with the jackknife+, Annals of Statistics 49 (2021),
+        section 3, on relative errors.
+    """
+    seconds = predict_latency(graph, widths, profile)
+    said = [predict_latency(graph, widths, fold, profile.kernels) for fold in profile.folds]
+    low, high = (
+        [p * (1 + sign * e) for p, f in zip(said, profile.folds, strict=True) for e in f.errors] for sign in (-1, 1)
+    )
+    if low:
+        # The ends are order statistics, as the theorem has them.
+        reach = min(math.ceil(INTERVAL_SHARE * (len(low) + 1)), len(low))
+        return Quantity(
+            median=seconds, low=max(min(sorted(low)[-reach], seconds), 0.0), high=max(sorted(high)[reach - 1], seconds)
+        )
+    error = profile.held_out.max if profile.held_out is not None else 0.0
+    return Quantity(median=seconds, low=seconds * max(1 - error, 0.0), high=seconds * (1 + error))
 
 
 def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -> Cost:
     """Everything that can be said without running the network.
 
-    Latency and artifact size need a profile; with one, memory is what this runtime takes for it. The
-    latency's interval is the largest relative error of the profile on configurations it was not
-    fitted to; without held-out ones it has no width.
+    Latency and artifact size need a profile; with one, memory is what this runtime takes for it.
     """
     latency = size = None
     if profile is not None:
-        seconds = predict_latency(graph, widths, profile)
-        error = profile.held_out.max if profile.held_out is not None else 0.0
-        latency = Quantity(median=seconds, low=seconds * max(1 - error, 0.0), high=seconds * (1 + error))
+        latency = latency_interval(graph, widths, profile)
         size = artifact_bytes(graph, widths, profile.dense_bytes)
     memory = peak_memory_bytes(graph, widths)
     if profile is not None and profile.memory is not None:

@@ -14,14 +14,16 @@ from scipy.optimize import nnls
 
 from edgeprune.core.cost import kernel_latency, kernel_sizes
 from edgeprune.core.errors import RecordError
-from edgeprune.core.records import FloatArray, HeldOutError, Kernel, Measurement, MemoryModel, Quantity, Table
+from edgeprune.core.records import FloatArray, Fold, HeldOutError, Kernel, Measurement, MemoryModel, Quantity, Table
 from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
 from edgeprune.tables.design import DENSE
-from edgeprune.tables.fit import OFF_TILE_WEIGHT, Observations, fit_kernels, tabulate
+from edgeprune.tables.fit import FOLDS, OFF_TILE_WEIGHT, Fit, Observations, fit_kernels, tabulate
 
 LEAST_SHARE = 0.1
 """Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
 FEWEST_FOR_INTERCEPT = 4
+FEWEST_FOR_FOLDS = 8
+"""Configurations; with fewer, what is left without a fold is no fit."""
 PLANNED = "plan-"
 """Names of configurations that were measured because a planner chose them."""
 PLANNED_WEIGHT = 4.0
@@ -48,11 +50,13 @@ class Combined:
     additivity_gap: float
     held_out: HeldOutError | None
     memory: MemoryModel | None
+    folds: tuple[Fold, ...]
 
 
-def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> Combined:
+def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement], known: Sequence[Table] = ()) -> Combined:
     """Fit the tables to every configuration that is not held out.
 
+    known: tables of the same kernels under other conditions.
     raises: RecordError when the dense configuration or any kernel has no measurement.
     """
     configured = average_rounds(measurements)
@@ -60,20 +64,16 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> C
     dense = next((item for item in fitted if item.name == DENSE), None)
     if dense is None:
         raise RecordError("the profile has no complete measurement of the dense model; profile again")
-    wholes = np.array([item.whole_s for item in fitted])
+    priors = {table.signature: table for table in known}
     on_tile = np.ones(len(fitted))
     # The tiles are found on the way, and then tell which configurations calibrate the rest.
     for _ in range(2):
-        tables = _fit_tables(kernels, _unprofiled(fitted, on_tile), dense)
-        by_signature = {table.signature: table for table in tables}
+        fits = _fit_kernels(kernels, _unprofiled(fitted, on_tile), dense, priors)
+        by_signature = {table.signature: table for table in _tabulate(kernels, fits, dense)}
         before, on_tile = on_tile, np.array([_weigh_by_tile(c, kernels, by_signature, dense) for c in fitted])
         if np.array_equal(before, on_tile):
             break
-    predicted = np.array([predict_kernels(kernels, by_signature, item.widths) for item in fitted])
-    scale, overhead = _calibrate(predicted, wholes, on_tile)
-    if overhead < 0:
-        scale, overhead = _calibrate(predicted, wholes, on_tile, intercept=False)
-    tables = tuple(_scale(table, scale) for table in tables)
+    tables, overhead = _calibrated(kernels, fits, dense, fitted, on_tile)
     by_signature = {table.signature: table for table in tables}
     errors = [
         abs(overhead + predict_kernels(kernels, by_signature, item.widths) - item.whole_s) / item.whole_s
@@ -84,7 +84,7 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement]) -> C
     )
     return Combined(
         tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements), held_out=held_out,
-        memory=fit_memory(measurements),
+        memory=fit_memory(measurements), folds=_make_folds(kernels, fits, dense, fitted, on_tile),
     )  # fmt: skip
 
 
@@ -222,13 +222,13 @@ def _calibrate(
     return float(solution[0]), float(solution[1] * parts.mean())
 
 
-def _fit_tables(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured) -> tuple[Table, ...]:
+def _fit_kernels(
+    kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured, known: Mapping[str, Table]
+) -> dict[str, Fit]:
+    """Signature -> the cost of its kernels."""
     weights = _closeness(fitted, dense)
-    pooled: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
-        pooled.setdefault(kernel.signature, []).append(kernel)
     families: dict[str, dict[str, Observations]] = {}
-    for signature, members in pooled.items():
+    for signature, members in _pool(kernels).items():
         rows = [
             (*kernel_sizes(kernel, item.widths, item.widths), item.kernels[kernel.name], index, weights[index])
             for index, item in enumerate(fitted)
@@ -241,14 +241,66 @@ def _fit_tables(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: 
         families.setdefault(_family(signature, members[0]), {})[signature] = Observations(
             sizes_in=np.array(columns[0], np.int64), sizes_out=np.array(columns[1], np.int64),
             time_s=np.array(columns[2], np.float64), configuration=np.array(columns[3], np.int64),
-            weight=np.array(columns[4], np.float64),
+            weight=np.array(columns[4], np.float64), known=known.get(signature),
         )  # fmt: skip
-    fits = {signature: fit for family in families.values() for signature, fit in fit_kernels(family).items()}
+    return {signature: fit for family in families.values() for signature, fit in fit_kernels(family).items()}
+
+
+def _tabulate(kernels: Sequence[Kernel], fits: Mapping[str, Fit], dense: Configured) -> tuple[Table, ...]:
     tables = []
-    for signature, members in pooled.items():
+    for signature, members in _pool(kernels).items():
         full = [kernel_sizes(kernel, dense.widths, dense.widths) for kernel in members]
         tables.append(tabulate(fits[signature], signature, max(i for i, _ in full), max(o for _, o in full)))
     return tuple(tables)
+
+
+def _calibrated(
+    kernels: Sequence[Kernel], fits: Mapping[str, Fit], dense: Configured, fitted: Sequence[Configured],
+    weights: FloatArray,
+) -> tuple[tuple[Table, ...], float]:  # fmt: skip
+    """Tables whose sum, with the time outside any kernel, is the whole model unprofiled."""
+    tables = _tabulate(kernels, fits, dense)
+    by_signature = {table.signature: table for table in tables}
+    predicted = np.array([predict_kernels(kernels, by_signature, item.widths) for item in fitted])
+    wholes = np.array([item.whole_s for item in fitted])
+    scale, overhead = _calibrate(predicted, wholes, weights)
+    if overhead < 0:
+        scale, overhead = _calibrate(predicted, wholes, weights, intercept=False)
+    return tuple(replace(table, latency_s=table.latency_s * scale) for table in tables), overhead
+
+
+def _make_folds(
+    kernels: Sequence[Kernel], fits: Mapping[str, Fit], dense: Configured, fitted: Sequence[Configured],
+    on_tile: FloatArray,
+) -> tuple[Fold, ...]:  # fmt: skip
+    """The same forms fitted without every so many of the configurations, and their errors on just those.
+
+    Errors are of configurations on the tiles only: no plan lies between them.
+    """
+    if len(fitted) < FEWEST_FOR_FOLDS:
+        return ()
+    folds = []
+    for fold in range(FOLDS):
+        out = np.arange(len(fitted)) % FOLDS == fold
+        rest = [item for item, left in zip(fitted, out, strict=True) if not left]
+        parts = {signature: fit.leaving_out(np.flatnonzero(out)) for signature, fit in fits.items()}
+        tables, overhead = _calibrated(kernels, parts, dense, rest, on_tile[~out])
+        by_signature = {table.signature: table for table in tables}
+        errors = [
+            abs(item.whole_s / (overhead + predict_kernels(kernels, by_signature, item.widths)) - 1)
+            for item, is_judged in zip(fitted, out & (on_tile == 1.0), strict=True)
+            if is_judged
+        ]
+        folds.append(Fold(tables=tables, overhead_s=overhead, errors=tuple(errors)))
+    return tuple(folds)
+
+
+def _pool(kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
+    """Kernels by what they share a table by."""
+    pooled: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        pooled.setdefault(kernel.signature, []).append(kernel)
+    return pooled
 
 
 def _family(signature: str, kernel: Kernel) -> str:
@@ -270,7 +322,3 @@ def _additivity_gap(measurements: Sequence[Measurement]) -> float:
     """|sum of kernels - profiled run| / profiled run, median over what was measured."""
     gaps = [abs(sum(m.kernels.values()) - m.run_s) / m.run_s for m in measurements if m.kernels and m.run_s]
     return median(gaps) if gaps else 0.0
-
-
-def _scale(table: Table, factor: float) -> Table:
-    return replace(table, latency_s=table.latency_s * factor)

@@ -8,12 +8,14 @@ pair of groups that meet in a kernel.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import qmc
 
-from edgeprune.core.records import FloatArray, Graph, Group
+from edgeprune.core.cost import predict_latency
+from edgeprune.core.records import FloatArray, Graph, Group, Profile
 
 DENSE = "dense"
 """Name of the configuration with all units: the anchor that every round comes back to."""
@@ -23,6 +25,12 @@ STEPS = (8, 16, 8, 4, 8, 32, 8, 16, 8, 4, 8, 1)
 them, so that the staircase shows."""
 FITTED_MEMORY, HELD_OUT_MEMORY = 8, 4
 """Of how many configurations the peak memory is measured."""
+CANDIDATES = 128
+"""Of each of two kinds, among which the next configurations are chosen."""
+NEAR_BUDGET = 0.3
+"""Logarithmic distance from the budget at which a configuration matters clearly less."""
+APART_OCTAVES = 0.5
+"""Mean distance of widths below which two configurations tell much the same."""
 SMALLEST = 1 / 8
 """Smallest share of a group's units in a random configuration."""
 
@@ -91,3 +99,44 @@ def _widths(graph: Graph, groups: tuple[Group, ...], shares: FloatArray, multipl
         # The full width counts as a multiple of every step.
         widths[group.name] = group.units if width > group.units else width
     return widths
+
+
+def choose_next(
+    graph: Graph, profile: Profile, count: int, *, budget_s: float | None = None, seed: int = 0
+) -> list[dict[str, int]]:
+    """The widths at which the profile is least sure of itself, on its tiles.
+
+    Where tables that were fitted to different parts of the measurements disagree, one more measurement
+    tells most: query by committee (Seung, Opper and Sompolinsky, COLT 1992). What is close to what has
+    been measured or chosen already is asked for less.
+
+    budget_s: whole-model latency around which plans will lie; there it matters more.
+    """
+    groups = graph.prunable
+    rng = np.random.default_rng((seed, len(profile.measurements)))
+    shares = np.concatenate(
+        [
+            np.clip(rng.uniform(0.3, 1.0, (CANDIDATES, 1)) * rng.uniform(0.65, 1.35, (CANDIDATES, len(groups))), SMALLEST, 1),
+            SMALLEST ** rng.random((CANDIDATES, len(groups))),
+        ]
+    )  # fmt: skip
+    candidates = [_widths(graph, groups, share, 8) for share in shares]
+    said = np.array(
+        [[predict_latency(graph, widths, fold, profile.kernels) for fold in profile.folds] for widths in candidates]
+    )
+    worth = said.std(axis=1) / said.mean(axis=1)
+    if budget_s is not None:
+        worth = worth * np.exp(-0.5 * (np.log(said.mean(axis=1) / budget_s) / NEAR_BUDGET) ** 2)
+
+    def place(widths: Mapping[str, int]) -> FloatArray:
+        return np.array([np.log2(widths[group.name] / group.units) for group in groups])
+
+    places = np.stack([place(widths) for widths in candidates])
+    taken = [place(item.widths) for item in profile.measurements]
+    chosen = []
+    for _ in range(count):
+        apart = np.min([np.abs(places - other).mean(axis=1) for other in taken], axis=0)
+        best = int(np.argmax(worth * (1 - np.exp(-((apart / APART_OCTAVES) ** 2)))))
+        chosen.append(candidates[best])
+        taken.append(places[best])
+    return chosen

@@ -4,6 +4,9 @@ A kernel that reads i and writes o channels takes a + b·I + c·O + d·I·O, whe
 rounded up to the tile the runtime computes at once, all coefficients >= 0. Only a pairwise term
 fits convolutions: an additive f(i) + g(o) misses 3×3 kernels by 17–32 %. What the formula leaves
 over is smoothed over the neighbourhood where that predicts left-out configurations better.
+
+Where a table of the kernel is known already, from another board of the kind, another thread count or
+another model, the cost is first sought as a multiple of that.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
+from edgeprune.core.cost import kernel_latency
 from edgeprune.core.records import FloatArray, IntArray, Table
 
 TILES = (8, 1, 4, 16, 32)
@@ -40,7 +44,7 @@ class Observations:
     """Timings of the kernels of one signature, one entry per kernel and configuration.
 
     sizes_in: (n,), zeros where only the output counts. configuration: (n,) ids, the unit of
-    cross-validation. weight: (n,) > 0, 1 = as usual.
+    cross-validation. weight: (n,) > 0, 1 = as usual. known: a table of these kernels under other conditions.
     """
 
     sizes_in: IntArray
@@ -48,14 +52,19 @@ class Observations:
     time_s: FloatArray
     configuration: IntArray
     weight: FloatArray
+    known: Table | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A fitted cost: the staircase, its coefficients, and the local correction."""
+    """A fitted cost: the staircase, its coefficients, and the local correction.
+
+    scaled: the cost is a multiple of the known table and a constant, instead of a formula of its own.
+    """
 
     tile_in: int
     tile_out: int
+    scaled: bool
     coefficients: FloatArray
     data: Observations
     residuals: FloatArray
@@ -65,10 +74,18 @@ class Fit:
     def predict(self, sizes_in: npt.ArrayLike, sizes_out: npt.ArrayLike) -> FloatArray:
         """Seconds for channel counts of equal shape."""
         i, o = np.asarray(sizes_in, np.int64), np.asarray(sizes_out, np.int64)
-        cost = _features(i, o, self.tile_in, self.tile_out) @ self.coefficients
+        known = self.data.known if self.scaled else None
+        cost = _features(i, o, self.tile_in, self.tile_out, known) @ self.coefficients
         if self.smoothing is not None:
             cost = cost * (1 + self._correction(i, o, *self.smoothing))
         return np.asarray(cost, dtype=np.float64)
+
+    def leaving_out(self, configurations: npt.ArrayLike) -> Fit:
+        """The same form fitted without some configurations; itself where nothing else would be left."""
+        rest = ~np.isin(self.data.configuration, configurations)
+        if rest.all() or not rest.any():
+            return self
+        return _solve(_select(self.data, rest), self.tile_in, self.tile_out, self.smoothing, scaled=self.scaled)
 
     def _correction(self, i: IntArray, o: IntArray, bandwidth: float, shrink: float) -> FloatArray:
         distance = np.zeros((len(i), len(self.residuals)))
@@ -97,8 +114,9 @@ def fit_kernels(family: Mapping[str, Observations]) -> dict[str, Fit]:
     def attempt(tile_in: int, tile_out: int) -> dict[str, Fit]:
         return {name: _cross_validate(data, tile_in, tile_out, None) for name, data in family.items()}
 
-    tiles_in = _tiles([data.sizes_in for data in family.values()])
-    tiles_out = _tiles([data.sizes_out for data in family.values()])
+    known = [data.known for data in family.values() if data.known is not None]
+    tiles_in = _tiles([data.sizes_in for data in family.values()], [table.tile_in for table in known])
+    tiles_out = _tiles([data.sizes_out for data in family.values()], [table.tile_out for table in known])
     tile_in, tile_out = tiles_in[0], tiles_out[0]
     best = attempt(tile_in, tile_out)
     for _ in range(2):
@@ -111,13 +129,18 @@ def fit_kernels(family: Mapping[str, Observations]) -> dict[str, Fit]:
     for name, data in family.items():
         on_tile = is_on_tile(data.sizes_in, tile_in) & is_on_tile(data.sizes_out, tile_out)
         judged = data.weight * np.where(on_tile, 1.0, OFF_TILE_WEIGHT)
-        best[name] = _cross_validate(data, tile_in, tile_out, None, judged)
         # What is off the tile may help to fit, or mislead where the runtime computes it in another way.
-        for weight in (data.weight, judged):
-            for smoothing in (None, *SMOOTHING):
-                fit = _cross_validate(replace(data, weight=weight), tile_in, tile_out, smoothing, judged)
-                if fit.error < MARGIN * best[name].error:
-                    best[name] = fit
+        forms = itertools.product(
+            (True, False) if data.known is not None else (False,), (data.weight, judged), (None, *SMOOTHING)
+        )
+        fits = (
+            _cross_validate(replace(data, weight=weight), tile_in, tile_out, smoothing, judged, scaled=scaled)
+            for scaled, weight, smoothing in forms
+        )
+        best[name] = next(fits)
+        for fit in fits:
+            if fit.error < MARGIN * best[name].error:
+                best[name] = fit
     return best
 
 
@@ -139,9 +162,11 @@ def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Tab
     )  # fmt: skip
 
 
-def _tiles(axis: Sequence[IntArray]) -> tuple[int, ...]:
-    """Candidate staircases along an axis, the likely one first; none along one that was hardly varied."""
-    return TILES if any(len(np.unique(sizes)) > 2 for sizes in axis) else (1,)
+def _tiles(axis: Sequence[IntArray], known: Sequence[int]) -> tuple[int, ...]:
+    """Candidate staircases along an axis, the likely one first: a known one, and only it if hardly varied."""
+    if not any(len(np.unique(sizes)) > 2 for sizes in axis):
+        return (known[0] if known else 1,)
+    return tuple(dict.fromkeys((*known[:1], *TILES)))
 
 
 def _better(ours: Mapping[str, Fit], best: Mapping[str, Fit], family: Mapping[str, Observations]) -> bool:
@@ -157,6 +182,8 @@ def _cross_validate(
     tile_out: int,
     smoothing: tuple[float, float] | None,
     judged: FloatArray | None = None,
+    *,
+    scaled: bool = False,
 ) -> Fit:
     """Fit to everything; the error is of predictions for configurations left out in turn, weighted by `judged`."""
     folds = data.configuration % FOLDS
@@ -166,22 +193,24 @@ def _cross_validate(
         if not inside.any():
             errors[outside] = np.inf
             continue
-        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, passes=1)
+        fit = _solve(_select(data, inside), tile_in, tile_out, smoothing, scaled=scaled, passes=1)
         errors[outside] = fit.predict(data.sizes_in[outside], data.sizes_out[outside]) / data.time_s[outside] - 1
     # Absolute, not squared: one interrupted timing must not choose the tile.
     error = float(np.average(np.abs(errors), weights=(data.weight if judged is None else judged) * data.time_s))
-    fit = _solve(data, tile_in, tile_out, smoothing)
-    return Fit(
-        tile_in=tile_in, tile_out=tile_out, coefficients=fit.coefficients, data=data, residuals=fit.residuals,
-        smoothing=smoothing, error=error,
-    )  # fmt: skip
+    return replace(_solve(data, tile_in, tile_out, smoothing, scaled=scaled), error=error)
 
 
 def _solve(
-    data: Observations, tile_in: int, tile_out: int, smoothing: tuple[float, float] | None, *, passes: int = 3
+    data: Observations,
+    tile_in: int,
+    tile_out: int,
+    smoothing: tuple[float, float] | None,
+    *,
+    scaled: bool = False,
+    passes: int = 3,
 ) -> Fit:
     """Non-negative least squares on relative errors, reweighted between passes against outliers (Huber)."""
-    features = _features(data.sizes_in, data.sizes_out, tile_in, tile_out)
+    features = _features(data.sizes_in, data.sizes_out, tile_in, tile_out, data.known if scaled else None)
     scale = features.max(axis=0)
     scale[scale == 0] = 1.0
     relative = features / scale / data.time_s[:, None]
@@ -198,13 +227,15 @@ def _solve(
     predicted = np.maximum(relative @ coefficients, 1e-12)
     limit = 5 * (1.4826 * float(np.median(np.abs(residuals))) + 1e-9)
     return Fit(
-        tile_in=tile_in, tile_out=tile_out, coefficients=coefficients / scale, data=data,
+        tile_in=tile_in, tile_out=tile_out, scaled=scaled, coefficients=coefficients / scale, data=data,
         residuals=np.clip(1 / predicted - 1, -limit, limit), smoothing=smoothing,
     )  # fmt: skip
 
 
-def _features(i: IntArray, o: IntArray, tile_in: int, tile_out: int) -> FloatArray:
-    """(n, 6): 1, I, O, I·O, and for sizes off the alignment 1 and I·O once more."""
+def _features(i: IntArray, o: IntArray, tile_in: int, tile_out: int, known: Table | None = None) -> FloatArray:
+    """(n, 6): 1, I, O, I·O, and for sizes off the alignment 1 and I·O once more; (n, 2): 1 and the known table."""
+    if known is not None:
+        return np.stack([np.ones(len(i)), kernel_latency(known, i, o)], axis=1)
     wide_in, wide_out = -(-i // tile_in) * tile_in, -(-o // tile_out) * tile_out
     columns = [np.ones_like(i), wide_in, wide_out, wide_in * wide_out]
     odd = (((i % ALIGNMENT) | (o % ALIGNMENT)) > 0).astype(np.int64)
@@ -216,7 +247,7 @@ def _features(i: IntArray, o: IntArray, tile_in: int, tile_out: int) -> FloatArr
 def _select(data: Observations, mask: npt.NDArray[np.bool_]) -> Observations:
     return Observations(
         sizes_in=data.sizes_in[mask], sizes_out=data.sizes_out[mask], time_s=data.time_s[mask],
-        configuration=data.configuration[mask], weight=data.weight[mask],
+        configuration=data.configuration[mask], weight=data.weight[mask], known=data.known,
     )  # fmt: skip
 
 

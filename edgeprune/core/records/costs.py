@@ -90,12 +90,25 @@ class MemoryModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """Tables fitted without some of the configurations, and how well they predict just those.
+
+    What several of these say of the same widths tells how sure the profile is of them.
+    errors: |measured / predicted - 1| of each configuration that was left out.
+    """
+
+    tables: tuple[Table, ...]
+    overhead_s: float
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """Latency tables of one model on one target, with all that they were made from.
 
     overhead_s: whole-model time outside any kernel.
     additivity_gap: |sum of kernels - profiled run| / profiled run, median over configurations.
-    dense_bytes: size of the dense artifact. dense_latency: whole-model samples of the anchor.
+    dense_bytes: size of the dense artifact. folds: the tables fitted to parts of the measurements.
     """
 
     target: str
@@ -110,6 +123,7 @@ class Profile:
     additivity_gap: float
     held_out: HeldOutError | None = None
     memory: MemoryModel | None = None
+    folds: tuple[Fold, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
