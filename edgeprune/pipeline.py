@@ -164,6 +164,7 @@ class Stages:
                     session,
                     path=path,
                     **msgspec.to_builtins(run.profile),
+                    around=run.budget.latency,
                     effort=find_effort(run.target.effort),
                     seed=run.seed,
                     resizer=resizer,

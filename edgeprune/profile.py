@@ -4,9 +4,10 @@
 different widths are run, and one profiled run measures every kernel in its real surroundings.
 Configurations come in random order over several rounds, each in turns of milliseconds with the dense
 model: what the board's speed does from second to second meets both and falls out of their ratio.
+After a first batch that spreads over all widths the next ones are those that the tables are least sure
+of, until they predict configurations they have not seen as closely as asked for.
 
-The file is JSON lines: a heading, then one line per measurement as it comes in. Tables are derived
-from them on reading, so a killed run goes on where it stopped and a profile can be added to.
+What the file looks like: `tables/stored.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from edgeprune.core.budget import parse_limit
 from edgeprune.core.cost import peak_memory_bytes
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import AgentError, RecordError, UsageError
@@ -29,18 +31,20 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Conditions,
     Graph,
-    Kernel,
     Measurement,
     Profile,
     Quantity,
     Step,
     StepResult,
+    Table,
     Widths,
 )
-from edgeprune.core.store import append_record, digest, read_lines
+from edgeprune.core.store import append_record, digest
 from edgeprune.formats import KernelMap, Resizer
-from edgeprune.tables.combine import PLANNED, combine, measured_latency
-from edgeprune.tables.design import DENSE, Configuration, design_configurations
+from edgeprune.tables.combine import PLANNED, measured_latency
+from edgeprune.tables.design import DENSE, Configuration, choose_next, design_configurations
+from edgeprune.tables.stored import ProfileHeading, check_graph, derive_profile, read_measured, read_measurements
+from edgeprune.tables.stored import read_profile as read_profile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,19 +52,8 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Session
 
 WEIGHTS = "weights.bin"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileHeading:
-    """First line of a profile: what was measured on what. job: the folder on the board."""
-
-    target: str
-    conditions: Conditions
-    graph_sha256: str
-    artifact_sha256: str
-    dense_bytes: int
-    kernels: tuple[Kernel, ...]
-    job: str
+FIRST, FEWER_FIRST, NEXT = 16, 8, 8
+"""Configurations of the first batch, of one that starts from known tables, and of each batch after it."""
 
 
 def profile_target(
@@ -72,8 +65,11 @@ def profile_target(
     path: Path,
     configurations: int = 40,
     held_out: int = 8,
+    error: float | None = 0.01,
     effort: Effort = DEFAULT,
     step: int | None = None,
+    around: str | None = None,
+    known: Sequence[Profile] = (),
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
@@ -82,19 +78,37 @@ def profile_target(
     """Measure a model at many widths on the board and fit its latency tables.
 
     path: the JSONL file; what it already holds is not measured again.
-    configurations: widths to fit, dense included. held_out: more widths, never fitted, that give the
-    profile's error. effort: board time for each. step: widths are multiples of it (default: a mixture).
+    configurations: most widths to fit, dense included. held_out: more widths, never fitted, that give
+    the profile's error. error: stop with fewer once the mean relative error on configurations left out
+    of the fit in turn is no more; None: measure all. effort: board time for each. step: widths are
+    multiples of it (default: a mixture). around: the latency budget plans will be made for, such as
+    "0.5x" or "12 ms": there the tables shall be surest. known: profiles of other boards, thread counts
+    or models; tables of the same kernels are sought as multiples of theirs, which takes fewer widths.
     resizer: made once by `formats`, to share it with `measure_widths`.
     raises: RecordError when `path` holds a profile of another graph, other conditions or other
         widths; AgentError when the dense model or most configurations cannot be run.
     """
     if configurations < 2 or effort.rounds < 1 or held_out < 0:
         raise UsageError("a profile needs at least 2 configurations and 1 round")
-    sweep = design_configurations(graph, configurations, held_out, step=step, seed=seed)
-    return profile_configurations(
-        module, inputs, graph, session, sweep, path=path, effort=effort, progress=progress, seed=seed,
-        resizer=resizer, format=format,
-    )  # fmt: skip
+    first = min(FEWER_FIRST if known else FIRST, configurations)
+    sweep = list(design_configurations(graph, first, held_out, step=step, seed=seed))
+    make = partial(_make_resizer, resizer, format, module, inputs, graph)
+    tables = tuple({table.signature: table for profile in reversed(known) for table in profile.tables}.values())
+    with _Run(graph, session, make, path, effort, progress, tables) as run:
+        batch = sweep
+        while batch:
+            run.measure(_shuffled(batch, effort.rounds, (seed, len(sweep))))
+            # Only of what earlier batches hold: a run that was killed in a batch chooses the same ones again.
+            profile = derive_profile(*read_measured(path), only={item.name for item in sweep})
+            left = configurations - sum(not item.held_out for item in sweep)
+            if not left or not profile.folds or (error is not None and _left_out_error(profile) <= error):
+                break
+            near_s = parse_limit(around, "time").absolute(dense_latency(profile).median) if around else None
+            chosen = choose_next(graph, profile, min(NEXT, left), step=step, budget_s=near_s, seed=seed)
+            start = len(sweep)
+            batch = [Configuration(name=f"next-{start + n:02d}", widths=widths) for n, widths in enumerate(chosen)]
+            sweep += batch
+    return read_profile(path, graph)
 
 
 def profile_configurations(
@@ -114,12 +128,23 @@ def profile_configurations(
     """`profile_target` with configurations of one's own, the dense model among them."""
     make = partial(_make_resizer, resizer, format, module, inputs, graph)
     with _Run(graph, session, make, path, effort, progress) as run:
-        schedule = []
-        for number in range(effort.rounds):
-            order = np.random.default_rng((seed, number)).permutation(len(sweep))
-            schedule.append((number, [sweep[index] for index in order]))
-        run.measure(schedule)
+        run.measure(_shuffled(sweep, effort.rounds, (seed,)))
     return read_profile(path, graph)
+
+
+def _shuffled(
+    batch: Sequence[Configuration], rounds: int, seed: tuple[int, ...]
+) -> list[tuple[int, list[Configuration]]]:
+    """Every round of a batch in another order."""
+    return [
+        (number, [batch[index] for index in np.random.default_rng((*seed, number)).permutation(len(batch))])
+        for number in range(rounds)
+    ]
+
+
+def _left_out_error(profile: Profile) -> float:
+    """Mean relative error on configurations that were left out of the fit in turn."""
+    return float(np.mean([error for fold in profile.folds for error in fold.errors] or [np.inf]))
 
 
 def measure_widths(
@@ -179,26 +204,6 @@ def dense_latency(profile: Profile) -> Quantity:
     return measured_latency(profile.measurements)
 
 
-def read_profile(path: Path, graph: Graph | None = None) -> Profile:
-    """Read a profile and fit its tables.
-
-    graph: checks that the profile is of this graph.
-    raises: RecordError when it is altered, incomplete, or of another graph.
-    """
-    heading, measurements = _read(path)
-    if heading is None:
-        raise RecordError(f"{path} holds no profile; profile again")
-    _check_graph(heading, graph, path)
-    combined = combine(heading.kernels, measurements)
-    return Profile(
-        target=heading.target, conditions=heading.conditions, graph_sha256=heading.graph_sha256,
-        artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
-        measurements=tuple(measurements), tables=combined.tables, overhead_s=combined.overhead_s,
-        additivity_gap=combined.additivity_gap, held_out=combined.held_out, memory=combined.memory,
-        folds=combined.folds,
-    )  # fmt: skip
-
-
 class _Run:
     """One sitting at the board: makes the files, measures what the profile lacks, appends it."""
 
@@ -210,6 +215,7 @@ class _Run:
         path: Path,
         effort: Effort,
         progress: Progress,
+        known: tuple[Table, ...] = (),
     ) -> None:
         self.graph = graph
         self.session = session
@@ -217,6 +223,7 @@ class _Run:
         self.path = path
         self.effort = effort
         self.progress = progress
+        self.known = known
         self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-profile-")
 
     def __enter__(self) -> _Run:
@@ -230,10 +237,10 @@ class _Run:
 
         raises: RecordError when the file does not fit; AgentError when too much fails.
         """
-        heading, done = _read(self.path)
+        heading, done = read_measurements(self.path)
         conditions = self.session.conditions()
         if heading is not None:
-            _check_graph(heading, self.graph, self.path)
+            check_graph(heading, self.graph, self.path)
             if heading.conditions.key() != conditions.key():
                 raise RecordError(_unlike(self.path, heading.conditions, conditions))
         widths = {item.configuration: item.widths for item in done}
@@ -258,10 +265,12 @@ class _Run:
         job = heading.job if heading is not None else f"profile-{self.graph.model_sha256[:8]}-{secrets.token_hex(4)}"
         mapped = self._map_kernels(resizer, job)
         if heading is None:
+            signatures = {kernel.signature for kernel in mapped.kernels}
             heading = ProfileHeading(
                 target=self.session.target.name, conditions=conditions, graph_sha256=self.graph.model_sha256,
                 artifact_sha256=resizer.dense_sha256, dense_bytes=resizer.dense_bytes,
                 kernels=mapped.kernels, job=job,
+                known=tuple(table for table in self.known if table.signature in signatures),
             )  # fmt: skip
             append_record(self.path, heading)
         # As sets: of kernels that do not wait for each other the runtime takes now the one first, now the other.
@@ -364,25 +373,6 @@ def _missing(schedule: Sequence[tuple[int, Sequence[Configuration]]], done: Sequ
         for configuration in configurations:
             if (number, configuration.name) not in have:
                 yield _Slot(configuration=configuration, round=number)
-
-
-def _read(path: Path) -> tuple[ProfileHeading | None, list[Measurement]]:
-    """raises: RecordError when the file is damaged or does not begin with a heading."""
-    if not path.exists():
-        return None, []
-    records = list(read_lines(path, ProfileHeading, Measurement))
-    if not records:
-        return None, []
-    if not isinstance(records[0], ProfileHeading):
-        raise RecordError(f"{path} does not begin with a profile's heading; profile again into another file")
-    if any(isinstance(record, ProfileHeading) for record in records[1:]):
-        raise RecordError(f"{path} holds two profiles; profile again into another file")
-    return records[0], records[1:]
-
-
-def _check_graph(heading: ProfileHeading, graph: Graph | None, path: Path) -> None:
-    if graph is not None and heading.graph_sha256 != graph.model_sha256:
-        raise RecordError(f"{path} is a profile of another model (graph {heading.graph_sha256[:8]}); profile this one")
 
 
 def _unlike(path: Path, before: Conditions, now: Conditions) -> str:

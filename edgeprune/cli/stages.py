@@ -45,15 +45,24 @@ def trace(
 
 def profile(
     model: Model, target: TargetName, out: Out, weights: Weights = None, shapes: Shapes = None,
-    allow_inexact: Inexact = False, threads: Threads = 1, configurations: int = 32,
+    allow_inexact: Inexact = False, threads: Threads = 1,
+    configurations: Annotated[int, typer.Option(help="most widths to fit the tables to")] = 40,
+    held_out: Annotated[int, typer.Option(help="more widths, which only tell the tables' error")] = 8,
+    error: Annotated[float, typer.Option(help="stop once left-out widths are predicted this closely; 0: never")] = 0.01,
+    around: Annotated[str | None, typer.Option(help="latency of the plans to come: there the tables matter")] = None,
+    known: Annotated[
+        list[Path] | None, typer.Option("--from", help="profiles of the same kernels elsewhere, or folders of them")
+    ] = None,
     effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
+    paths = [file for path in known or () for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])]
     with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
         tables = edgeprune.profile_target(
-            module, inputs, graph, session, path=out, configurations=configurations, effort=find_effort(effort),
-            progress=progress,
+            module, inputs, graph, session, path=out, configurations=configurations, held_out=held_out,
+            error=error or None, around=around, known=[edgeprune.read_profile(path) for path in paths],
+            effort=find_effort(effort), progress=progress,
         )  # fmt: skip
     show(tables, as_json, "describe_profile")
 

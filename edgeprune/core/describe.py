@@ -93,6 +93,9 @@ def describe_profile(profile: Profile) -> str:
         if error
         else "no configuration was held out"
     )
+    left_out = [error for fold in profile.folds for error in fold.errors]
+    if left_out:
+        trusted += f"\nleft out of the fit in turn: mean {sum(left_out) / len(left_out):.1%}, max {max(left_out):.1%}"
     made = len({m.configuration for m in profile.measurements})
     return (
         table(("kernel", "uses", "tile in/out", "largest"), rows)

@@ -51,10 +51,11 @@ class BudgetSection(_Section, frozen=True, kw_only=True):
 
 
 class ProfileSection(_Section, frozen=True, kw_only=True):
-    """How much board time the latency tables may take."""
+    """How much board time the latency tables may take: at most so many widths, fewer once the error is met."""
 
     configurations: int = 32
     held_out: int = 8
+    error: float = 0.01
 
 
 class PruneSection(_Section, frozen=True, kw_only=True):

@@ -102,7 +102,7 @@ def _widths(graph: Graph, groups: tuple[Group, ...], shares: FloatArray, multipl
 
 
 def choose_next(
-    graph: Graph, profile: Profile, count: int, *, budget_s: float | None = None, seed: int = 0
+    graph: Graph, profile: Profile, count: int, *, step: int | None = None, budget_s: float | None = None, seed: int = 0
 ) -> list[dict[str, int]]:
     """The widths at which the profile is least sure of itself, on its tiles.
 
@@ -110,17 +110,15 @@ def choose_next(
     tells most: query by committee (Seung, Opper and Sompolinsky, COLT 1992). What is close to what has
     been measured or chosen already is asked for less.
 
-    budget_s: whole-model latency around which plans will lie; there it matters more.
+    step: widths are multiples of it (default 8). budget_s: whole-model latency around which plans will
+    lie; there it matters more.
     """
     groups = graph.prunable
     rng = np.random.default_rng((seed, len(profile.measurements)))
-    shares = np.concatenate(
-        [
-            np.clip(rng.uniform(0.3, 1.0, (CANDIDATES, 1)) * rng.uniform(0.65, 1.35, (CANDIDATES, len(groups))), SMALLEST, 1),
-            SMALLEST ** rng.random((CANDIDATES, len(groups))),
-        ]
-    )  # fmt: skip
-    candidates = [_widths(graph, groups, share, 8) for share in shares]
+    shape = (CANDIDATES, len(groups))
+    like_plans = np.clip(rng.uniform(0.3, 1.0, (CANDIDATES, 1)) * rng.uniform(0.65, 1.35, shape), SMALLEST, 1.0)
+    shares = np.concatenate([like_plans, SMALLEST ** rng.random(shape)])
+    candidates = [_widths(graph, groups, share, step or 8) for share in shares]
     said = np.array(
         [[predict_latency(graph, widths, fold, profile.kernels) for fold in profile.folds] for widths in candidates]
     )
