@@ -1,39 +1,47 @@
 """Before anyone trains anything: where the time goes on the board, and whether pruning can help there.
 
-A handful of configurations, each run a few times: the dense model, the smallest one, and every width
-lowered by the same few units, which shows the staircase of every layer at once.
+A handful of configurations, each run a few times in turns with the dense model: the smallest one, every width
+lowered by the same few units, which shows the staircase of every layer at once, other thread counts, and 8 bits.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edgeprune.core.budget import format_seconds
 from edgeprune.core.cost import evaluate, mac_terms
 from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.errors import AgentError, DeviceError, ModelError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Advice, Graph, Kernel, KernelAdvice, Profile, Quantity, Step
-from edgeprune.core.stats import quantity
-from edgeprune.device.session import Session, open_session
+from edgeprune.core.records import Advice, FloatArray, Graph, Kernel, KernelAdvice, Quantity, Step, StepResult
+from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
+from edgeprune.device.session import Session
+from edgeprune.formats import KernelMap, Resizer
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.profile import dense_latency, profile_configurations
-from edgeprune.tables.combine import average_rounds, measured_latency
+from edgeprune.formats._onnx_int8 import ACTIVATIONS, quantize_randomly
 from edgeprune.tables.design import DENSE, Configuration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-LESS = (1, 2, 4, 8, 12, 16, 24, 32)
+LESS = (1, 4, 8, 12, 16, 32)
 """Units taken off every group at once, one configuration each."""
+LESS_NAME = "less-"
 SMALLEST = "smallest"
+THREADS = "threads"
+WEIGHTS = "weights.bin"
 SHORT_S = 15e-6
 """A kernel this short spends its time on being started."""
 CLEARLY_SLOWER = 1.15
+NOTEWORTHY = 0.9
 WORTHWHILE = 0.85
 """Lowest reachable share of the dense latency above which pruning is not worth it."""
 
@@ -45,31 +53,47 @@ def advise_pruning(
     session: Session,
     *,
     threads: Sequence[int] = (),
+    int8: bool = True,
     effort: Effort = EFFORTS["quick"],
     progress: Progress = silent,
 ) -> Advice:
     """Where the time goes on the session's board, and what pruning can do about it.
 
-    threads: other thread counts to time the dense model with.
+    threads: other thread counts to time the dense model with. int8: also time it with 8 bits.
     raises: ModelError, AgentError when the model does not run on the board.
     """
-    with tempfile.TemporaryDirectory(prefix="edgeprune-advise-") as folder:
-        path = Path(folder) / "profile.jsonl"
-        sweep = [Configuration(name=DENSE, widths=graph.units), *_sweep(graph)]
-        profile = profile_configurations(
-            module, inputs, graph, session, sweep, path=path, effort=effort, progress=progress
-        )
-        others = _time_threads(module, inputs, session, Path(folder), threads, effort)
-    dense = dense_latency(profile)
-    known = {item.configuration for item in profile.measurements}
-    smallest = measured_latency(profile.measurements, SMALLEST) if SMALLEST in known else None
-    kernels = _judge_kernels(graph, profile)
-    inside = sum(kernel.time_s for kernel in kernels)
-    prunable = sum(kernel.time_s for kernel in kernels if kernel.prunable) / inside if inside else 0.0
-    times = tuple(sorted(((count, _times(share, dense)) for count, share in others.items()), key=lambda pair: pair[0]))
+    sweep = _sweep(graph)
+    with tempfile.TemporaryDirectory(prefix="edgeprune-advise-") as name:
+        folder = Path(name)
+        progress("exporting", 0, 0)
+        resizer = onnx_format.make_resizer(module, inputs, graph)
+        resizer.write_weights(folder / WEIGHTS)
+        files = {WEIGHTS: folder / WEIGHTS}
+        for configuration in (Configuration(name=DENSE, widths=graph.units), *sweep):
+            path = files[f"{configuration.name}.onnx"] = folder / f"{configuration.name}.onnx"
+            resizer.write_structure(configuration.widths, path, WEIGHTS)
+        twins, notes = _make_int8(resizer, graph, folder, progress) if int8 else ({}, [])
+        files |= twins
+        steps = _plan_steps(files, threads, effort)
+        results = _measure(files, steps, session, progress)
+    if (error := results[f"0 kernels {DENSE}"].error or results[f"0 time {DENSE}"].error) is not None:
+        raise AgentError(f"the board cannot run the dense model: {error}")
+    mapped = resizer.map_kernels(results[f"0 kernels {DENSE}"].kernels)
+    notes += sorted({f"{key.split(' ', 2)[2]}: not measured: {r.error}" for key, r in results.items() if r.error})
+    whole = _read_times(results)
+    dense = whole.pop(DENSE)
+    times = {name: _times(share, dense) for name, share in whole.items()}
+    kernels = _read_kernels(results, mapped)
+    outside = _time_outside(kernels, results, dense.median, times.get(SMALLEST))
+    judged = _judge_kernels(graph, mapped.kernels, kernels, dense.median - outside)
+    inside = sum(kernel.time_s for kernel in judged)
     advice = Advice(
-        target=session.target.name, conditions=session.conditions(), latency_s=dense, smallest_s=smallest,
-        outside_s=profile.overhead_s, prunable_share=prunable, kernels=kernels, threads=times, verdict="",
+        target=session.target.name, conditions=session.conditions(), latency_s=dense, smallest_s=times.get(SMALLEST),
+        outside_s=outside, kernels=judged, notes=tuple(notes), verdict="",
+        prunable_share=sum(kernel.time_s for kernel in judged if kernel.prunable) / inside if inside else 0.0,
+        threads=tuple((count, times[name]) for count in sorted(threads) if (name := f"{count} {THREADS}") in times),
+        dtypes=tuple((name, whole[name]) for name in (f"int8, {kind} activations" for kind in ACTIVATIONS)
+                     if name in whole),
     )  # fmt: skip
     return replace(advice, verdict=_verdict(advice))
 
@@ -88,66 +112,146 @@ def _sweep(graph: Graph) -> list[Configuration]:
     for less in LESS:
         widths = lowered(less)
         if widths != graph.units and all(widths != other.widths for other in found):
-            found.append(Configuration(name=f"less-{less:02d}", widths=widths))
+            found.append(Configuration(name=f"{LESS_NAME}{less:02d}", widths=widths))
     least = lowered(max((group.units for group in graph.prunable), default=0))
     if graph.prunable:
         found.append(Configuration(name=SMALLEST, widths=least))
     return found
 
 
-def _time_threads(
-    module: nn.Module, inputs: tuple[Tensor, ...], session: Session, folder: Path, counts: Sequence[int], effort: Effort
-) -> dict[int, Quantity]:
-    """Latency with other thread counts as a share of the session's own, from alternating sessions."""
-    if not counts:
-        return {}
-    onnx_format.export(module, inputs, folder / "whole.onnx")
-    step = Step(key="time", kind="time", artifact="whole.onnx", seconds=effort.seconds)
-    shares: dict[int, Quantity] = {}
-    for count in counts:
-        with open_session(replace(session.target, threads=count)) as other:
-            for each in (session, other):
-                each.push({"whole.onnx": folder / "whole.onnx"})
-            ratios = []
-            for turn in range(max(3, effort.repeats)):
-                ours, theirs = (
-                    each.run([replace(step, key=str(turn))], job=f"threads-{each.target.threads}-{folder.name}")[0]
-                    for each in (session, other)
-                )
-                if ours.samples is None or theirs.samples is None:
-                    break
-                ratios.append(median(theirs.samples.values) / median(ours.samples.values))
-            if ratios:
-                shares[count] = quantity(ratios)
-            for each in (session, other):
-                each.remove(["whole.onnx"])
-    return shares
+def _make_int8(resizer: Resizer, graph: Graph, folder: Path, progress: Progress) -> tuple[dict[str, Path], list[str]]:
+    """Twins of the dense model with 8 bits, or why there are none."""
+    resizer.write_model({name: np.arange(count) for name, count in graph.units.items()}, folder / "whole.onnx")
+    twins: dict[str, Path] = {}
+    for number, kind in enumerate(ACTIVATIONS):
+        progress("making int8 models", number, len(ACTIVATIONS))
+        path = folder / f"int8-{kind}.onnx"
+        try:
+            quantize_randomly(folder / "whole.onnx", path, activations=kind)
+        except ModelError as error:
+            return twins, [f"int8: not measured: {error}"]
+        twins[path.name] = path
+    return twins, []
 
 
-def _judge_kernels(graph: Graph, profile: Profile) -> tuple[KernelAdvice, ...]:
+def _plan_steps(files: Mapping[str, Path], threads: Sequence[int], effort: Effort) -> list[Step]:
+    """Kernels of every width, and whole models of what is asked about, all in turns with the dense model.
+
+    Keys: round, kind, and what it is.
+    """
+    dense = f"{DENSE}.onnx"
+    timed: list[tuple[str, str, int | None]] = [(f"{count} {THREADS}", dense, count) for count in threads]
+    timed += [(f"int8, {kind} activations", f"int8-{kind}.onnx", None) for kind in ACTIVATIONS]
+    timed += [(SMALLEST, f"{SMALLEST}.onnx", None)]
+    steps = []
+    for number in range(effort.rounds):
+        for name in (dense, *sorted(file for file in files if file.startswith((LESS_NAME, SMALLEST)))):
+            steps.append(
+                Step(key=f"{number} kernels {Path(name).stem}", kind="kernels", artifact=name, against=dense,
+                     runs=effort.profiled_runs)
+            )  # fmt: skip
+        alone = Step(key=f"{number} time {DENSE}", kind="time", artifact=dense, seconds=effort.seconds,
+                     precision=effort.precision, min_samples=effort.samples)  # fmt: skip
+        steps.append(alone)
+        steps += [
+            replace(alone, key=f"{number} time {name}", artifact=file, against=dense, threads=count)
+            for name, file, count in timed
+            if file in files
+        ]
+    return steps
+
+
+def _measure(
+    files: Mapping[str, Path], steps: Sequence[Step], session: Session, progress: Progress
+) -> dict[str, StepResult]:
+    results: dict[str, StepResult] = {}
+
+    def take(result: StepResult) -> None:
+        results[result.key] = result
+        progress(f"measuring on {session.target.name}", len(results), len(steps))
+
+    session.push(files)
+    try:
+        session.run(steps, job=f"advise-{time.time_ns():x}", on_result=take)
+    finally:
+        with suppress(DeviceError):  # a board that cannot be reached any more keeps them
+            session.remove(list(files))
+    return results
+
+
+def _read_times(results: Mapping[str, StepResult]) -> dict[str, Quantity]:
+    """The dense model's latency in seconds, and what each other takes in shares of it."""
+    dense: list[FloatArray] = []
+    shares: dict[str, list[FloatArray]] = {}
+    for key, result in results.items():
+        if result.kind != "time" or result.samples is None:
+            continue
+        dense.append(turn_medians(result.against or result.samples))
+        if result.against is not None:
+            shares.setdefault(key.split(" ", 2)[2], []).append(turn_ratios(result.samples, result.against))
+    return {DENSE: quantity(np.concatenate(dense))} | {
+        name: quantity(np.concatenate(rounds)) for name, rounds in shares.items()
+    }
+
+
+def _read_kernels(results: Mapping[str, StepResult], mapped: KernelMap) -> dict[str, dict[str, float]]:
+    """Configuration -> kernel -> profiled seconds at the speed that the board had at first."""
+    found: dict[str, list[dict[str, float]]] = {}
+    usual = results[f"0 kernels {DENSE}"].against_run_s or 0.0
+    for key, result in results.items():
+        if result.kind == "kernels" and result.against_run_s:
+            speed = usual / result.against_run_s
+            times = {name: speed * seconds for name, seconds in mapped.charge(result.kernels).items()}
+            found.setdefault(key.split(" ", 2)[2], []).append(times)
+    return {
+        name: {kernel: median([times.get(kernel, 0.0) for times in rounds]) for kernel in rounds[0]}
+        for name, rounds in found.items()
+    }
+
+
+def _time_outside(
+    kernels: Mapping[str, Mapping[str, float]],
+    results: Mapping[str, StepResult],
+    dense_s: float,
+    smallest: Quantity | None,
+) -> float:
+    """Seconds of the dense model in no kernel: what is left where the line through it and the smallest one has none.
+
+    Without a smallest one, the gap in the profiled run, which the profiler itself makes wider.
+    """
+    dense = sum(kernels[DENSE].values())
+    if smallest is not None and SMALLEST in kernels:
+        least = sum(kernels[SMALLEST].values())
+        slope = (dense_s - smallest.median) / (dense - least) if dense > least else 0.0
+        outside = smallest.median - slope * least
+    else:
+        run_s = results[f"0 kernels {DENSE}"].run_s or dense
+        outside = dense_s * (1 - dense / run_s)
+    return min(max(outside, 0.0), dense_s)
+
+
+def _judge_kernels(
+    graph: Graph, kernels: Sequence[Kernel], times: Mapping[str, Mapping[str, float]], inside_s: float
+) -> tuple[KernelAdvice, ...]:
     """Every kernel of the dense model, the costliest first."""
-    configured = {item.name: item for item in average_rounds(profile.measurements)}
-    dense = configured[DENSE].kernels
+    dense = times[DENSE]
     # The profiler slows the run: kernels are shares of the model timed without it.
-    scale = (configured[DENSE].whole_s - profile.overhead_s) / sum(dense.values())
+    scale = inside_s / sum(dense.values())
     macs = {name: evaluate(terms, {}, graph.units) for name, terms in mac_terms(graph).items()}
     groups = {group.name for group in graph.prunable}
-    less = sorted((name for name in configured if name.startswith("less-")), key=lambda name: int(name[5:]))
-    rates = [
-        sum(macs.get(node, 0) for node in kernel.nodes) / (scale * dense[kernel.name])
-        for kernel in profile.kernels
-        if dense.get(kernel.name)
-    ]
+    less = sorted((name for name in times if name.startswith(LESS_NAME)), key=lambda name: int(name[len(LESS_NAME) :]))
+    work = {kernel.name: sum(macs.get(node, 0) for node in kernel.nodes) for kernel in kernels}
+    rates = [work[kernel.name] / (scale * dense[kernel.name]) for kernel in kernels if dense.get(kernel.name)]
     fastest = max(rates, default=0.0)
     found = []
-    for kernel in profile.kernels:
+    for kernel in kernels:
         seconds = scale * dense.get(kernel.name, 0.0)
-        work = sum(macs.get(node, 0) for node in kernel.nodes)
-        steps = tuple((int(name[5:]), _share(configured[name].kernels, dense, kernel)) for name in less)
+        steps = tuple((int(name[len(LESS_NAME) :]), _share(times[name], dense, kernel)) for name in less)
         found.append(
             KernelAdvice(
-                name=_layer(graph, kernel), op=kernel.signature.split(" ")[0], time_s=seconds, macs=work,
-                limited_by=_limit(seconds, work, fastest), prunable=bool(groups & _groups(kernel)), steps=steps,
+                name=_layer(graph, kernel), op=kernel.signature.split(" ")[0], time_s=seconds, macs=work[kernel.name],
+                limited_by=_limit(seconds, work[kernel.name], fastest), prunable=bool(groups & _groups(kernel)),
+                steps=steps,
             )
         )  # fmt: skip
     return tuple(sorted(found, key=lambda kernel: -kernel.time_s))
@@ -213,7 +317,13 @@ def _verdict(advice: Advice) -> str:
         parts.append(
             f"Widths have to stay on the runtime's blocks: with {odd[0]} fewer, layers take {odd[1]:.1f} times."
         )
-    quicker = [(count, time) for count, time in advice.threads if time.median < 0.9 * dense]
+    if advice.dtypes:
+        dtype, best = min(advice.dtypes, key=lambda pair: pair[1].median)
+        if best.high < NOTEWORTHY:
+            parts.append(f"{dtype}, alone give {best.median:.2f} of float32 (accuracy not evaluated).")
+        elif best.low > 1:
+            parts.append(f"8 bits are no gain here: {best.median:.2f} of float32 at best.")
+    quicker = [(count, time) for count, time in advice.threads if time.median < NOTEWORTHY * dense]
     if quicker:
         count, time = min(quicker, key=lambda pair: pair[1].median)
         parts.append(f"{count} threads alone give {format_seconds(time.median)}.")

@@ -76,6 +76,7 @@ def advise(
     model: Model, target: TargetName, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False,
     threads: Threads = 1, effort: EffortName = "quick",
     other_threads: Annotated[list[int] | None, typer.Option("--other-threads", help="also time these")] = None,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="also time the model with 8 bits")] = True,
     html: Annotated[Path | None, typer.Option(help="a page with the picture")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="keep the record")] = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -86,7 +87,7 @@ def advise(
         cpus = session.facts.cpus or 1
         counts = other_threads or [count for count in (1, 2, 4) if count <= cpus and count != threads]
         found = edgeprune.advise_pruning(
-            module, inputs, graph, session, threads=counts, effort=level, progress=progress
+            module, inputs, graph, session, threads=counts, int8=int8, effort=level, progress=progress
         )
     if out:
         edgeprune.write_record(out, found)

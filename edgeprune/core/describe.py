@@ -96,6 +96,12 @@ def describe_profile(profile: Profile) -> str:
     left_out = [error for fold in profile.folds for error in fold.errors]
     if left_out:
         trusted += f"\nleft out of the fit in turn: mean {sum(left_out) / len(left_out):.1%}, max {max(left_out):.1%}"
+    if profile.energy is not None:
+        watts = ", ".join(f"{operator} {power:.3g} W" for operator, power in profile.energy.power_w.items())
+        wrong = profile.energy.error
+        trusted += f"\npower above rest: {watts}"
+        trusted += f"; energy on held-out configurations within {wrong.max:.1%}" if wrong else ""
+    trusted += "".join(f"\n{note}" for note in sorted({m.note for m in profile.measurements if m.note}))
     made = len({m.configuration for m in profile.measurements})
     return (
         table(("kernel", "uses", "tile in/out", "largest"), rows)
@@ -120,7 +126,12 @@ def describe_plan(graph: Graph, plan: Plan) -> str:
         parts.append(table(("solver", "status", "predicted loss", "proven gap", "predicted latency"), solvers))
     if plan.rounds:
         loop = [
-            (str(i), format_seconds(r.asked_s), format_seconds(r.predicted_s), interval(r.measured))
+            (
+                str(i),
+                UNKNOWN if r.asked_s is None else format_seconds(r.asked_s),
+                format_seconds(r.predicted_s),
+                interval(r.measured),
+            )
             for i, r in enumerate(plan.rounds, 1)
         ]
         parts.append(table(("round", "asked of the tables", "predicted", "measured"), loop))
@@ -259,6 +270,12 @@ def describe_advice(advice: Advice, most: int = 20) -> str:
     parts.append(f"outside kernels: {format_seconds(advice.outside_s)}")
     if steps:
         parts.append("-N: share of a kernel's time that is left with N units taken off every group")
-    parts += [f"{count} threads: {interval(time)}" for count, time in advice.threads]
+    parts += [f"{count} thread{'s' if count > 1 else ''}: {interval(time)}" for count, time in advice.threads]
+    parts += [
+        f"{dtype}: {share.median:.2f} of float32 [{share.low:.2f}, {share.high:.2f}] "
+        "(measured; calibrated on random inputs: accuracy not evaluated)"
+        for dtype, share in advice.dtypes
+    ]
+    parts += advice.notes
     parts += [f"dense model: {interval(advice.latency_s)} on {advice.target}", "", advice.verdict]
     return "\n".join(parts)

@@ -88,9 +88,11 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     A machine that others share changes its speed from second to second: only runs milliseconds apart
     can be compared. So the ratio of two models comes from neighbouring turns, and a median over those.
     """
-    timers = [Timer(*open_step(step, spec["threads"]), spec["threads"])]
+    threads = step["threads"] or spec["threads"]
+    most = max(threads, spec["threads"])
+    timers = [Timer(*open_step(step, threads), most)]
     if step["against"]:
-        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec["threads"]), spec["threads"]))
+        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec["threads"]), most))
     longest = max(timer.turn_s for timer in timers)
     for timer in timers:
         # The same time for both: a disturbance must be as likely to fall into the one's turn as the other's.
@@ -154,7 +156,7 @@ class Timer:
             for _ in each:
                 run()
             turn.append((clock() - before) * 1e-9 / self.loops)
-        if time.thread_time_ns() - at_work < (1 - AWAY_SHARE) * (clock() - began):
+        if was_interrupted(began, at_work):
             self.interrupted.append(len(self.turns))
         self.turns.append(turn)
         self.medians.append(statistics.median(turn))
@@ -220,15 +222,17 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
         for model, feed in models:
             warm_up(functools.partial(model.run, feed), limit_s=WARM_AGAIN_LIMIT_S)
         bursts = math.ceil(step["runs"] / BURST)
+        whole: list[list[bool]] = [[] for _ in models]
         for _ in range(bursts):
-            for model, feed in models:
+            for number, (model, feed) in enumerate(models):
                 for _ in range(1 + BURST):
+                    began, at_work = time.perf_counter_ns(), time.thread_time_ns()
                     model.run(feed)
-        # The first run of a burst finds the caches as the other model left them.
+                    whole[number].append(not was_interrupted(began, at_work))
         ends = [model.end_profile()[-bursts * (1 + BURST) :] for model, _ in models]
-        runs, others = ([run for place, run in enumerate(end) if place % (1 + BURST)] for end in (ends[0], ends[-1]))
-    if len(runs) < step["runs"] or not runs[0][1]:
-        raise ValueError(f"the runtime's profile holds {len(runs)} runs of {step['runs']}")
+    if len(ends[0]) < bursts * (1 + BURST) or not ends[0][0][1]:
+        raise ValueError(f"the runtime's profile holds {len(ends[0])} runs of {bursts * (1 + BURST)}")
+    runs, others = pick_runs(ends[0], whole[0]), pick_runs(ends[-1], whole[-1])
     orders = [[(name, op) for name, op, _ in kernels] for _, kernels in runs]
     if any(order != orders[0] for order in orders):
         raise ValueError("the runtime executed its kernels in different orders")
@@ -242,6 +246,25 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
         "run_s": middle_mean([duration for duration, _ in runs]),
         "against_run_s": against_run_s,
     }
+
+
+def pick_runs(runs: list[Any], whole: list[bool]) -> list[Any]:
+    """The profiled runs that count: those that nothing interrupted, of all where they are too few.
+
+    The first run of a burst finds the caches as the other model left them.
+    """
+    places = [place for place in range(len(runs)) if place % (1 + BURST)]
+    clean = [place for place in places if whole[place]]
+    return [runs[place] for place in (clean if len(clean) >= MIN_TURNS else places)]
+
+
+def was_interrupted(began_ns: int, at_work_ns: int) -> bool:
+    """Whether this thread was without the processor for a good share of the time since then.
+
+    began_ns: reading of `perf_counter_ns`; at_work_ns: of `thread_time_ns`, taken after it.
+    """
+    at_work = time.thread_time_ns() - at_work_ns
+    return at_work < (1 - AWAY_SHARE) * (time.perf_counter_ns() - began_ns)
 
 
 def middle_mean(values: list[float]) -> float:

@@ -129,6 +129,7 @@ class Step:
     precision: float | None = None
     min_samples: int = 7
     runs: int = 10
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

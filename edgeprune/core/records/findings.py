@@ -68,7 +68,8 @@ class Advice:
 
     smallest_s: at the least widths; None where nothing can be pruned. outside_s: in no kernel.
     prunable_share: of the time in kernels. kernels: the costliest first.
-    threads: (thread count, latency). verdict: the conclusion in words.
+    threads: (thread count, latency). dtypes: (data type, latency over that of float32). notes: what was not done
+    and why. verdict: the conclusion in words.
     """
 
     target: str
@@ -80,3 +81,5 @@ class Advice:
     kernels: tuple[KernelAdvice, ...]
     threads: tuple[tuple[int, Quantity], ...]
     verdict: str
+    dtypes: tuple[tuple[str, Quantity], ...] = ()
+    notes: tuple[str, ...] = ()
