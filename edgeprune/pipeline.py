@@ -23,7 +23,7 @@ from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget
-from edgeprune.core.closed_loop import best_round, corrected_memory
+from edgeprune.core.closed_loop import best_round, corrected_limit
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import DEFAULT, Effort, find_effort
 from edgeprune.core.errors import InfeasibleBudget
@@ -51,7 +51,14 @@ from edgeprune.export import export_model
 from edgeprune.formats import Resizer
 from edgeprune.load import Data, example_inputs, load_data, load_model
 from edgeprune.plan import choose_widths, next_request, no_finer_step
-from edgeprune.profile import dense_latency, measure_widths, measured_memory, profile_target, read_profile
+from edgeprune.profile import (
+    dense_latency,
+    measure_widths,
+    measured_energy,
+    measured_memory,
+    profile_target,
+    read_profile,
+)
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.score import score_groups
@@ -351,20 +358,20 @@ def plan_on_board(
     path: the profile's file; what is measured here is appended to it. resizer: the one it was
         profiled with, made here when not given.
     returns: the plan whose measured latency is within the budget and closest to it, of those whose
-        measured peak memory is within its own. Its `rounds` are the evidence, and `finer_step` says
+        measured peak memory and energy are within their own. Its `rounds` are the evidence, and `finer_step` says
         why where it stays below 0.97 of the budget.
     """
     rounds: list[PlanRound] = []
     plans: list[Plan] = []
-    within: list[PlanRound] = []  # the memory budget, as far as it was measured
-    memory = budget.peak_memory_bytes
+    within: list[PlanRound] = []  # the memory and energy budgets, as far as they were measured
+    memory, energy = budget.peak_memory_bytes, budget.energy_j
     limit, asked = budget.latency_s, next_request(rounds, budget)
-    if limit is None:
+    if limit is None and energy is None:
         return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
     resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
-    while asked is not None and len(rounds) < max_rounds:
+    while (asked is not None or limit is None) and len(rounds) < max_rounds:
         progress("closing the loop on the board", len(rounds), 0)
-        request = replace(budget, latency_s=asked, peak_memory_bytes=memory)
+        request = replace(budget, latency_s=asked, peak_memory_bytes=memory, energy_j=energy)
         try:
             plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
         except InfeasibleBudget:
@@ -381,19 +388,26 @@ def plan_on_board(
         )  # fmt: skip
         assert plan.predicted.latency_s is not None
         peak = measured_memory(profile.measurements, plan.widths, graph)
+        joules = measured_energy(profile.measurements, plan.widths, graph)
         turn = PlanRound(
             asked_s=asked, predicted_s=plan.predicted.latency_s.median, measured=measured[0], widths=plan.widths,
-            peak_memory_bytes=peak,
+            peak_memory_bytes=peak, energy_j=joules,
         )  # fmt: skip
         rounds.append(turn)
         plans.append(plan)
-        corrected = corrected_memory(budget.peak_memory_bytes, plan.predicted.peak_memory_bytes, peak)
-        if corrected is not None:
-            memory = corrected  # and the same latency once more
+        less = corrected_limit(budget.peak_memory_bytes, plan.predicted.peak_memory_bytes, peak)
+        predicted_j = plan.predicted.energy_j.median if plan.predicted.energy_j is not None else None
+        weaker = corrected_limit(budget.energy_j, predicted_j, joules.median if joules is not None else None)
+        if less is not None or weaker is not None:  # and the same latency once more
+            memory, energy = int(less) if less is not None else memory, weaker if weaker is not None else energy
             continue
         within.append(turn)
+        if limit is None:
+            break
         asked = next_request(within, budget)
     fitting = within or rounds
+    if limit is None:
+        return replace(plans[rounds.index(fitting[-1])], budget=budget, rounds=tuple(rounds))
     best = plans[rounds.index(fitting[best_round(fitting, limit)])]
     return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(fitting, budget))
 
@@ -419,8 +433,12 @@ def compact_and_compensate(
 
 
 def dense_cost(graph: Graph, profile: Profile) -> Cost:
-    """What the dense model takes: its latency as measured, the rest from its graph."""
-    return replace(predict_cost(graph, {}, profile), latency_s=dense_latency(profile))
+    """What the dense model takes: its latency and energy as measured, the rest from its graph."""
+    return replace(
+        predict_cost(graph, {}, profile),
+        latency_s=dense_latency(profile),
+        energy_j=measured_energy(profile.measurements, {}, graph),
+    )
 
 
 def weights_digest(model: nn.Module) -> str:

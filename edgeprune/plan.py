@@ -34,6 +34,7 @@ from edgeprune.core.problem import (
     Problem,
     Row,
     costs_of,
+    energy_terms,
     is_feasible,
     latency_terms,
     polynomial_terms,
@@ -161,11 +162,14 @@ def check_inputs(graph: Graph, profile: Profile, importance: Importance, budget:
         curve = importance.curves.get(group.name)
         if not np.isfinite(scores).all() or (curve is not None and not np.isfinite(curve.loss).all()):
             raise DataError(f"the importance of '{group.name}' has values that are not finite; score again")
-    if budget.energy_j is not None:
-        raise UsageError("an energy budget needs a board with a power meter, and this profile has no energy")
-    limits = {name: getattr(budget, name) for name in ("latency_s", "artifact_bytes", "peak_memory_bytes")}
+    if budget.energy_j is not None and profile.energy is None:
+        raise UsageError(
+            "an energy budget needs a board with a power meter, and this profile has no energy; profile with --meter,"
+            " or give a --power-model"
+        )
+    limits = {name: getattr(budget, name) for name in ("latency_s", "artifact_bytes", "peak_memory_bytes", "energy_j")}
     if all(limit is None for limit in limits.values()):
-        raise UsageError("no budget given; ask for at least one of latency, memory or size")
+        raise UsageError("no budget given; ask for at least one of latency, memory, size or energy")
     for name, limit in limits.items():
         if limit is not None and limit <= 0:
             raise UsageError(f"the {name} budget is {limit}; it must be above zero")
@@ -194,6 +198,8 @@ def build_problem(
     if budget.latency_s is not None:
         limit = budget.latency_s / _tail(profile, budget)
         rows.append(latency_terms(profile, axes).row("latency_s", limit))
+    if budget.energy_j is not None and profile.energy is not None:
+        rows.append(energy_terms(profile, profile.energy, axes).row("energy_j", budget.energy_j))
     if budget.artifact_bytes is not None:
         weights = artifact_polynomial(graph)
         terms = volume_terms(artifact_volumes(graph), axes)
@@ -349,7 +355,9 @@ def _no_solution(problem: Problem, budget: Budget, solver: str, answer: Solution
 
 
 def _called(quantity: str) -> str:
-    return {"latency_s": "latency", "artifact_bytes": "size", "peak_memory_bytes": "memory"}[quantity]
+    return {"latency_s": "latency", "artifact_bytes": "size", "peak_memory_bytes": "memory", "energy_j": "energy"}[
+        quantity
+    ]
 
 
 def _next_step(problem: Problem, levels: Levels) -> str | None:

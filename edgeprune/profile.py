@@ -25,6 +25,7 @@ import numpy as np
 from edgeprune.core.budget import parse_limit
 from edgeprune.core.cost import peak_memory_bytes
 from edgeprune.core.effort import DEFAULT, Effort
+from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
@@ -199,6 +200,12 @@ def measured_memory(measurements: Sequence[Measurement], widths: Widths, graph: 
     return next((m.activation_bytes for m in measurements if m.activation_bytes and m.widths == full), None)
 
 
+def measured_energy(measurements: Sequence[Measurement], widths: Widths, graph: Graph) -> Quantity | None:
+    """Energy of one inference of a model of `widths` above the board's rest, where it was measured."""
+    full = graph.units | dict(widths)
+    return next((energy_per_run(m.power) for m in measurements if m.power and m.widths == full), None)
+
+
 def dense_latency(profile: Profile) -> Quantity:
     """Whole-model latency of the dense model over all rounds: what a relative budget refers to."""
     return measured_latency(profile.measurements)
@@ -301,7 +308,7 @@ class _Run:
         return resizer.map_kernels(result.kernels)
 
     def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
-        steps = {slot: slot.steps(self.effort) for slot in slots}
+        steps = {slot: slot.steps(self.effort, self.session.target.meter != "none") for slot in slots}
         by_key = {step.key: slot for slot, its in steps.items() for step in its}
         waiting: dict[_Slot, dict[str, StepResult]] = {slot: {} for slot in slots}
         failures: dict[str, str] = {}
@@ -338,8 +345,8 @@ class _Slot:
     configuration: Configuration
     round: int
 
-    def steps(self, effort: Effort) -> list[Step]:
-        """The whole model and its kernels against the dense one; once, for some, the memory."""
+    def steps(self, effort: Effort, metered: bool) -> list[Step]:
+        """The whole model and its kernels against the dense one; once, for some, the memory and the energy."""
         key, ours, dense = f"{self.round}-{self.configuration.name}", f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
         steps = [
             Step(
@@ -350,11 +357,14 @@ class _Slot:
         ]  # fmt: skip
         if self.round == 0 and self.configuration.memory:
             steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
+            if metered:
+                steps.append(Step(key=f"{key}-energy", kind="energy", artifact=ours, seconds=effort.energy_s))
         return steps
 
 
 def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelMap, graph: Graph) -> Measurement:
-    timed, profiled, memory = results["time"], results["kernels"], results.get("memory")
+    timed, profiled = results["time"], results["kernels"]
+    memory, energy = results.get("memory"), results.get("energy")
     assert timed.samples is not None and timed.against is not None
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
@@ -362,6 +372,7 @@ def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelM
         kernels=mapped.charge(profiled.kernels), run_s=profiled.run_s, dense_run_s=profiled.against_run_s,
         activation_bytes=memory.activation_bytes if memory else None,
         live_bytes=peak_memory_bytes(graph, slot.configuration.widths) if memory else None,
+        power=energy.power if energy else None, note=f"no energy: {energy.error}" if energy and energy.error else "",
         conditions=timed.conditions,
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ def tabulate_rounds(plan: Plan, budget: Budget) -> Table:
     rows = tuple(
         (
             str(number),
-            format_seconds(turn.asked_s),
+            format_seconds(turn.asked_s) if turn.asked_s is not None else "–",
             format_seconds(turn.predicted_s),
             interval(turn.measured),
             f"{turn.measured.median / budget.latency_s:.1%}" if budget.latency_s else UNKNOWN,

@@ -11,14 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from loopback.models import write_model
+from torch import nn
 
+from edgeprune.core.budget import make_budget
+from edgeprune.core.describe import describe_plan, describe_profile
+from edgeprune.core.effort import Effort
 from edgeprune.core.energy import PowerModel, energy_per_run, parse_power_model
 from edgeprune.core.errors import DataError, UsageError
 from edgeprune.core.records import PowerSamples, Quantity, Step, StepResult, Target
 from edgeprune.device.meters import open_meter
 from edgeprune.device.results import read_power
 from edgeprune.device.session import open_session
+from edgeprune.pipeline import dense_cost, plan_on_board
+from edgeprune.profile import profile_target
+from edgeprune.score import score_groups
+from edgeprune.trace import trace_graph
 
 IDLE_W, BUSY_W = 2.0, 3.0
 # A board that draws IDLE_W at rest and BUSY_W more while a processor works for the agent.
@@ -206,3 +215,38 @@ def test_meters_program_does_not_outlive_a_killed_agent(tmp_path: Path) -> None:
         time.sleep(0.02)
     else:
         pytest.fail("the meter's program goes on")
+
+
+def test_plan_within_an_energy_budget(tmp_path: Path) -> None:
+    """A profile with a meter tells energies, and the planned network's own energy is measured against the budget."""
+    program = write_program(tmp_path / "meter", SIMULATED_METER)
+    target = Target(
+        name="here",
+        transport="local",
+        meter=f"command:'{program}'",
+        workdir=str(tmp_path / "work"),
+        python=sys.executable,
+    )
+    effort = Effort(rounds=1, repeats=1, seconds=0.02, precision=None, energy_s=1.0)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 1)
+    ).eval()  # fmt: skip
+    inputs, path = (torch.randn(1, 3, 24, 24),), tmp_path / "profile.jsonl"
+    graph = trace_graph(net, inputs)
+    importance = score_groups(net, inputs, graph, None, criterion="magnitude", curves=False)
+    with open_session(target) as session:
+        profile = profile_target(net, inputs, graph, session, path=path, configurations=3, held_out=0, effort=effort)
+        assert profile.energy is not None and all(power > 0 for power in profile.energy.power_w.values())
+        dense = dense_cost(graph, profile)
+        assert dense.energy_j is not None
+        budget = make_budget(dense, energy="0.6x")
+        assert budget.latency_s is None and budget.energy_j == pytest.approx(0.6 * dense.energy_j.median)
+        plan = plan_on_board(
+            net, inputs, graph, profile, importance, budget, session, path, effort=effort, max_rounds=1
+        )
+    told, last = plan.predicted.energy_j, plan.rounds[-1]
+    assert told is not None and told.median <= 0.6 * dense.energy_j.median * (1 + 1e-9)
+    assert last.asked_s is None and last.energy_j is not None and last.energy_j.median > 0
+    assert last.energy_j.median <= budget.energy_j or len(plan.rounds) == 1
+    assert "W" in describe_profile(profile) and "not measured" in describe_plan(graph, plan)

@@ -15,8 +15,8 @@ from synthetic import synthetic_importance, synthetic_profile
 from torch import Tensor, nn
 
 from edgeprune.core.budget import make_budget
-from edgeprune.core.closed_loop import HIGHEST_SHARE, LOWEST_SHARE, corrected_memory, next_request, no_finer_step
-from edgeprune.core.cost import predict_cost
+from edgeprune.core.closed_loop import HIGHEST_SHARE, LOWEST_SHARE, corrected_limit, next_request, no_finer_step
+from edgeprune.core.cost import operator_of, predict_cost
 from edgeprune.core.errors import (
     DataError,
     InfeasibleBudget,
@@ -29,6 +29,7 @@ from edgeprune.core.errors import (
 from edgeprune.core.problem import costs_of
 from edgeprune.core.records import (
     Budget,
+    EnergyModel,
     Extent,
     Graph,
     Group,
@@ -233,6 +234,25 @@ def test_records_of_another_graph_are_refused(which: str) -> None:
         choose_widths(graph, other["profile"], other["importance"], asked(latency="0.5x"))  # type: ignore[arg-type]
 
 
+def test_energy_is_a_budget_of_its_own() -> None:
+    """Kernels of one operator draw ten times as much as the others: both budgets are kept, alone and together."""
+    graph, profile, importance = setting()
+    operators = sorted({operator_of(kernel) for kernel in profile.kernels})
+    watts = {name: 10.0 if "one size" in name else 1.0 for name in operators}
+    profile = replace(profile, energy=EnergyModel(power_w=watts, mean_w=2.0))
+    dense = predict_cost(graph, {}, profile)
+    assert dense.energy_j is not None and dense.latency_s is not None
+    plan = choose_widths(graph, profile, importance, Budget(energy_j=0.5 * dense.energy_j.median))
+    told = plan.predicted.energy_j
+    assert told is not None and 0.35 < told.median / dense.energy_j.median <= 0.5 * (1 + 1e-9)
+    both = Budget(energy_j=0.5 * dense.energy_j.median, latency_s=0.4 * dense.latency_s.median)
+    tighter = choose_widths(graph, profile, importance, both).predicted
+    assert tighter.energy_j is not None and tighter.energy_j.median <= 0.5 * dense.energy_j.median * (1 + 1e-9)
+    assert tighter.latency_s is not None and tighter.latency_s.median <= 0.4 * dense.latency_s.median * (1 + 1e-9)
+    with pytest.raises(InfeasibleBudget, match="energy"):
+        choose_widths(graph, profile, importance, Budget(energy_j=1e-4 * dense.energy_j.median))
+
+
 def test_bad_input_is_refused() -> None:
     graph, profile, importance = setting()
     budget, name = asked(latency="0.5x"), graph.prunable[0].name
@@ -402,10 +422,10 @@ def test_nothing_fits_on_the_board() -> None:
 
 def test_memory_that_is_over_its_limit_is_asked_for_less() -> None:
     """The board takes 1.3 times what was predicted: the next request meets the limit with a per cent to spare."""
-    assert corrected_memory(100_000, 100_000, 99_000) is None
-    assert corrected_memory(None, 100_000, 130_000) is None
-    assert corrected_memory(100_000, 100_000, None) is None
-    asked = corrected_memory(100_000, 100_000, 130_000)
+    assert corrected_limit(100_000, 100_000, 99_000) is None
+    assert corrected_limit(None, 100_000, 130_000) is None
+    assert corrected_limit(100_000, 100_000, None) is None
+    asked = corrected_limit(100_000, 100_000, 130_000)
     assert asked is not None and 0.98 * 100_000 < 1.3 * asked < 100_000
 
 

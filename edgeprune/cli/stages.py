@@ -45,7 +45,7 @@ def trace(
 
 def profile(
     model: Model, target: TargetName, out: Out, weights: Weights = None, shapes: Shapes = None,
-    allow_inexact: Inexact = False, threads: Threads = 1,
+    allow_inexact: Inexact = False, threads: Threads = 1, meter: MeterName = None,
     configurations: Annotated[int, typer.Option(help="most widths to fit the tables to")] = 40,
     held_out: Annotated[int, typer.Option(help="more widths, which only tell the tables' error")] = 8,
     error: Annotated[float, typer.Option(help="stop once left-out widths are predicted this closely; 0: never")] = 0.01,
@@ -57,7 +57,7 @@ def profile(
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board; goes on where it was stopped."""
     paths = [file for path in known or () for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])]
-    with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+    with bars() as progress, edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
         tables = edgeprune.profile_target(
             module, inputs, graph, session, path=out, configurations=configurations, held_out=held_out,
@@ -93,8 +93,8 @@ def plan(
     size: Limit = None, energy: Limit = None,
     power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
-    threads: Threads = 1, effort: EffortName = "default", solver: str = "milp", levels: int = 16,
-    as_json: AsJson = False,
+    threads: Threads = 1, meter: MeterName = None, effort: EffortName = "default", solver: str = "milp",
+    levels: int = 16, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
@@ -112,7 +112,7 @@ def plan(
                 graph, tables, scores, budget, solver=solver, levels=levels, progress=progress
             )
         else:
-            with edgeprune.connect(target, threads=threads, progress=progress) as session:
+            with edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
                 chosen = edgeprune.plan_on_board(
                     module, inputs, graph, tables, scores, budget, session, profile, solver=solver, levels=levels,
                     effort=find_effort(effort), progress=progress,

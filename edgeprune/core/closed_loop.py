@@ -21,7 +21,7 @@ HIGHEST_SHARE = 0.995
 AIM = 0.988
 """Share of what it is content with that the loop aims at: the middle between the two."""
 
-MEMORY_AIM = 0.99
+CORRECTED_AIM = 0.99
 RESOLUTION = 1e-3
 """Relative distance of two requests below which they are one."""
 
@@ -58,21 +58,21 @@ def next_request(rounds: Sequence[PlanRound], budget: Budget) -> float | None:
         request = aimed
     elif top > above:
         request = top
-    elif repeated and last.asked_s > top * (1 + RESOLUTION):
+    elif repeated and (last.asked_s or 0.0) > top * (1 + RESOLUTION):
         return None
     else:
         request = low * limit / last.measured.median
     return request if above < request < high else None
 
 
-def corrected_memory(limit_bytes: int | None, predicted_bytes: int | None, measured_bytes: int | None) -> int | None:
-    """What to ask of the memory model next after a plan took more than `limit_bytes`; None where it did not.
+def corrected_limit(limit: float | None, predicted: float | None, measured: float | None) -> float | None:
+    """What to ask of the model of memory or energy next after a plan took more than `limit`; None where it did not.
 
     As for latency the ratio of measured to predicted corrects it, with a per cent to spare.
     """
-    if limit_bytes is None or predicted_bytes is None or measured_bytes is None or measured_bytes <= limit_bytes:
+    if limit is None or predicted is None or measured is None or measured <= limit:
         return None
-    return int(MEMORY_AIM * predicted_bytes * limit_bytes / measured_bytes)
+    return CORRECTED_AIM * predicted * limit / measured
 
 
 def best_round(rounds: Sequence[PlanRound], limit: float) -> int:
@@ -95,7 +95,7 @@ def no_finer_step(rounds: Sequence[PlanRound], budget: Budget) -> str | None:
         return None
     fast = [r for r in rounds if r.measured.median <= limit]
     slow = [r for r in rounds if r.measured.median > limit]
-    asked = f"asked of the tables: {', '.join(format_seconds(r.asked_s) for r in rounds)}"
+    asked = f"asked of the tables: {', '.join(format_seconds(r.asked_s or 0.0) for r in rounds)}"
     if not fast:
         nearest = min(r.measured.median for r in slow)
         return f"no plan measured within {format_seconds(limit)}; the fastest took {format_seconds(nearest)} ({asked})"
@@ -116,9 +116,9 @@ def _bracket(rounds: Sequence[PlanRound], limit: float) -> tuple[float, float]:
 
     Tables that were corrected in between may make them cross; then only the last round counts.
     """
-    low = max((r.asked_s for r in rounds if r.measured.median <= limit), default=0.0)
+    low = max((r.asked_s or 0.0 for r in rounds if r.measured.median <= limit), default=0.0)
     high = min((r.predicted_s for r in rounds if r.measured.median > limit), default=inf)
     if low < high:
         return low, high
     last = rounds[-1]
-    return (last.asked_s, inf) if last.measured.median <= limit else (0.0, last.predicted_s)
+    return (last.asked_s or 0.0, inf) if last.measured.median <= limit else (0.0, last.predicted_s)

@@ -308,6 +308,11 @@ def kernel_sizes(kernel: Kernel, widths: Widths, units: Widths) -> tuple[int, in
     return cin, kernel.out_extent.size(widths, units)
 
 
+def operator_of(kernel: Kernel) -> str:
+    """What kind of kernel it is: of one operator, and reading one size (depthwise, pooling) or two."""
+    return f"{kernel.signature.split(' ')[0].split('+')[0]} {'one size' if kernel.in_extent is None else 'two sizes'}"
+
+
 def predict_latency(graph: Graph, widths: Widths, profile: Profile | Fold, kernels: Sequence[Kernel] = ()) -> float:
     """Whole-model seconds: the sum over kernels plus the time outside any kernel.
 
@@ -344,6 +349,27 @@ def latency_interval(graph: Graph, widths: Widths, profile: Profile) -> Quantity
     return Quantity(median=seconds, low=seconds * max(1 - error, 0.0), high=seconds * (1 + error))
 
 
+def predict_energy(graph: Graph, widths: Widths, profile: Profile) -> Quantity | None:
+    """Joules of one inference above the board's rest; None where the profile has no energy.
+
+    The interval is that of the latency, and the largest error of the energy on held-out configurations.
+    """
+    if profile.energy is None:
+        return None
+    tables = {table.signature: table for table in profile.tables}
+    joules = profile.energy.mean_w * profile.overhead_s
+    for kernel in profile.kernels:
+        seconds = kernel_latency(tables[kernel.signature], *kernel_sizes(kernel, widths, graph.units))
+        joules += profile.energy.power_w[operator_of(kernel)] * seconds
+    latency = latency_interval(graph, widths, profile)
+    error = profile.energy.error.max if profile.energy.error is not None else 0.0
+    return Quantity(
+        median=joules,
+        low=joules * latency.low / latency.median * max(1 - error, 0.0),
+        high=joules * latency.high / latency.median * (1 + error),
+    )
+
+
 def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -> Cost:
     """Everything that can be said without running the network.
 
@@ -362,4 +388,5 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
         artifact_bytes=size,
         parameters=count_parameters(graph, widths),
         macs=count_macs(graph, widths),
+        energy_j=predict_energy(graph, widths, profile) if profile is not None else None,
     )

@@ -10,14 +10,14 @@ shortcut), whose level follows from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.core.cost import Polynomial, kernel_latency
-from edgeprune.core.records import Extent, FloatArray, IntArray, Profile
+from edgeprune.core.cost import Polynomial, kernel_latency, operator_of
+from edgeprune.core.records import EnergyModel, Extent, FloatArray, IntArray, Kernel, Profile
 
 Levels = tuple[int, ...]
 """One level index per group, in the order of `Problem.choices`."""
@@ -190,13 +190,23 @@ class Terms:
 
 def latency_terms(profile: Profile, axes: Axes) -> Terms:
     """Seconds: every kernel's table over the sizes of its two axes, and the overhead."""
+    return _kernel_terms(profile, axes, profile.overhead_s, lambda _: 1.0)
+
+
+def energy_terms(profile: Profile, model: EnergyModel, axes: Axes) -> Terms:
+    """Joules: every kernel's seconds times the power of its operator."""
+    overhead = model.mean_w * profile.overhead_s
+    return _kernel_terms(profile, axes, overhead, lambda kernel: model.power_w[operator_of(kernel)])
+
+
+def _kernel_terms(profile: Profile, axes: Axes, constant: float, factor: Callable[[Kernel], float]) -> Terms:
     tables = {table.signature: table for table in profile.tables}
-    terms = Terms(constant=profile.overhead_s)
+    terms = Terms(constant=constant)
     for kernel in profile.kernels:
         table = tables[kernel.signature]
         u, cin = axes.sizes(kernel.in_extent, table.tile_in) if kernel.in_extent is not None else (None, np.zeros(1))
         v, cout = axes.sizes(kernel.out_extent, table.tile_out)
-        terms.add(u, v, kernel_latency(table, cin[:, None], cout[None, :]))
+        terms.add(u, v, factor(kernel) * kernel_latency(table, cin[:, None], cout[None, :]))
     return terms
 
 

@@ -12,11 +12,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from edgeprune.core.cost import kernel_latency, kernel_sizes
+from edgeprune.core.cost import kernel_latency, kernel_sizes, operator_of
 from edgeprune.core.errors import RecordError
-from edgeprune.core.records import FloatArray, Fold, HeldOutError, Kernel, Measurement, MemoryModel, Quantity, Table
+from edgeprune.core.records import (
+    EnergyModel,
+    FloatArray,
+    Fold,
+    HeldOutError,
+    Kernel,
+    Measurement,
+    MemoryModel,
+    Quantity,
+    Table,
+)
 from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
 from edgeprune.tables.design import DENSE
+from edgeprune.tables.energy import fit_energy
 from edgeprune.tables.fit import FOLDS, OFF_TILE_WEIGHT, Fit, Observations, fit_kernels, tabulate
 
 LEAST_SHARE = 0.1
@@ -50,6 +61,7 @@ class Combined:
     additivity_gap: float
     held_out: HeldOutError | None
     memory: MemoryModel | None
+    energy: EnergyModel | None
     folds: tuple[Fold, ...]
 
 
@@ -84,7 +96,9 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement], know
     )
     return Combined(
         tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements), held_out=held_out,
-        memory=fit_memory(measurements), folds=_make_folds(kernels, fits, dense, fitted, on_tile),
+        memory=fit_memory(measurements),
+        energy=fit_energy(kernels, tables, measurements, {item.name: item.whole_s for item in configured}),
+        folds=_make_folds(kernels, fits, dense, fitted, on_tile),
     )  # fmt: skip
 
 
@@ -238,7 +252,7 @@ def _fit_kernels(
         if not rows:
             raise RecordError(f"the profile has no timing of {members[0].name}; profile again")
         columns = list(zip(*rows, strict=True))
-        families.setdefault(_family(signature, members[0]), {})[signature] = Observations(
+        families.setdefault(operator_of(members[0]), {})[signature] = Observations(
             sizes_in=np.array(columns[0], np.int64), sizes_out=np.array(columns[1], np.int64),
             time_s=np.array(columns[2], np.float64), configuration=np.array(columns[3], np.int64),
             weight=np.array(columns[4], np.float64), known=known.get(signature),
@@ -301,11 +315,6 @@ def _pool(kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
     for kernel in kernels:
         pooled.setdefault(kernel.signature, []).append(kernel)
     return pooled
-
-
-def _family(signature: str, kernel: Kernel) -> str:
-    """Kernels of one operator share a tile; with one varying size (depthwise) they are another operator."""
-    return f"{signature.split(' ')[0].split('+')[0]} {kernel.in_extent is not None}"
 
 
 def _closeness(fitted: Sequence[Configured], dense: Configured) -> FloatArray:

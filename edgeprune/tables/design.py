@@ -39,7 +39,8 @@ SMALLEST = 1 / 8
 class Configuration:
     """One point of the design: a name for its files and steps, and all group widths.
 
-    memory: whether its peak memory is measured too, which takes a process of its own.
+    memory: whether its peak memory is measured too, which takes a process of its own, and its energy where
+        there is a meter.
     """
 
     name: str

@@ -59,7 +59,7 @@ def derive_profile(
         artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
         measurements=tuple(used), tables=combined.tables, overhead_s=combined.overhead_s,
         additivity_gap=combined.additivity_gap, held_out=combined.held_out, memory=combined.memory,
-        folds=combined.folds,
+        energy=combined.energy, folds=combined.folds,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from edgeprune.core.records.board import StepResult as StepResult
 from edgeprune.core.records.board import Target as Target
 from edgeprune.core.records.costs import Budget as Budget
 from edgeprune.core.records.costs import Cost as Cost
+from edgeprune.core.records.costs import EnergyModel as EnergyModel
 from edgeprune.core.records.costs import Fold as Fold
 from edgeprune.core.records.costs import HeldOutError as HeldOutError
 from edgeprune.core.records.costs import Kernel as Kernel

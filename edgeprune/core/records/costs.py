@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgeprune.core.records.arrays import FloatArray, IntArray
-from edgeprune.core.records.board import Conditions, Samples
+from edgeprune.core.records.board import Conditions, PowerSamples, Samples
 from edgeprune.core.records.model import Extent
 
 
@@ -49,9 +49,10 @@ class Table:
 class Measurement:
     """One configuration as measured in one round: whole model and, if profiled, each kernel.
 
+    note: why something that was asked for is missing.
     dense, dense_run_s: the dense model in the turns between: whole, and whole while profiled.
     activation_bytes: growth of the process while running, where it was measured; live_bytes: the
-        largest sum of tensors alive at once in the graph at these widths.
+        largest sum of tensors alive at once in the graph at these widths. power: by the board's meter.
     """
 
     configuration: str
@@ -65,6 +66,8 @@ class Measurement:
     dense_run_s: float | None = None
     activation_bytes: int | None = None
     live_bytes: int | None = None
+    power: PowerSamples | None = None
+    note: str = ""
     conditions: Conditions | None = None
 
 
@@ -86,6 +89,18 @@ class MemoryModel:
 
     base_bytes: float
     scale: float
+    error: HeldOutError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergyModel:
+    """Watts above the board's rest while each kind of operator runs; mean_w: of the whole model.
+
+    error: of the energy per inference on held-out configurations.
+    """
+
+    power_w: dict[str, float]
+    mean_w: float
     error: HeldOutError | None = None
 
 
@@ -123,6 +138,7 @@ class Profile:
     additivity_gap: float
     held_out: HeldOutError | None = None
     memory: MemoryModel | None = None
+    energy: EnergyModel | None = None
     folds: tuple[Fold, ...] = ()
 
 

@@ -42,13 +42,17 @@ class SolverResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRound:
-    """One turn of the closed loop: the latency asked of the tables, predicted and measured; the peak memory."""
+    """One turn of the closed loop: latency asked of the tables, predicted and measured; peak memory, energy.
 
-    asked_s: float
+    asked_s: None where no latency was asked for.
+    """
+
+    asked_s: float | None
     predicted_s: float
     measured: Quantity
     widths: dict[str, int]
     peak_memory_bytes: int | None = None
+    energy_j: Quantity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
