@@ -37,10 +37,13 @@ LESS = (1, 4, 8, 12, 16, 32)
 LESS_NAME = "less-"
 SMALLEST = "smallest"
 THREADS = "threads"
+INT8 = "int8 ({} activations)"
 WEIGHTS = "weights.bin"
 SHORT_S = 15e-6
 """A kernel this short spends its time on being started."""
 CLEARLY_SLOWER = 1.15
+OFTEN = 0.2
+"""Share of interrupted turns from which kernels cannot be trusted."""
 NOTEWORTHY = 0.9
 WORTHWHILE = 0.85
 """Lowest reachable share of the dense latency above which pruning is not worth it."""
@@ -80,6 +83,7 @@ def advise_pruning(
         raise AgentError(f"the board cannot run the dense model: {error}")
     mapped = resizer.map_kernels(results[f"0 kernels {DENSE}"].kernels)
     notes += sorted({f"{key.split(' ', 2)[2]}: not measured: {r.error}" for key, r in results.items() if r.error})
+    notes += _find_disturbance(results)
     whole = _read_times(results)
     dense = whole.pop(DENSE)
     times = {name: _times(share, dense) for name, share in whole.items()}
@@ -92,7 +96,7 @@ def advise_pruning(
         outside_s=outside, kernels=judged, notes=tuple(notes), verdict="",
         prunable_share=sum(kernel.time_s for kernel in judged if kernel.prunable) / inside if inside else 0.0,
         threads=tuple((count, times[name]) for count in sorted(threads) if (name := f"{count} {THREADS}") in times),
-        dtypes=tuple((name, whole[name]) for name in (f"int8, {kind} activations" for kind in ACTIVATIONS)
+        dtypes=tuple((name, whole[name]) for name in (INT8.format(kind) for kind in ACTIVATIONS)
                      if name in whole),
     )  # fmt: skip
     return replace(advice, verdict=_verdict(advice))
@@ -141,7 +145,7 @@ def _plan_steps(files: Mapping[str, Path], threads: Sequence[int], effort: Effor
     """
     dense = f"{DENSE}.onnx"
     timed: list[tuple[str, str, int | None]] = [(f"{count} {THREADS}", dense, count) for count in threads]
-    timed += [(f"int8, {kind} activations", f"int8-{kind}.onnx", None) for kind in ACTIVATIONS]
+    timed += [(INT8.format(kind), f"int8-{kind}.onnx", None) for kind in ACTIVATIONS]
     timed += [(SMALLEST, f"{SMALLEST}.onnx", None)]
     steps = []
     for number in range(effort.rounds):
@@ -192,6 +196,18 @@ def _read_times(results: Mapping[str, StepResult]) -> dict[str, Quantity]:
     return {DENSE: quantity(np.concatenate(dense))} | {
         name: quantity(np.concatenate(rounds)) for name, rounds in shares.items()
     }
+
+
+def _find_disturbance(results: Mapping[str, StepResult]) -> list[str]:
+    """That the board had other work, where it had much."""
+    found = [samples for result in results.values() for samples in (result.samples, result.against) if samples]
+    share = sum(len(samples.interrupted) for samples in found) / sum(len(turn_medians(samples)) for samples in found)
+    if share <= OFTEN:
+        return []
+    return [
+        f"something else had the processor in {share:.0%} of the turns; kernels and staircase are rough: stop it and "
+        "ask again"
+    ]
 
 
 def _read_kernels(results: Mapping[str, StepResult], mapped: KernelMap) -> dict[str, dict[str, float]]:
@@ -315,12 +331,12 @@ def _verdict(advice: Advice) -> str:
     odd = _cost_of_odd_widths(advice.kernels)
     if odd is not None:
         parts.append(
-            f"Widths have to stay on the runtime's blocks: with {odd[0]} fewer, layers take {odd[1]:.1f} times."
+            f"Widths have to stay on the runtime's blocks: with {odd[0]} fewer, layers take {odd[1]:.1f} times as long."
         )
     if advice.dtypes:
         dtype, best = min(advice.dtypes, key=lambda pair: pair[1].median)
         if best.high < NOTEWORTHY:
-            parts.append(f"{dtype}, alone give {best.median:.2f} of float32 (accuracy not evaluated).")
+            parts.append(f"{dtype} alone gives {best.median:.2f} of float32 (accuracy not evaluated).")
         elif best.low > 1:
             parts.append(f"8 bits are no gain here: {best.median:.2f} of float32 at best.")
     quicker = [(count, time) for count, time in advice.threads if time.median < NOTEWORTHY * dense]

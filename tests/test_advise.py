@@ -56,9 +56,9 @@ def test_what_it_finds(advice: Advice, session: Session, tmp_path: Path) -> None
     assert advice.smallest_s is not None and advice.smallest_s.median < 0.3 * advice.latency_s.median
     assert advice.prunable_share > 0.9
     assert [count for count, _ in advice.threads] == [2]
-    assert [name for name, _ in advice.dtypes] == ["int8, uint8 activations", "int8, int8 activations"]
+    assert [name for name, _ in advice.dtypes] == ["int8 (uint8 activations)", "int8 (int8 activations)"]
     assert all(0.05 < share.median < 10 for _, share in advice.dtypes)
-    assert advice.notes == ()
+    assert all("had the processor" in note for note in advice.notes), "a busy machine says so, and nothing is skipped"
     assert "Pruning can pay here" in advice.verdict
     write_record(tmp_path / "advice.json", advice)
     assert read_record(Advice, tmp_path / "advice.json") == advice
@@ -67,6 +67,7 @@ def test_what_it_finds(advice: Advice, session: Session, tmp_path: Path) -> None
 def test_it_is_told_in_words(advice: Advice) -> None:
     text = describe_advice(advice)
     assert advice.verdict in text
+    assert "int8 (uint8 activations): " in text and "accuracy not evaluated" in text
     assert "2 threads:" in text and "outside kernels:" in text and "-16" in text
     assert "more kernels" in describe_advice(advice, most=1)
 
