@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeprune.device.targets import load_target as load_target
     from edgeprune.device.targets import setup_target as setup_target
     from edgeprune.export import export_model as export_model
+    from edgeprune.fleet import profile_fleet as profile_fleet
     from edgeprune.load import example_inputs as example_inputs
     from edgeprune.load import load_data as load_data
     from edgeprune.load import load_model as load_model
@@ -53,6 +54,7 @@ _PLACES = {
     "device.session": ("open_session",),
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
     "export": ("export_model",),
+    "fleet": ("profile_fleet",),
     "load": ("example_inputs", "load_data", "load_model"),
     "measure": ("measure_files",),
     "pipeline": ("compact_and_compensate", "connect", "dense_cost", "plan_on_board", "report_run", "run_pipeline"),

@@ -30,7 +30,6 @@ from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
-    Conditions,
     Graph,
     Measurement,
     Profile,
@@ -127,10 +126,31 @@ def profile_configurations(
     format: str = "onnx",
 ) -> Profile:
     """`profile_target` with configurations of one's own, the dense model among them."""
+    measure_configurations(
+        module, inputs, graph, session, sweep, path=path, effort=effort, progress=progress, seed=seed,
+        resizer=resizer, format=format,
+    )  # fmt: skip
+    return read_profile(path, graph)
+
+
+def measure_configurations(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    graph: Graph,
+    session: Session,
+    sweep: Sequence[Configuration],
+    *,
+    path: Path,
+    effort: Effort = DEFAULT,
+    progress: Progress = silent,
+    seed: int = 0,
+    resizer: Resizer | None = None,
+    format: str = "onnx",
+) -> None:
+    """Measure configurations into a profile's file, except what it holds, and fit nothing."""
     make = partial(_make_resizer, resizer, format, module, inputs, graph)
     with _Run(graph, session, make, path, effort, progress) as run:
         run.measure(_shuffled(sweep, effort.rounds, (seed,)))
-    return read_profile(path, graph)
 
 
 def _shuffled(
@@ -249,7 +269,10 @@ class _Run:
         if heading is not None:
             check_graph(heading, self.graph, self.path)
             if heading.conditions.key() != conditions.key():
-                raise RecordError(_unlike(self.path, heading.conditions, conditions))
+                unlike = "; ".join(heading.conditions.unlike(conditions))
+                raise RecordError(
+                    f"{self.path} was measured under other conditions ({unlike}); restore them or use another file"
+                )
         widths = {item.configuration: item.widths for item in done}
         held = {item.configuration: item.held_out for item in done}
         for _, round_configurations in schedule:
@@ -384,12 +407,6 @@ def _missing(schedule: Sequence[tuple[int, Sequence[Configuration]]], done: Sequ
         for configuration in configurations:
             if (number, configuration.name) not in have:
                 yield _Slot(configuration=configuration, round=number)
-
-
-def _unlike(path: Path, before: Conditions, now: Conditions) -> str:
-    names = ("board", "arch", "cpu", "runtime", "runtime_version", "dtype", "batch", "threads", "governor")
-    changed = [f"{name} was {a}, is {b}" for name, a, b in zip(names, before.key(), now.key(), strict=True) if a != b]
-    return f"{path} was measured under other conditions ({'; '.join(changed)}); restore them or use another file"
 
 
 def _make_resizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from edgeprune.cli.common import (
     show,
 )
 from edgeprune.core.effort import find_effort
+from edgeprune.core.errors import UsageError
 from edgeprune.core.family import load_member
 
 
@@ -44,7 +46,9 @@ def trace(
 
 
 def profile(
-    model: Model, target: TargetName, out: Out, weights: Weights = None, shapes: Shapes = None,
+    model: Model,
+    target: Annotated[str, typer.Option("--target", "--targets", help="a board of the inventory, or a,b,c of a kind")],
+    out: Out, weights: Weights = None, shapes: Shapes = None,
     allow_inexact: Inexact = False, threads: Threads = 1, meter: MeterName = None,
     configurations: Annotated[int, typer.Option(help="most widths to fit the tables to")] = 40,
     held_out: Annotated[int, typer.Option(help="more widths, which only tell the tables' error")] = 8,
@@ -55,15 +59,31 @@ def profile(
     ] = None,
     effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure the latency tables of a model on a board; goes on where it was stopped."""
+    """Measure the latency tables of a model on a board, or on several at once; goes on where it was stopped."""
     paths = [file for path in known or () for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])]
-    with bars() as progress, edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
+    level, names = find_effort(effort), target.split(",")
+    if len(names) > 1 and (paths or around):
+        raise UsageError("--from and --around are for one board; a fleet measures all configurations")
+    with bars() as progress, ExitStack() as stack:
+        boards = [
+            stack.enter_context(edgeprune.connect(each, threads=threads, meter=meter, progress=progress))
+            for each in names
+        ]
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
-        tables = edgeprune.profile_target(
-            module, inputs, graph, session, path=out, configurations=configurations, held_out=held_out,
-            error=error or None, around=around, known=[edgeprune.read_profile(path) for path in paths],
-            effort=find_effort(effort), progress=progress,
-        )  # fmt: skip
+        if len(boards) > 1:
+            fleet = edgeprune.profile_fleet(
+                module, inputs, graph, boards, path=out, configurations=configurations, held_out=held_out, effort=level,
+                progress=progress,
+            )  # fmt: skip
+            tables = fleet.profile
+        else:
+            tables = edgeprune.profile_target(
+                module, inputs, graph, boards[0], path=out, configurations=configurations, held_out=held_out,
+                error=error or None, around=around, known=[edgeprune.read_profile(path) for path in paths],
+                effort=level, progress=progress,
+            )  # fmt: skip
+    if len(boards) > 1 and not as_json:
+        print(fleet)
     show(tables, as_json, "describe_profile")
 
 

@@ -85,6 +85,12 @@ class Conditions:
             self.governor,
         )
 
+    def unlike(self, now: Conditions) -> list[str]:
+        """What of the key has changed, a phrase each."""
+        names = ("board", "arch", "cpu", "runtime", "runtime_version", "dtype", "batch", "threads", "governor")
+        pairs = zip(names, self.key(), now.key(), strict=True)
+        return [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
