@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from evidence import make_graph, make_profile
 from loopback.models import write_model
 
 from edgeprune.core.describe import describe_facts, describe_measured
@@ -209,3 +212,22 @@ def test_throttling_is_told_apart_from_not_knowing(throttled: str | None, says: 
     text = describe_facts(BoardFacts(arch="aarch64", throttled=throttled))
     (line,) = (line for line in text.splitlines() if line.startswith("throttled"))
     assert line.split(maxsplit=1)[1] == says
+
+
+def test_the_pictures_of_how_we_measure_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any profile; well-formed, small, and with a point for each configuration."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools" / "docs"))
+    draw = importlib.import_module("draw")
+    profile = make_profile(make_graph())
+    assert draw.draw_staircase(profile) is None, "every table there has two axes"
+    first = profile.tables[0]
+    one_axis = replace(first, in_sizes=first.in_sizes[:1], latency_s=first.latency_s[:1])
+    profile = replace(profile, tables=(one_axis, *profile.tables[1:]))
+    for name, function in draw.DRAWINGS.items():
+        picture, says = function(profile)
+        assert ElementTree.fromstring(picture).tag.endswith("svg") and says
+        assert len(picture) < 150_000
+        assert "nan" not in picture and "inf" not in picture
+        if name == "predictions":
+            configurations = {item.configuration for item in profile.measurements}
+            assert picture.count("h0") == len(configurations) + len(("fitted", "held out"))
