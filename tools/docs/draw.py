@@ -55,7 +55,7 @@ def draw_drift(profile: Profile) -> tuple[str, str]:
 def draw_staircase(profile: Profile) -> tuple[str, str] | None:
     """The kernel with the clearest steps: its measured times and its table over the channels it writes."""
     configured = [item for item in average_rounds(profile.measurements) if item.kernels]
-    units = next(item.widths for item in configured if item.name == DENSE)
+    units = _dense_widths(configured)
     tables = {table.signature: table for table in profile.tables}
     stepped = [
         kernel
@@ -90,8 +90,15 @@ def draw_staircase(profile: Profile) -> tuple[str, str] | None:
 def draw_predictions(profile: Profile) -> tuple[str, str]:
     """Predicted against measured latency; the band is the largest held-out error."""
     configured = average_rounds(profile.measurements)
-    predict = _predictor(profile)
-    pairs = [(item.held_out, MS * item.whole_s, MS * predict(item)) for item in configured]
+    units, tables = _dense_widths(configured), {table.signature: table for table in profile.tables}
+    pairs = [
+        (
+            item.held_out,
+            MS * item.whole_s,
+            MS * (profile.overhead_s + predict_kernels(profile.kernels, tables, units | item.widths)),
+        )
+        for item in configured
+    ]
     top = 1.05 * max(max(measured, predicted) for _, measured, predicted in pairs)
     error = profile.held_out
     plot = Plot(
@@ -139,9 +146,12 @@ def _dense_time(configured: list[Configured], kernel: Kernel) -> float:
     return next(item.kernels[kernel.name] for item in configured if item.name == DENSE)
 
 
-def _predictor(profile: Profile) -> Callable[[Configured], float]:
-    tables = {table.signature: table for table in profile.tables}
-    return lambda item: profile.overhead_s + predict_kernels(profile.kernels, tables, item.widths)
+def _dense_widths(configured: list[Configured]) -> dict[str, int]:
+    """The largest width of every group."""
+    widths: dict[str, int] = {}
+    for item in configured:
+        widths |= {name: max(width, widths.get(name, 0)) for name, width in item.widths.items()}
+    return widths
 
 
 def main() -> None:
