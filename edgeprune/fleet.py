@@ -174,6 +174,6 @@ class _OneAtATime:
         with self._lock:
             self._resizer.write_model(keep, path)
 
-    def map_kernels(self, times: Sequence[KernelTime]) -> KernelMap:
+    def map_kernels(self, times: Sequence[KernelTime] | None) -> KernelMap:
         with self._lock:
             return self._resizer.map_kernels(times)

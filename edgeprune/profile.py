@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from edgeprune.core.arena import peak_memory_bytes
 from edgeprune.core.budget import parse_limit
-from edgeprune.core.cost import peak_memory_bytes
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, RecordError, UsageError
@@ -70,6 +70,7 @@ def profile_target(
     step: int | None = None,
     around: str | None = None,
     known: Sequence[Profile] = (),
+    black_box: bool = False,
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
@@ -84,6 +85,7 @@ def profile_target(
     multiples of it (default: a mixture). around: the latency budget plans will be made for, such as
     "0.5x" or "12 ms": there the tables shall be surest. known: profiles of other boards, thread counts
     or models; tables of the same kernels are sought as multiples of theirs, which takes fewer widths.
+    black_box: time whole models only, as where the runtime tells no kernels.
     resizer: made once by `formats`, to share it with `measure_widths`.
     raises: RecordError when `path` holds a profile of another graph, other conditions or other
         widths; AgentError when the dense model or most configurations cannot be run.
@@ -94,7 +96,7 @@ def profile_target(
     sweep = list(design_configurations(graph, first, held_out, step=step, seed=seed))
     make = partial(_make_resizer, resizer, format, module, inputs, graph)
     tables = tuple({table.signature: table for profile in reversed(known) for table in profile.tables}.values())
-    with _Run(graph, session, make, path, effort, progress, tables) as run:
+    with _Run(graph, session, make, path, effort, progress, tables, black_box) as run:
         batch = sweep
         while batch:
             run.measure(_shuffled(batch, effort.rounds, (seed, len(sweep))))
@@ -243,6 +245,7 @@ class _Run:
         effort: Effort,
         progress: Progress,
         known: tuple[Table, ...] = (),
+        black_box: bool = False,
     ) -> None:
         self.graph = graph
         self.session = session
@@ -251,6 +254,7 @@ class _Run:
         self.effort = effort
         self.progress = progress
         self.known = known
+        self.black_box = black_box
         self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-profile-")
 
     def __enter__(self) -> _Run:
@@ -265,6 +269,7 @@ class _Run:
         raises: RecordError when the file does not fit; AgentError when too much fails.
         """
         heading, done = read_measurements(self.path)
+        self.black_box = heading.black_box if heading is not None else self.black_box
         conditions = self.session.conditions()
         if heading is not None:
             check_graph(heading, self.graph, self.path)
@@ -293,14 +298,14 @@ class _Run:
         resizer = self._make_resizer()
         self._push(resizer, {slot.configuration.name: slot.configuration for slot in slots})
         job = heading.job if heading is not None else f"profile-{self.graph.model_sha256[:8]}-{secrets.token_hex(4)}"
-        mapped = self._map_kernels(resizer, job)
+        mapped = resizer.map_kernels(None) if self.black_box else self._map_kernels(resizer, job)
         if heading is None:
             signatures = {kernel.signature for kernel in mapped.kernels}
             heading = ProfileHeading(
                 target=self.session.target.name, conditions=conditions, graph_sha256=self.graph.model_sha256,
                 artifact_sha256=resizer.dense_sha256, dense_bytes=resizer.dense_bytes,
                 kernels=mapped.kernels, job=job,
-                known=tuple(table for table in self.known if table.signature in signatures),
+                known=tuple(table for table in self.known if table.signature in signatures), black_box=self.black_box,
             )  # fmt: skip
             append_record(self.path, heading)
         # As sets: of kernels that do not wait for each other the runtime takes now the one first, now the other.
@@ -331,7 +336,8 @@ class _Run:
         return resizer.map_kernels(result.kernels)
 
     def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
-        steps = {slot: slot.steps(self.effort, self.session.target.meter != "none") for slot in slots}
+        metered = self.session.target.meter != "none"
+        steps = {slot: slot.steps(self.effort, kernels=not self.black_box, metered=metered) for slot in slots}
         by_key = {step.key: slot for slot, its in steps.items() for step in its}
         waiting: dict[_Slot, dict[str, StepResult]] = {slot: {} for slot in slots}
         failures: dict[str, str] = {}
@@ -346,7 +352,7 @@ class _Run:
             results = waiting.pop(slot)
             finished += 1
             self.progress("profiling", finished, len(slots))
-            error = results["time"].error or results["kernels"].error
+            error = results["time"].error or (results["kernels"].error if "kernels" in results else None)
             if error is not None or results["time"].samples is None:
                 failures[slot.configuration.name] = error or "no samples"
                 return
@@ -368,7 +374,7 @@ class _Slot:
     configuration: Configuration
     round: int
 
-    def steps(self, effort: Effort, metered: bool) -> list[Step]:
+    def steps(self, effort: Effort, *, kernels: bool, metered: bool) -> list[Step]:
         """The whole model and its kernels against the dense one; once, for some, the memory and the energy."""
         key, ours, dense = f"{self.round}-{self.configuration.name}", f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
         steps = [
@@ -376,8 +382,11 @@ class _Slot:
                 key=f"{key}-time", kind="time", artifact=ours, against=dense, seconds=effort.seconds,
                 precision=effort.precision, min_samples=effort.samples,
             ),
-            Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs),
         ]  # fmt: skip
+        if kernels:
+            steps.append(
+                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs)
+            )
         if self.round == 0 and self.configuration.memory:
             steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
             if metered:
@@ -386,15 +395,16 @@ class _Slot:
 
 
 def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelMap, graph: Graph) -> Measurement:
-    timed, profiled = results["time"], results["kernels"]
+    timed, profiled = results["time"], results.get("kernels")
     memory, energy = results.get("memory"), results.get("energy")
     assert timed.samples is not None and timed.against is not None
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
         held_out=slot.configuration.held_out, samples=timed.samples, dense=timed.against,
-        kernels=mapped.charge(profiled.kernels), run_s=profiled.run_s, dense_run_s=profiled.against_run_s,
+        kernels=mapped.charge(profiled.kernels) if profiled else {}, run_s=profiled.run_s if profiled else None,
+        dense_run_s=profiled.against_run_s if profiled else None,
         activation_bytes=memory.activation_bytes if memory else None,
-        live_bytes=peak_memory_bytes(graph, slot.configuration.widths) if memory else None,
+        arena_bytes=peak_memory_bytes(graph, slot.configuration.widths) if memory else None,
         power=energy.power if energy else None, note=f"no energy: {energy.error}" if energy and energy.error else "",
         conditions=timed.conditions,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from exactness import randomise
 from torch import nn
 
 from edgeprune.core.cost import kernel_latency, predict_cost, predict_latency
+from edgeprune.core.describe import describe_profile
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.records import (
@@ -41,6 +42,7 @@ from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
 from edgeprune.formats.onnx import make_resizer
 from edgeprune.profile import dense_latency, measure_widths, measured_energy, profile_target, read_profile
+from edgeprune.tables.black_box import BlackBox
 from edgeprune.tables.combine import PLANNED, average_rounds, combine, fit_memory, measured_latency
 from edgeprune.tables.design import DENSE, Configuration, choose_next, design_configurations
 from edgeprune.tables.fit import Observations, fit_kernel, tabulate
@@ -252,6 +254,27 @@ def test_known_tables_make_few_configurations_enough() -> None:
     assert misled.held_out is not None and misled.held_out.mean < 0.02
 
 
+def test_whole_models_alone_make_tables() -> None:
+    """No kernel was timed: unseen widths are told as well, the tile is found, tables rise with both sizes."""
+    graph = _chain_graph()
+    wholes = [replace(item, kernels={}, run_s=None, dense_run_s=None) for item in _measure(graph)]
+    profile = _profile(graph, wholes)
+    assert profile.held_out is not None and profile.held_out.configurations == 8
+    assert profile.held_out.mean < 0.03 and profile.held_out.max < 0.06
+    assert profile.additivity_gap is None and "whole models alone" in describe_profile(profile)
+    assert len(profile.folds) == 5 and profile.overhead_s >= 0
+    for table in profile.tables:
+        assert (np.diff(table.latency_s, axis=0) >= 0).all() and (np.diff(table.latency_s, axis=1) >= 0).all()
+    # Sizes rounded up to 16 make 17 units cost what 32 do.
+    staircase = BlackBox(_kernels(graph), graph.units)
+    sweep = [item.widths for item in design_configurations(graph, 40, 0)]
+    sums = np.array([
+        sum(float(_cost(*(np.array(e.size(w, w)) for e in (k.in_extent, k.out_extent) if e), 16, 16))
+            for k in _kernels(graph)) for w in sweep
+    ])  # fmt: skip
+    assert staircase.choose_form(sweep, sums).tile == 16
+
+
 def test_power_of_each_operator_is_found() -> None:
     """Three operators draw 2, 5 and 3 W, the meter errs by 2 %: energies of unseen widths are within 3 %."""
     graph, rng = _chain_graph(), np.random.default_rng(1)
@@ -415,7 +438,8 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
         sys.path.insert(0, {str(tmp_path)!r})
         import torch, net
         from pathlib import Path
-        from edgeprune.core.effort import Effort
+        from edgeprune.core.describe import describe_profile
+from edgeprune.core.effort import Effort
         from edgeprune.core.records import Target
         from edgeprune.device.session import open_session
         from edgeprune.profile import profile_target
@@ -453,7 +477,7 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
     assert all(item.kernels and item.run_s for item in profile.measurements)
     assert predict_latency(graph, {}, profile) > 0
     assert profile.memory is not None and profile.memory.scale > 0
-    with_memory = [item for item in profile.measurements if item.live_bytes]
+    with_memory = [item for item in profile.measurements if item.arena_bytes]
     assert len(with_memory) == 1 + 8 + 2 and all(item.activation_bytes and item.round == 0 for item in with_memory)
 
     again = profile_target(module, inputs, graph, session, path=path, **OPTIONS)
@@ -482,6 +506,25 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
     assert list(read_lines(path, ProfileHeading, Measurement)) == lines
 
 
+@pytest.mark.timeout(300)
+def test_a_runtime_that_tells_no_kernels(session: Session, tmp_path: Path) -> None:
+    """Kernels as the artifact's structure has them; whole models only; planned widths are measured alike."""
+    module, inputs = _make()
+    graph = trace_graph(module, inputs)
+    path, brief = tmp_path / "profile.jsonl", replace(BRIEF, rounds=1, repeats=1)
+    options = {"path": path, "configurations": 9, "held_out": 2, "effort": brief}
+    profile = profile_target(module, inputs, graph, session, black_box=True, **options)
+    convolutions = [kernel for kernel in profile.kernels if kernel.in_extent is not None]
+    assert [(kernel.positions, kernel.taps) for kernel in convolutions] == [(256, 9), (256, 9), (256, 1)]
+    assert all(not item.kernels and item.run_s is None for item in profile.measurements)
+    assert profile.held_out is not None and predict_latency(graph, {}, profile) > 0
+    half = {group.name: group.units // 2 for group in graph.prunable}
+    grown, (latency,) = measure_widths(module, inputs, graph, session, profile, path, [half], effort=brief)
+    assert latency.median > 0 and not grown.measurements[-1].kernels
+    # Without being told again: the file knows.
+    assert profile_target(module, inputs, graph, session, **options).measurements == grown.measurements
+
+
 def test_refusals(session: Session, tmp_path: Path) -> None:
     module, inputs = _make()
     graph = trace_graph(module, inputs)
@@ -495,19 +538,21 @@ def test_refusals(session: Session, tmp_path: Path) -> None:
 
 
 def test_memory_is_a_line_through_what_was_measured() -> None:
-    """A runtime that takes 1.2 bytes per live byte and 40 KiB on top, within 3 %; held-out ones are not fitted."""
+    """1.2 bytes per byte and 40 KiB on top, within 3 %; held-out ones are not fitted, a fallback is not believed."""
     rng = np.random.default_rng(0)
     live = rng.integers(100_000, 900_000, 12)
     some = _measure(_chain_graph())[:12]
 
     def measured(scale: float, held: int) -> list[Measurement]:
         return [
-            replace(item, configuration=str(i), held_out=i >= held, live_bytes=int(bytes_),
+            replace(item, configuration=str(i), held_out=i >= held, arena_bytes=int(bytes_),
                     activation_bytes=int((40_960 + scale * bytes_) * (1 + 0.03 * rng.uniform(-1, 1))))
             for i, (item, bytes_) in enumerate(zip(some, live, strict=True))
         ]  # fmt: skip
 
-    model = fit_memory(measured(1.2, 8))
+    ours = measured(1.2, 8)
+    ours[3] = replace(ours[3], activation_bytes=3 * (ours[3].activation_bytes or 0))
+    model = fit_memory(ours)
     assert model is not None and model.error is not None
     assert model.scale == pytest.approx(1.2, abs=0.08)
     assert model.error.configurations == 4 and model.error.max < 0.06

@@ -57,13 +57,14 @@ def profile(
     known: Annotated[
         list[Path] | None, typer.Option("--from", help="profiles of the same kernels elsewhere, or folders of them")
     ] = None,
+    black_box: Annotated[bool, typer.Option("--black-box", help="time whole models only, no kernels")] = False,
     effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board, or on several at once; goes on where it was stopped."""
     paths = [file for path in known or () for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])]
     level, names = find_effort(effort), target.split(",")
-    if len(names) > 1 and (paths or around):
-        raise UsageError("--from and --around are for one board; a fleet measures all configurations")
+    if len(names) > 1 and (paths or around or black_box):
+        raise UsageError("--from, --around and --black-box are for one board; a fleet measures all configurations")
     with bars() as progress, ExitStack() as stack:
         boards = [
             stack.enter_context(edgeprune.connect(each, threads=threads, meter=meter, progress=progress))
@@ -80,7 +81,7 @@ def profile(
             tables = edgeprune.profile_target(
                 module, inputs, graph, boards[0], path=out, configurations=configurations, held_out=held_out,
                 error=error or None, around=around, known=[edgeprune.read_profile(path) for path in paths],
-                effort=level, progress=progress,
+                black_box=black_box, effort=level, progress=progress,
             )  # fmt: skip
     if len(boards) > 1 and not as_json:
         print(fleet)

@@ -109,7 +109,11 @@ def describe_profile(profile: Profile) -> str:
         + f" ({profile.conditions.cpu or profile.conditions.arch}, {profile.conditions.runtime}"
         + f" {profile.conditions.runtime_version}, {profile.conditions.threads} thread)\n{trusted}"
         + f"\noverhead outside kernels {format_seconds(profile.overhead_s)},"
-        + f" additivity gap {profile.additivity_gap:.1%}"
+        + (
+            " kernels not told by the runtime: tables from whole models alone"
+            if profile.additivity_gap is None
+            else f" additivity gap {profile.additivity_gap:.1%}"
+        )
     )
 
 

@@ -59,8 +59,11 @@ class Resizer(Protocol):
         """
         ...
 
-    def map_kernels(self, times: Sequence[KernelTime]) -> KernelMap:
-        """Kernels of the dense artifact from the runtime's own names, in the order of execution."""
+    def map_kernels(self, times: Sequence[KernelTime] | None) -> KernelMap:
+        """Kernels of the dense artifact from the runtime's own names, in the order of execution.
+
+        times: None where the runtime tells none: then they are what the file's structure lets expect.
+        """
         ...
 
 

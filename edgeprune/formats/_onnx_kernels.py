@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Sequence
+from math import prod
 
 from onnx import ModelProto, NodeProto, helper
 
@@ -145,13 +146,33 @@ class OnnxKernelMap:
                 signature=signature,
                 out_extent=out,
                 in_extent=None if depthwise else into,
+                positions=prod(first.out_shape[2:]),
+                taps=prod(weight.shape[2:]),
             )
         varying = next((extent for extent in first.out_extents if extent.groups), None)
         if varying is None:
             channels = first.out_shape[1] if len(first.out_shape) > 1 else 1
             varying = Extent(fixed=channels)
             size = f"{size} channels={channels}"
-        return Kernel(name=kernel_name, nodes=nodes, signature=f"{ops} size={size}", out_extent=varying)
+        return Kernel(
+            name=kernel_name, nodes=nodes, signature=f"{ops} size={size}", out_extent=varying,
+            positions=prod(first.out_shape[2:]),
+        )  # fmt: skip
+
+
+def expected_kernels(model: ModelProto) -> list[KernelTime]:
+    """The kernels that a runtime will probably make: convolutions and products with what follows them, and the rest.
+
+    Without times, of course; a batch norm or an activation behind a weighted operation is computed inside it.
+    """
+    producer = {value: node for node in model.graph.node for value in node.output}
+    found = []
+    for node in model.graph.node:
+        before = [producer[value] for value in node.input if value in producer]
+        fusable = node.op_type in FUSED_BEHIND or node.op_type == "BatchNormalization"
+        if node.op_type != "Constant" and not (fusable and before):
+            found.append(KernelTime(name=node.name, op=node.op_type, time_s=0.0))
+    return found
 
 
 class _GraphNodes:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
-from edgeprune.formats._onnx_kernels import OnnxKernelMap
+from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
 from edgeprune.formats._units import Array, Mask, UnitSpace, positions, take
 from edgeprune.graphs.slice import slice_model
 
@@ -65,9 +65,9 @@ class OnnxResizer(ABC):
         """Write the self-contained model of the kept units."""
         write_atomic(path, self.resize(keep).SerializeToString())
 
-    def map_kernels(self, times: Sequence[KernelTime]) -> OnnxKernelMap:
-        """Kernels of the dense artifact from the runtime's own names, in the order of execution."""
-        return OnnxKernelMap(self.base, self.graph, times)
+    def map_kernels(self, times: Sequence[KernelTime] | None) -> OnnxKernelMap:
+        """Kernels of the dense artifact from the runtime's own names; None: as the file's structure says."""
+        return OnnxKernelMap(self.base, self.graph, expected_kernels(self.base) if times is None else times)
 
     def _first_units(self, widths: Widths) -> dict[str, IntArray]:
         return {name: np.arange(width, dtype=np.int64) for name, width in widths.items()}

@@ -1,12 +1,13 @@
 """From the measurements of a profile to its tables: ratios, shares, whole-model calibration, error.
 
 The runtime's profiler slows the run and leaves time between kernels, so kernel times are shares:
-their sum is calibrated against the whole model timed without the profiler.
+their sum is calibrated against the whole model timed without the profiler. A runtime without a
+profiler leaves only the wholes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from edgeprune.core.records import (
     Table,
 )
 from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
+from edgeprune.tables.black_box import BlackBox
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.energy import fit_energy
 from edgeprune.tables.fit import FOLDS, OFF_TILE_WEIGHT, Fit, Observations, fit_kernels, tabulate
@@ -33,6 +35,9 @@ from edgeprune.tables.fit import FOLDS, OFF_TILE_WEIGHT, Fit, Observations, fit_
 LEAST_SHARE = 0.1
 """Of a kernel's profiled time, the least that is left when the profiler's own is taken off."""
 FEWEST_FOR_INTERCEPT = 4
+MEMORY_PASSES = 30
+LEAST_MEMORY_ERROR = 1e-3
+"""Pages and counters: below this share a memory measurement is no better."""
 FEWEST_FOR_FOLDS = 8
 """Configurations; with fewer, what is left without a fold is no fit."""
 PLANNED = "plan-"
@@ -58,7 +63,7 @@ class Combined:
 
     tables: tuple[Table, ...]
     overhead_s: float
-    additivity_gap: float
+    additivity_gap: float | None
     held_out: HeldOutError | None
     memory: MemoryModel | None
     energy: EnergyModel | None
@@ -72,21 +77,15 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement], know
     raises: RecordError when the dense configuration or any kernel has no measurement.
     """
     configured = average_rounds(measurements)
-    fitted = [item for item in configured if not item.held_out and item.kernels]
+    told = any(item.kernels for item in configured)
+    fitted = [item for item in configured if not item.held_out and (item.kernels or not told)]
     dense = next((item for item in fitted if item.name == DENSE), None)
     if dense is None:
         raise RecordError("the profile has no complete measurement of the dense model; profile again")
-    priors = {table.signature: table for table in known}
-    on_tile = np.ones(len(fitted))
-    # The tiles are found on the way, and then tell which configurations calibrate the rest.
-    for _ in range(2):
-        fits = _fit_kernels(kernels, _unprofiled(fitted, on_tile), dense, priors)
-        by_signature = {table.signature: table for table in _tabulate(kernels, fits, dense)}
-        before, on_tile = on_tile, np.array([_weigh_by_tile(c, kernels, by_signature, dense) for c in fitted])
-        if np.array_equal(before, on_tile):
-            break
-    tables, overhead = _calibrated(kernels, fits, dense, fitted, on_tile)
+    fit = _fit_from_kernels(kernels, fitted, dense, known) if told else _fit_from_wholes(kernels, fitted, dense)
+    tables, overhead = fit(())
     by_signature = {table.signature: table for table in tables}
+    on_tile = _weigh_by_tile(fitted, kernels, by_signature, dense)
     errors = [
         abs(overhead + predict_kernels(kernels, by_signature, item.widths) - item.whole_s) / item.whole_s
         for item in configured if item.held_out
@@ -98,32 +97,74 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement], know
         tables=tables, overhead_s=overhead, additivity_gap=_additivity_gap(measurements), held_out=held_out,
         memory=fit_memory(measurements),
         energy=fit_energy(kernels, tables, measurements, {item.name: item.whole_s for item in configured}),
-        folds=_make_folds(kernels, fits, dense, fitted, on_tile),
+        folds=_make_folds(kernels, fit, fitted, on_tile),
     )  # fmt: skip
 
 
-def fit_memory(measurements: Sequence[Measurement]) -> MemoryModel | None:
-    """What the runtime takes per byte that is alive in the graph, and on top; None where it was not measured.
+FitWithout = Callable[[Collection[int]], tuple[tuple[Table, ...], float]]
+"""Tables and overhead from all configurations but those of the given places."""
 
-    Runtimes round allocations up, keep buffers for reordered tensors and reuse others in place. All of
-    that grows with the widths as the tensors do, so a line through the measured peaks tells it.
+
+def _fit_from_kernels(
+    kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured, known: Sequence[Table]
+) -> FitWithout:
+    """Each kernel's own times, scaled so that their sum is the whole model unprofiled."""
+    priors = {table.signature: table for table in known}
+    on_tile = np.ones(len(fitted))
+    # The tiles are found on the way, and then tell which configurations calibrate the rest.
+    for _ in range(2):
+        fits = _fit_kernels(kernels, _unprofiled(fitted, on_tile), dense, priors)
+        by_signature = {table.signature: table for table in _tabulate(kernels, fits, dense)}
+        before, on_tile = on_tile, _weigh_by_tile(fitted, kernels, by_signature, dense)
+        if np.array_equal(before, on_tile):
+            break
+
+    def fit(left_out: Collection[int]) -> tuple[tuple[Table, ...], float]:
+        rest = [place for place in range(len(fitted)) if place not in left_out]
+        parts = {signature: each.leaving_out(list(left_out)) for signature, each in fits.items()}
+        return _calibrated(kernels, parts, dense, [fitted[place] for place in rest], on_tile[rest])
+
+    return fit
+
+
+def _fit_from_wholes(kernels: Sequence[Kernel], fitted: Sequence[Configured], dense: Configured) -> FitWithout:
+    """Where the runtime does not tell where its time goes: from whole-model times alone."""
+    box = BlackBox(kernels, dense.widths)
+    widths, wholes = [item.widths for item in fitted], np.array([item.whole_s for item in fitted])
+    form = box.choose_form(widths, wholes)
+
+    def fit(left_out: Collection[int]) -> tuple[tuple[Table, ...], float]:
+        rest = [place for place in range(len(fitted)) if place not in left_out]
+        return box.fit([widths[place] for place in rest], wholes[rest], form)
+
+    return fit
+
+
+def fit_memory(measurements: Sequence[Measurement]) -> MemoryModel | None:
+    """What a run takes per byte that the runtime's arena is thought to take, and on top; None where not measured.
+
+    A line through the measured peaks. Widths at which the runtime falls back to other kernels lie far off
+    it, with memory of their own: least absolute deviations leave them there.
     """
-    seen = {m.configuration: m for m in measurements if m.activation_bytes and m.live_bytes}
+    seen = {m.configuration: m for m in measurements if m.activation_bytes and m.arena_bytes}
     fitted = [m for m in seen.values() if not m.held_out]
     if not fitted:
         return None
-    live, measured = (
-        np.array([getattr(m, name) for m in fitted], float) for name in ("live_bytes", "activation_bytes")
+    arena, measured = (
+        np.array([getattr(m, name) for m in fitted], float) for name in ("arena_bytes", "activation_bytes")
     )
     if len(fitted) < FEWEST_FOR_INTERCEPT:
-        scale, base = float(np.median(measured / live)), 0.0
+        scale, base = float(np.median(measured / arena)), 0.0
     else:
         # Relative errors; neither part can be negative.
-        (scale, base), _ = nnls(np.stack([live / measured, 1 / measured], axis=1), np.ones(len(fitted)))
+        rows, weight = np.stack([arena / measured, 1 / measured], axis=1), np.ones(len(fitted))
+        for _ in range(MEMORY_PASSES):
+            (scale, base), _ = nnls(rows * weight[:, None], weight)
+            weight = 1 / np.sqrt(np.maximum(np.abs(rows @ (scale, base) - 1), LEAST_MEMORY_ERROR))
     if scale <= 0:
         return None
-    held = [m for m in seen.values() if m.held_out and m.live_bytes and m.activation_bytes]
-    errors = [abs((base + scale * (m.live_bytes or 0)) / (m.activation_bytes or 1) - 1) for m in held]
+    held = [m for m in seen.values() if m.held_out]
+    errors = [abs((base + scale * (m.arena_bytes or 0)) / (m.activation_bytes or 1) - 1) for m in held]
     error = HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None
     return MemoryModel(base_bytes=float(base), scale=float(scale), error=error)
 
@@ -185,17 +226,20 @@ def _dense_latency(measurements: Sequence[Measurement]) -> Quantity:
 
 
 def _weigh_by_tile(
-    item: Configured, kernels: Sequence[Kernel], tables: Mapping[str, Table], dense: Configured
-) -> float:
-    """A configuration's weight: 1 where every kernel has sizes on its tile or its full size, else OFF_TILE_WEIGHT."""
-    for kernel in kernels:
-        table = tables[kernel.signature]
-        for extent, tile in ((kernel.in_extent, table.tile_in), (kernel.out_extent, table.tile_out)):
-            if extent is not None:
-                size = extent.size(item.widths, item.widths)
-                if size % tile and size != extent.size(dense.widths, dense.widths):
-                    return OFF_TILE_WEIGHT
-    return 1.0
+    fitted: Sequence[Configured], kernels: Sequence[Kernel], tables: Mapping[str, Table], dense: Configured
+) -> FloatArray:
+    """(n,): 1 where every kernel has sizes on its tile or its full size, else OFF_TILE_WEIGHT."""
+
+    def is_on_tile(item: Configured) -> bool:
+        for kernel in kernels:
+            table = tables[kernel.signature]
+            for extent, tile in ((kernel.in_extent, table.tile_in), (kernel.out_extent, table.tile_out)):
+                size = extent.size(item.widths, item.widths) if extent is not None else 0
+                if size % tile and extent is not None and size != extent.size(dense.widths, dense.widths):
+                    return False
+        return True
+
+    return np.array([1.0 if is_on_tile(item) else OFF_TILE_WEIGHT for item in fitted])
 
 
 def _unprofiled(fitted: Sequence[Configured], weights: FloatArray) -> list[Configured]:
@@ -284,9 +328,8 @@ def _calibrated(
 
 
 def _make_folds(
-    kernels: Sequence[Kernel], fits: Mapping[str, Fit], dense: Configured, fitted: Sequence[Configured],
-    on_tile: FloatArray,
-) -> tuple[Fold, ...]:  # fmt: skip
+    kernels: Sequence[Kernel], fit: FitWithout, fitted: Sequence[Configured], on_tile: FloatArray
+) -> tuple[Fold, ...]:
     """The same forms fitted without every so many of the configurations, and their errors on just those.
 
     Errors are of configurations on the tiles only: no plan lies between them.
@@ -295,15 +338,13 @@ def _make_folds(
         return ()
     folds = []
     for fold in range(FOLDS):
-        out = np.arange(len(fitted)) % FOLDS == fold
-        rest = [item for item, left in zip(fitted, out, strict=True) if not left]
-        parts = {signature: fit.leaving_out(np.flatnonzero(out)) for signature, fit in fits.items()}
-        tables, overhead = _calibrated(kernels, parts, dense, rest, on_tile[~out])
+        out = range(fold, len(fitted), FOLDS)
+        tables, overhead = fit(out)
         by_signature = {table.signature: table for table in tables}
         errors = [
             abs(item.whole_s / (overhead + predict_kernels(kernels, by_signature, item.widths)) - 1)
-            for item, is_judged in zip(fitted, out & (on_tile == 1.0), strict=True)
-            if is_judged
+            for item, weight in ((fitted[place], on_tile[place]) for place in out)
+            if weight == 1.0
         ]
         folds.append(Fold(tables=tables, overhead_s=overhead, errors=tuple(errors)))
     return tuple(folds)
@@ -327,7 +368,7 @@ def _closeness(fitted: Sequence[Configured], dense: Configured) -> FloatArray:
     return np.asarray(1 + (PLANNED_WEIGHT - 1) * np.exp(-((distance / 0.1) ** 2)), dtype=np.float64)
 
 
-def _additivity_gap(measurements: Sequence[Measurement]) -> float:
+def _additivity_gap(measurements: Sequence[Measurement]) -> float | None:
     """|sum of kernels - profiled run| / profiled run, median over what was measured."""
     gaps = [abs(sum(m.kernels.values()) - m.run_s) / m.run_s for m in measurements if m.kernels and m.run_s]
-    return median(gaps) if gaps else 0.0
+    return median(gaps) if gaps else None

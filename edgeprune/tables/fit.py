@@ -152,8 +152,8 @@ def is_on_tile(sizes: npt.ArrayLike, tile: int) -> npt.NDArray[np.bool_]:
 
 def tabulate(fit: Fit, signature: str, largest_in: int, largest_out: int) -> Table:
     """The fitted cost on a grid from the smallest tile to the largest size there is."""
-    sizes_in = _grid(largest_in, fit.tile_in) if largest_in else np.zeros(1, np.int64)
-    sizes_out = _grid(largest_out, fit.tile_out)
+    sizes_in = make_grid(largest_in, fit.tile_in) if largest_in else np.zeros(1, np.int64)
+    sizes_out = make_grid(largest_out, fit.tile_out)
     i, o = np.meshgrid(sizes_in, sizes_out, indexing="ij")
     latency = fit.predict(i.ravel(), o.ravel()).reshape(i.shape)
     return Table(
@@ -255,7 +255,7 @@ def _octaves(sizes: IntArray, tile: int) -> FloatArray:
     return np.asarray(np.log2(np.maximum(-(-sizes // tile) * tile, 1)), dtype=np.float64)
 
 
-def _grid(largest: int, tile: int) -> IntArray:
+def make_grid(largest: int, tile: int) -> IntArray:
     """Multiples of the tile up to the largest size, which is the last point."""
     if tile == 1:
         step = max(-(-largest // FINEST_GRID), 1)

@@ -21,6 +21,7 @@ class ProfileHeading:
     """First line of a profile: what was measured on what.
 
     job: the folder on the board. known: tables of the same kernels under other conditions, to start from.
+    black_box: kernels are what the artifact's structure says; only whole models are timed.
     """
 
     target: str
@@ -31,6 +32,7 @@ class ProfileHeading:
     kernels: tuple[Kernel, ...]
     job: str
     known: tuple[Table, ...] = ()
+    black_box: bool = False
 
 
 def read_profile(path: Path, graph: Graph | None = None) -> Profile:

@@ -18,6 +18,7 @@ class Kernel:
     signature: what fixes its cost besides channels (op, kernel size, stride, groups, spatial size);
         kernels of one signature share one table.
     in_extent, out_extent: channels read and written; in_extent None where only one size matters.
+    positions: places of one output channel. taps: of the window at each of them.
     """
 
     name: str
@@ -25,6 +26,8 @@ class Kernel:
     signature: str
     out_extent: Extent
     in_extent: Extent | None = None
+    positions: int = 1
+    taps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +54,8 @@ class Measurement:
 
     note: why something that was asked for is missing.
     dense, dense_run_s: the dense model in the turns between: whole, and whole while profiled.
-    activation_bytes: growth of the process while running, where it was measured; live_bytes: the
-        largest sum of tensors alive at once in the graph at these widths. power: by the board's meter.
+    activation_bytes: growth of the process while running, where it was measured; arena_bytes: what the
+        runtime's arena should take for these widths. power: by the board's meter.
     """
 
     configuration: str
@@ -65,7 +68,7 @@ class Measurement:
     run_s: float | None = None
     dense_run_s: float | None = None
     activation_bytes: int | None = None
-    live_bytes: int | None = None
+    arena_bytes: int | None = None
     power: PowerSamples | None = None
     note: str = ""
     conditions: Conditions | None = None
@@ -82,7 +85,7 @@ class HeldOutError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryModel:
-    """Peak activation memory as measured: base_bytes + scale x the tensors alive at once in the graph.
+    """Peak activation memory as measured: base_bytes + scale x what the runtime's arena should take.
 
     error: on held-out configurations.
     """
@@ -122,7 +125,8 @@ class Profile:
     """Latency tables of one model on one target, with all that they were made from.
 
     overhead_s: whole-model time outside any kernel.
-    additivity_gap: |sum of kernels - profiled run| / profiled run, median over configurations.
+    additivity_gap: |sum of kernels - profiled run| / profiled run, median over configurations; None where the
+        runtime does not tell kernels.
     dense_bytes: size of the dense artifact. folds: the tables fitted to parts of the measurements.
     """
 
@@ -135,7 +139,7 @@ class Profile:
     measurements: tuple[Measurement, ...]
     tables: tuple[Table, ...]
     overhead_s: float
-    additivity_gap: float
+    additivity_gap: float | None
     held_out: HeldOutError | None = None
     memory: MemoryModel | None = None
     energy: EnergyModel | None = None
