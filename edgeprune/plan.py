@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd, lcm
+from math import gcd, inf, lcm
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -22,7 +22,10 @@ from edgeprune.core.cost import (
     evaluate,
     kernel_latency,
     kernel_sizes,
+    live_bytes,
+    live_of_peak,
     memory_steps,
+    peak_of_live,
     predict_cost,
 )
 from edgeprune.core.errors import DataError, InfeasibleBudget, ModelError, RecordError, Unmet, UsageError
@@ -59,6 +62,7 @@ __all__ = ["choose_widths", "next_request", "no_finer_step"]
 
 COSTLY = 0.25
 """Share of a group's costliest kernel from which on a kernel's tile binds the group's widths."""
+MEMORY_PASSES, MEMORY_AIM = 8, 0.99
 TIE_BREAK = 1e-4
 """Weight of the units' own scores beside a measured curve: among equal losses, keep more."""
 
@@ -86,21 +90,22 @@ def choose_widths(
     check_inputs(graph, profile, importance, budget)
     if levels < 2 or not 0 < min_keep <= 1:
         raise UsageError(f"levels={levels} must be at least 2 and min_keep={min_keep} in (0, 1]")
-    problem = build_problem(graph, profile, importance, budget, levels=levels, min_keep=min_keep)
     names = list(dict.fromkeys([solver, *compare]))
-    members = [load_member("solvers", name) for name in names]
-    solutions: dict[str, Solution] = {}
-    for done, (name, member) in enumerate(zip(names, members, strict=True)):
-        progress(f"planning with {name}", done, len(names))
-        solutions[name] = member.solve(problem, time_limit_s=time_limit_s)
-        if name == solver and solutions[name].status == "infeasible":
+    asked = budget
+    for _ in range(MEMORY_PASSES):
+        problem = build_problem(graph, profile, importance, asked, levels=levels, min_keep=min_keep)
+        solutions = _solve(problem, names, time_limit_s, progress)
+        found_by, chosen = _best_found(solutions, solver)
+        if chosen.levels is None:
+            raise _no_solution(problem, asked, solver, chosen, time_limit_s)
+        widths = _widths(problem, chosen.levels)
+        predicted = predict_cost(graph, widths, profile)
+        if (excess := (predicted.peak_memory_bytes or 0) / (budget.peak_memory_bytes or inf)) <= 1:
             break
-    progress("planned", len(names), len(names))
-    found_by, chosen = _best_found(solutions, solver)
-    if chosen.levels is None:
-        raise _no_solution(problem, budget, solver, chosen, time_limit_s)
-    widths = _widths(problem, chosen.levels)
-    predicted = predict_cost(graph, widths, profile)
+        # What lives at once is the least that any allocator takes: ask for less until this one's fits.
+        asked = replace(asked, peak_memory_bytes=peak_of_live(profile, MEMORY_AIM * live_bytes(graph, widths) / excess))
+    else:
+        raise Unmet("no widths were found whose peak memory, as the runtime allocates it, is within budget; allow more")
     results = tuple(
         SolverResult(
             solver=name,
@@ -127,6 +132,18 @@ def choose_widths(
         alternatives=results,
         finer_step=_next_step(problem, chosen.levels),
     )
+
+
+def _solve(problem: Problem, names: Sequence[str], time_limit_s: float, progress: Progress) -> dict[str, Solution]:
+    """What each solver finds; the others are not asked where the first says that there is nothing."""
+    solutions: dict[str, Solution] = {}
+    for done, name in enumerate(names):
+        progress(f"planning with {name}", done, len(names))
+        solutions[name] = load_member("solvers", name).solve(problem, time_limit_s=time_limit_s)
+        if done == 0 and solutions[name].status == "infeasible":
+            break
+    progress("planned", len(names), len(names))
+    return solutions
 
 
 def keep_units(importance: Importance, widths: dict[str, int], graph: Graph) -> dict[str, IntArray]:
@@ -206,7 +223,7 @@ def build_problem(
         terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
         rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
     if budget.peak_memory_bytes is not None:
-        live_limit = _live_limit(profile, budget.peak_memory_bytes)
+        live_limit = live_of_peak(profile, budget.peak_memory_bytes)
         distinct = {tuple(sorted(step.bytes.items())): step.bytes for step in memory_steps(graph)}
         rows.extend(polynomial_terms(step, axes).row("peak_memory_bytes", live_limit) for step in distinct.values())
     return Problem(choices=choices, rows=tuple(rows), sums=tuple(axes.sums))
@@ -285,12 +302,6 @@ def _tiles(graph: Graph, profile: Profile) -> dict[str, int]:
         name: min(lcm(*(units for seconds, units in tiles if seconds >= COSTLY * max(tiles)[0])), graph.units[name])
         for name, tiles in found.items()
     }
-
-
-def _live_limit(profile: Profile, limit_bytes: float) -> float:
-    """What may be alive at once in the graph so that the process stays within `limit_bytes`."""
-    model = profile.memory
-    return limit_bytes if model is None else (limit_bytes - model.base_bytes) / model.scale
 
 
 def _tail(profile: Profile, budget: Budget) -> float:

@@ -15,6 +15,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.core.arena import CONVOLUTIONS, COPY, FLOAT_BYTES, lower, peak_memory_bytes, place
 from edgeprune.core.records import (
     Cost,
     Extent,
@@ -22,28 +23,14 @@ from edgeprune.core.records import (
     Fold,
     Graph,
     Kernel,
-    Node,
     Profile,
     Quantity,
     Table,
     Widths,
 )
 
-FLOAT_BYTES = 4
-"""Activations are float32."""
-
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 PRODUCTS = frozenset({"matmul", "bmm", "mm"})
-
-# fmt: off
-IN_PLACE = frozenset((
-    "abs", "add", "batch_norm", "celu", "clamp", "clip", "div", "elu", "exp", "gelu", "hardsigmoid", "hardswish",
-    "hardtanh", "leaky_relu", "mish", "mul", "neg", "pow", "prelu", "relu", "relu6", "selu", "sigmoid", "silu",
-    "softplus", "sqrt", "sub", "tanh",
-))
-# fmt: on
-"""Operations that write over an input that nobody reads again, or that fuse into its producer."""
 
 INTERVAL_SHARE = 0.9
 """How many of the measured latencies a predicted interval is to hold."""
@@ -190,54 +177,45 @@ def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryStep:
-    """Bytes that live while one node runs: its inputs, its output and all that is read later."""
+    """Bytes that live while one kernel runs: its inputs, its output and all that is read later."""
 
     node: str
     bytes: Polynomial
 
 
 def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
-    """Live activation bytes at each node, in execution order.
+    """Live activation bytes at each kernel, in the order of execution; the model's inputs are the caller's.
 
-    Buffers as ONNX Runtime's planner has them: views share their input's buffer; an elementwise
-    node writes over an input of its own size that dies there (a fused conv + norm + activation has
-    one output); model inputs are the caller's and are never overwritten; a buffer is free after its
-    last reader. The runtime's own scratch space and fragmentation are not included.
+    The least that any allocator needs; `peak_memory_bytes` has what the runtime's own makes of it.
     """
-    nodes = {node.name: node for node in graph.nodes}
-    last_read = {node.name: index for index, node in enumerate(graph.nodes)}
-    for index, node in enumerate(graph.nodes):
-        for name in node.inputs:
-            last_read[name] = index
-    for name in graph.outputs:
-        last_read[name] = len(graph.nodes)
-
-    owner: dict[str, str] = {}
-    size: dict[str, Polynomial] = {}
-    dies: dict[str, int] = {}
-    for index, node in enumerate(graph.nodes):
-        source = _shared_buffer(node, nodes, owner, dies, index)
-        if source is not None:
-            owner[node.name] = source
-            dies[source] = max(dies[source], last_read[node.name])
-        else:
-            owner[node.name] = node.name
-            size[node.name] = volume(node.out_extents, FLOAT_BYTES)
-            dies[node.name] = last_read[node.name]
-
-    born = {name: index for index, name in enumerate(nodes)}
+    kernels, outputs = lower(graph, {})
+    extents = {node.name: node.out_extents for node in graph.nodes}
+    buffers = place(kernels, outputs, {name: extents[name.removesuffix(COPY)] for name in kernels}, reuse=False)
+    sizes = [volume(buffer.shape, FLOAT_BYTES) for buffer in buffers]
     return tuple(
         MemoryStep(
-            node=node.name,
-            bytes=add(size[name] for name in size if born[name] <= index <= dies[name]),
+            node=name,
+            bytes=add(size for buffer, size in zip(buffers, sizes, strict=True) if buffer.born <= index <= buffer.dies),
         )
-        for index, node in enumerate(graph.nodes)
+        for index, name in enumerate(kernels)
     )
 
 
-def peak_memory_bytes(graph: Graph, widths: Widths) -> int:
+def live_bytes(graph: Graph, widths: Widths) -> int:
     """Largest sum of live activations at `widths`."""
     return max((evaluate(step.bytes, widths, graph.units) for step in memory_steps(graph)), default=0)
+
+
+def live_of_peak(profile: Profile, peak_bytes: float) -> float:
+    """What may be alive at once, at the very most, where a run takes `peak_bytes`."""
+    model = profile.memory
+    return peak_bytes if model is None else (peak_bytes - model.base_bytes) / model.scale
+
+
+def peak_of_live(profile: Profile, live: float) -> int:
+    """The inverse of `live_of_peak`."""
+    model = profile.memory
+    return int(live if model is None else model.base_bytes + model.scale * live)
 
 
 def _readers(graph: Graph) -> dict[str, list[str]]:
@@ -247,21 +225,6 @@ def _readers(graph: Graph) -> dict[str, list[str]]:
         for name in node.inputs:
             result[name].append(node.name)
     return result
-
-
-def _shared_buffer(
-    node: Node, nodes: dict[str, Node], owner: dict[str, str], dies: dict[str, int], index: int
-) -> str | None:
-    """The buffer that the node's output lives in without a new allocation, or None."""
-    if (node.view or not node.out_shape) and node.inputs:
-        return owner[node.inputs[0]]
-    if node.op.removesuffix("_") in IN_PLACE:
-        for name in node.inputs:
-            buffer = owner[name]
-            same_size = nodes[buffer].out_extents and volume(nodes[buffer].out_extents) == volume(node.out_extents)
-            if dies[buffer] <= index and same_size and nodes[buffer].op != "input":
-                return buffer
-    return None
 
 
 # --- latency -------------------------------------------------------------------------------------
