@@ -5,6 +5,7 @@
 One profile of a small net is run again and again, each time killed (signal 9) at a random moment, while the
 board has troubles of its own, until all kills are spent; the last run is left to finish. Then what the file
 holds is held against what the agent measured: every measurement of the schedule, each once, none altered.
+The runs are forks of one process that has exported the net, so that nearly all of their life is at the board.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,7 +40,6 @@ from edgeprune.device.targets import connect_target, read_target
 CONFIGURATIONS, HELD_OUT, ROUNDS = 6, 2, 6
 FAULTS = ("none", "cut", "worker", "none", "agent", "restart")
 """What happens to the board before each kill of the host, in turn."""
-RUN_LIMIT_S = 900.0
 KILL_AGENT = 'for f in "$1"/*/jobs/*/agent.pid; do [ -e "$f" ] && kill -9 "-$(cat "$f")"; done; true'
 KILL_WORKER = 'for f in "$1"/*/jobs/*/agent.pid; do [ -e "$f" ] && pkill -9 -P "$(cat "$f")"; done; true'
 SHOW_RESULTS = 'cat "$1"/*/jobs/*/results.jsonl'
@@ -60,11 +62,12 @@ class Outcome:
 # --- the run that is killed ----------------------------------------------------------------------
 
 
-def profile(target: Target, path: Path, rounds: int) -> None:
-    """What each of the killed processes does."""
+def serve_runs(target: Target, path: Path) -> None:
+    """Fork a run for every number of rounds on standard input; say its process id, what it does, how it ended."""
     import torch
     from torch import nn
 
+    from edgeprune.core.family import load_member
     from edgeprune.device.session import open_session
     from edgeprune.profile import profile_target
     from edgeprune.trace import trace_graph
@@ -76,17 +79,89 @@ def profile(target: Target, path: Path, rounds: int) -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
     ).eval()  # fmt: skip
     inputs = (torch.randn(1, 3, 16, 16),)
-    # Long enough that a kill falls into a step, not behind the last.
-    effort = Effort(rounds=rounds, repeats=1, seconds=1.0, precision=None)
+    graph = trace_graph(net, inputs)
+    resizer = load_member("formats", "onnx").make_resizer(net, inputs, graph)
 
-    def say(what: str, done: int, total: int) -> None:
+    def say(what: str, done: object = "", total: object = "") -> None:
         print(what, done, total, flush=True)
 
-    with open_session(target, space=str(path)) as session:
-        profile_target(
-            net, inputs, trace_graph(net, inputs), session, path=path, configurations=CONFIGURATIONS,
-            held_out=HELD_OUT, effort=effort, progress=say,
-        )  # fmt: skip
+    def run(rounds: int) -> None:
+        # Long enough that a kill falls into a step, not behind the last.
+        effort = Effort(rounds=rounds, repeats=1, seconds=1.0, precision=None)
+        with open_session(target, space=str(path)) as session:
+            profile_target(
+                net, inputs, graph, session, path=path, configurations=CONFIGURATIONS, held_out=HELD_OUT,
+                effort=effort, progress=say, resizer=resizer,
+            )  # fmt: skip
+
+    say("ready")
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                die_with_parent()
+                run(int(line))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        say("run", child)
+        say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+class Host:
+    """The process that forks the runs, one at a time."""
+
+    def __init__(self, entry: Path, path: Path, log: Path) -> None:
+        """entry: the target's file. path: of the profile. log: gets what the runs complain about."""
+        self.log = log
+        self.status: int | None = None
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--host", str(entry), str(path)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        self.wait_for("ready")
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def start(self, rounds: int) -> None:
+        """Begin a run."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{rounds}\n")
+        self._process.stdin.flush()
+        self.status = None
+        self._run = int(self.wait_for("run")[1])
+
+    def wait_for(self, *words: str) -> list[str]:
+        """The next line that begins with one of the words, or says that the run ended. status: how it did."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            said = line.split()
+            if said[0] == "ended":
+                self.status = int(said[1])
+            if said[0] in (*words, "ended"):
+                return said
+        raise SystemExit(f"the host failed: {self.log.read_text()[-2000:]}")
+
+    def kill(self) -> bool:
+        """Signal 9. False when the run had ended well before. raises: SystemExit when it had failed."""
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._run, signal.SIGKILL)
+            while self.status is None:
+                self.wait_for()
+        if self.status not in (0, -signal.SIGKILL):
+            raise SystemExit(f"a run failed by itself ({self.status}): {self.log.read_text()[-2000:]}")
+        return self.status != 0
 
 
 # --- what happens to it --------------------------------------------------------------------------
@@ -141,60 +216,46 @@ def run_faults(board: str, kills: int, seed: int = 0) -> Outcome:
         path, entry = folder / "profile.jsonl", folder / f"{board}.toml"
         with troubled_board(board, folder) as trouble:
             write_target(trouble.target, entry)
-            argv, rounds = [sys.executable, __file__, "--profile", str(entry), str(path)], ROUNDS
-            while outcome.faults["host killed"] < kills:
-                fault = FAULTS[outcome.runs % len(FAULTS)]
-                if not suffer([*argv, str(rounds)], fault, trouble, generator, outcome, folder / "log"):
-                    rounds += ROUNDS  # all is measured already: more rounds of the same profile
-            argv.append(str(rounds))
-            with (folder / "log").open("w") as log:
-                done = subprocess.run(argv, stdout=log, stderr=log, timeout=RUN_LIMIT_S)
-            outcome.runs += 1
-            if done.returncode != 0:
-                raise SystemExit(f"the last run failed: {(folder / 'log').read_text()[-2000:]}")
+            rounds = ROUNDS
+            with Host(entry, path, folder / "log") as host:
+                while outcome.faults["host killed"] < kills:
+                    fault = FAULTS[outcome.runs % len(FAULTS)]
+                    outcome.runs += 1
+                    if suffer(host, rounds, fault, trouble, generator, outcome):
+                        outcome.faults["host killed"] += 1
+                        print(f"kill {outcome.faults['host killed']}, fault: {fault}", file=sys.stderr, flush=True)
+                    else:
+                        rounds += ROUNDS  # all is measured already: more rounds of the same profile
+                host.start(rounds)
+                outcome.runs += 1
+                host.wait_for()
+                host.kill()  # nothing is left to kill: it raises where the run failed
             account(path, on_board(trouble.target, SHOW_RESULTS), rounds, outcome)
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def suffer(
-    argv: list[str], fault: str, trouble: Troubled, generator: random.Random, outcome: Outcome, log: Path
-) -> bool:
+def suffer(host: Host, rounds: int, fault: str, trouble: Troubled, generator: random.Random, outcome: Outcome) -> bool:
     """One run with one fault of the board, then killed. False when it had finished before."""
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=die_with_parent) as run,
-    ):
-        assert run.stdout is not None
-        try:
-            # A third of the kills falls anywhere from the start on, the others while the board measures.
-            if generator.random() < 1 / 3 and fault == "none":
-                time.sleep(generator.uniform(0.0, 8.0))
-            else:
-                for line in run.stdout:
-                    if line.startswith("profiling"):
-                        break
-                time.sleep(generator.uniform(0.0, 1.5))
-                if fault != "none":
-                    actions = {
-                        "cut": trouble.link.cut,
-                        "worker": lambda: on_board(trouble.target, KILL_WORKER),
-                        "agent": lambda: on_board(trouble.target, KILL_AGENT),
-                        "restart": trouble.restart,
-                    }
-                    actions[fault]()
-                    outcome.faults[fault] += 1
-                    time.sleep(generator.uniform(0.0, 3.0))
-            outcome.runs += 1
-            if run.poll() is not None:
-                if run.returncode != 0:
-                    raise SystemExit(f"a run failed by itself: {log.read_text()[-2000:]}")
-                return False
-        finally:
-            run.send_signal(signal.SIGKILL)
-        outcome.faults["host killed"] += 1
-    print(f"kill {outcome.faults['host killed']}, fault: {fault}", file=sys.stderr, flush=True)
-    return True
+    trouble.link.wait_until_up()  # a run that finds no board at its start says so and ends
+    host.start(rounds)
+    # Half of the kills without another fault fall anywhere from the start on, the others while the board measures.
+    if fault == "none" and generator.random() < 1 / 2:
+        time.sleep(generator.uniform(0.0, 4.0))
+        return host.kill()
+    if host.wait_for("profiling")[0] == "profiling":
+        time.sleep(generator.uniform(0.0, 1.5))
+        if fault != "none":
+            actions = {
+                "cut": trouble.link.cut,
+                "worker": lambda: on_board(trouble.target, KILL_WORKER),
+                "agent": lambda: on_board(trouble.target, KILL_AGENT),
+                "restart": trouble.restart,
+            }
+            actions[fault]()
+            outcome.faults[fault] += 1
+            time.sleep(generator.uniform(0.0, 3.0))
+    return host.kill()
 
 
 # --- what became of it ---------------------------------------------------------------------------
@@ -204,7 +265,7 @@ def account(path: Path, on_the_board: bytes, rounds: int, outcome: Outcome) -> N
     """Hold the profile's file against the agent's own."""
     from edgeprune.core.records import Measurement
     from edgeprune.core.store import read_lines
-    from edgeprune.profile import ProfileHeading
+    from edgeprune.tables.stored import ProfileHeading
 
     held = [item for item in read_lines(path, ProfileHeading, Measurement) if isinstance(item, Measurement)]
     made: dict[str, list[list[float]]] = {}
@@ -232,12 +293,12 @@ def main() -> None:
     parser.add_argument("--board", nargs="+", default=["embedded"], choices=["embedded", "icount"])
     parser.add_argument("--kills", type=int, help="how often the host is killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", nargs=3, metavar=("TARGET", "FILE", "ROUNDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--host", nargs=2, metavar=("TARGET", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     kills = options.kills or (5 if options.quick else 25)
-    if options.profile:
-        entry, path, rounds = options.profile
-        profile(read_target(Path(entry)), Path(path), int(rounds))
+    if options.host:
+        entry, path = map(Path, options.host)
+        serve_runs(read_target(entry), path)
         return
     outcomes = {board: run_faults(board, kills, options.seed) for board in options.board}
     names = ("host killed", "cut", "worker", "agent", "restart")

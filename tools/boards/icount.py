@@ -21,7 +21,7 @@ from edgeprune.core.records import Target
 
 MEMORY_MIB = 1024
 HOME_BYTES = 512 * 1024 * 1024
-BOOT_S = 60.0
+BOOT_S = 240.0
 PATIENCE_S = 300
 CPUS = ("cortex-a72", "cortex-a76")
 

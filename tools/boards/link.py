@@ -64,6 +64,10 @@ class Link:
         self._down_until = time.monotonic() + seconds
         self.cut()
 
+    def wait_until_up(self) -> None:
+        """As long as `go_down` asked for."""
+        time.sleep(max(0.0, self._down_until - time.monotonic()))
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
@@ -78,6 +82,8 @@ class Link:
             except OSError:
                 near.close()
                 continue
+            for end in (near, far):  # else the chunks of one message wait for acknowledgements of each other
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets |= {near, far}
                 self.connections += 1
