@@ -351,6 +351,26 @@ def test_planned_widths_do_not_move_the_dense_latency() -> None:
     assert found.median == pytest.approx(measured_latency(measurements).median / 2)
 
 
+def test_interrupted_turns_do_not_count() -> None:
+    """Two of three turns took an interruption along, and are known to have: latencies are those of the others."""
+    graph = _chain_graph()
+    calm = _measure(graph, noise=0.0)
+    hit = {place for place in range(9) if place % 3}  # nine turns of two samples
+
+    def disturbed(samples: Samples) -> Samples:
+        values = [value * (1.3 if place // 2 in hit else 1.0) for place, value in enumerate(samples.values)]
+        return replace(samples, values=tuple(values * 2), interrupted=tuple(sorted(hit | {n + 9 for n in hit})))
+
+    rough = [replace(item, samples=disturbed(item.samples), dense=disturbed(item.dense)) for item in calm]
+    assert measured_latency(rough).median == pytest.approx(measured_latency(calm).median, rel=0.1)
+    unknown = [replace(item, dense=replace(item.dense, interrupted=())) for item in rough]
+    assert measured_latency(unknown).median > 1.1 * measured_latency(rough).median
+    name = calm[5].configuration
+    assert measured_latency(rough, name).median / measured_latency(rough).median == pytest.approx(
+        measured_latency(calm, name).median / measured_latency(calm).median, rel=0.02
+    )
+
+
 def test_dense_model_must_have_been_measured() -> None:
     graph = _chain_graph()
     others = [item for item in _measure(graph) if item.configuration != DENSE]

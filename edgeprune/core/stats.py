@@ -139,6 +139,14 @@ def turn_medians(samples: Samples) -> FloatArray:
     return np.asarray(np.median(_array(samples.values).reshape(-1, samples.per_turn), axis=1), dtype=np.float64)
 
 
+def clean_turns(samples: Samples) -> FloatArray:
+    """`turn_medians` of turns that no other process interrupted; of all where those are fewer than five."""
+    medians = turn_medians(samples)
+    clean = np.ones(len(medians), dtype=bool)
+    clean[[*samples.interrupted]] = False
+    return medians[clean] if clean.sum() >= FEWEST_CLEAN else medians
+
+
 def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
     """How many times as long as its neighbour each turn took.
 

@@ -44,6 +44,8 @@ TURN_S = 0.005
 SPIN_S = 0.002
 """For so long the threads of a runtime may go on spinning after a run, in the way of another model's."""
 MIN_TURNS = 5
+MOST_TURNS_FOR_CLEAN = 25
+"""Turns after which a timing may end though hardly one of them was left alone."""
 AWAY_SHARE = 0.02
 """A turn was interrupted when the processor did something else for more than this share of it."""
 MAX_SAMPLES_PER_TURN = 1000
@@ -167,7 +169,8 @@ class Timer:
 def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:
     """Why a timing is over; empty while it is not."""
     turns, first = len(timers[0].turns), timers[0].samples
-    if turns < MIN_TURNS:
+    clean = turns - len({place for timer in timers for place in timer.interrupted})
+    if turns < MIN_TURNS or (clean < MIN_TURNS and turns < MOST_TURNS_FOR_CLEAN):
         return ""
     # Looking costs time too: now and then is often enough.
     if step["precision"] and turns % 8 == 0:

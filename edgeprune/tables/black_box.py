@@ -129,14 +129,14 @@ class BlackBox:
                 operators[operator_of(kernel)].append(place)
         rows = []
         for places in operators.values():
-            # Shares of the time tell how much a signature counts, for the mean and against it.
             shares = relative[:, places].mean(axis=0)
             shares = shares / max(float(shares.sum()), 1e-300)
-            for place, share in zip(places, shares, strict=True):
+            for place in places:
                 row = np.zeros(columns)
                 row[places] -= shares / scale[places]
                 row[place] += 1 / scale[place]
-                rows.append(row * share / max(float(np.abs(row * share).max()), 1e-300))
+                # In the share of the whole that the signature has: a small one may differ more.
+                rows.append(row * scale[place])
         return np.array(rows)
 
     def _design(self, widths: Sequence[Mapping[str, int]], tile: int) -> FloatArray:

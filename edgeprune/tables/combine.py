@@ -26,7 +26,7 @@ from edgeprune.core.records import (
     Quantity,
     Table,
 )
-from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
+from edgeprune.core.stats import clean_turns, median, quantity, turn_ratios
 from edgeprune.tables.black_box import BlackBox
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.energy import fit_energy
@@ -222,7 +222,7 @@ def _dense_latency(measurements: Sequence[Measurement]) -> Quantity:
     own = [item for item in measurements if not item.configuration.startswith(PLANNED)]
     if not any(item.configuration == DENSE for item in own):
         raise RecordError("the profile has no measurement of the dense model; profile again")
-    return quantity([median(turn_medians(item.dense)) for item in own])
+    return quantity([median(clean_turns(item.dense)) for item in own])
 
 
 def _weigh_by_tile(
