@@ -26,12 +26,14 @@ def free_port() -> int:
 def wait_for_banner(port: int, process: subprocess.Popen[Any], log: Path, seconds: float) -> None:
     """Until an SSH server says who it is. raises: DeviceError with the end of the log."""
     deadline = time.monotonic() + seconds
+    patience = 2.0
     while time.monotonic() < deadline and process.poll() is None:
         # An emulator accepts before the machine in it does: only what is said counts.
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as link:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=patience) as link:
             if link.recv(4) == b"SSH-":
                 return
         time.sleep(0.05)
+        patience *= 1.2  # on a busy machine it answers late, and later still when asked again and again
     state = "ended" if process.poll() is not None else f"said nothing on port {port} in {seconds:g} s"
     raise DeviceError(f"the board's SSH server {state}; {log} ends: {log.read_text(errors='replace')[-600:]}")
 

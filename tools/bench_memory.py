@@ -1,0 +1,108 @@
+"""How well the peak activation memory of widths never measured is predicted.
+
+    python tools/bench_memory.py [--quick] [--net NAME ...] [--board embedded|icount]
+
+Widths as a profile has them: the dense model and eight more fit the line of `tables.combine.fit_memory`, others,
+as plans have them, are held out. All are measured as in a profile: the growth of a process that runs the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_profile import NETS, load_net, open_board
+
+from edgeprune.core.arena import peak_memory_bytes
+from edgeprune.core.cost import live_bytes
+from edgeprune.core.family import load_member
+from edgeprune.core.records import Measurement, MemoryModel, Samples, Step, StepResult
+from edgeprune.device.session import Session, open_session
+from edgeprune.tables.combine import fit_memory
+from edgeprune.tables.design import FITTED_MEMORY, Configuration, design_configurations
+from edgeprune.trace import trace_graph
+
+AIM = 0.05
+"""Largest relative error of a held-out prediction."""
+DEFAULT_NETS = ["mobilenet_v2", "resnet18", "resnet20_32"]
+
+
+def bench(name: str, session: Session, held_out: int, folder: Path) -> tuple[MemoryModel, float]:
+    """The fitted model with its error, and the largest error of what lives at once instead of it."""
+    module, inputs = load_net(name)
+    graph = trace_graph(module, inputs)
+    resizer = load_member("formats", "onnx").make_resizer(module, inputs, graph)
+    sweep = design_configurations(graph, 1 + FITTED_MEMORY, held_out)
+    weights = f"{name}.bin"
+    resizer.write_weights(folder / weights)
+    files = {weights: folder / weights}
+    for entry in sweep:
+        files[f"{name}-{entry.name}.onnx"] = folder / f"{name}-{entry.name}.onnx"
+        resizer.write_structure(entry.widths, files[f"{name}-{entry.name}.onnx"], weights)
+    session.push(files)
+    steps = [Step(key=entry.name, kind="memory", artifact=f"{name}-{entry.name}.onnx") for entry in sweep]
+    results = {result.key: result for result in session.run(steps, job=f"memory-{name}")}
+    measured = [
+        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths)) for entry in sweep
+    ]  # fmt: skip
+    model = fit_memory(measured)
+    if model is None or model.error is None:
+        raise SystemExit("the board cannot tell what a process takes")
+    live = [
+        abs(live_bytes(graph, item.widths) / item.activation_bytes - 1)
+        for item in measured if item.held_out and item.activation_bytes
+    ]  # fmt: skip
+    return model, max(live)
+
+
+def to_measurement(entry: Configuration, result: StepResult, arena: int) -> Measurement:
+    """What the fit wants of one configuration."""
+    if result.error is not None:
+        raise SystemExit(f"{entry.name}: {result.error}")
+    none = Samples(values=(1.0,))
+    return Measurement(
+        configuration=entry.name, round=0, widths=entry.widths, held_out=entry.held_out, samples=none, dense=none,
+        activation_bytes=result.activation_bytes, arena_bytes=arena,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Print the table and the result line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 widths held out instead of 12")
+    parser.add_argument("--net", nargs="+", choices=NETS, default=DEFAULT_NETS)
+    parser.add_argument("--board", choices=["embedded", "icount"], default="embedded")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    heads = (
+        ("model", 20),
+        ("held out", 10),
+        ("mean", 8),
+        ("max", 8),
+        ("scale", 7),
+        ("base KiB", 10),
+        ("live: max", 11),
+    )
+    print("".join(f"{head:>{width}}" for head, width in heads))
+    aims = {}
+    with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
+        for name in options.net:
+            with open_session(target, space=temporary) as session:
+                model, live = bench(name, session, 4 if options.quick else 12, Path(temporary))
+            assert model.error is not None
+            print(
+                f"{name:>20}{model.error.configurations:10}{model.error.mean:8.2%}{model.error.max:8.2%}"
+                f"{model.scale:7.3f}{model.base_bytes / 1024:10.1f}{live:11.1%}",
+                flush=True,
+            )
+            aims[f"{name}_peak_memory_max_error"] = {
+                "value": model.error.max, "aim": f"<= {AIM}", "met": model.error.max <= AIM
+            }  # fmt: skip
+    print("RESULT", json.dumps({"aims": aims}))
+
+
+if __name__ == "__main__":
+    main()
