@@ -148,14 +148,17 @@ def clean_turns(samples: Samples) -> FloatArray:
 
 
 def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
-    """How many times as long as its neighbour each turn took.
+    """How many times as long as its neighbour each turn took, without what other processes took of them.
 
-    Of neighbours that no other process interrupted; of all where those are fewer than five.
+    From the processor time of the thread where that is the whole work. Else from the clock, of neighbours that
+    no other process interrupted; of all where those are fewer than five.
     raises: DataError when the two were not measured in turns with each other.
     """
     ours, theirs = turn_medians(samples), turn_medians(against)
     if len(ours) != len(theirs):
         raise DataError("samples of different numbers of turns cannot be compared; measure both together")
+    if len(samples.at_work) == len(ours) == len(against.at_work):
+        return _array(samples.at_work) / _array(against.at_work)
     clean = np.ones(len(ours), dtype=bool)
     clean[[*samples.interrupted, *against.interrupted]] = False
     ratios = np.asarray(ours / theirs, dtype=np.float64)

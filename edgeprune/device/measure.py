@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ MOST_TURNS_FOR_CLEAN = 25
 """Turns after which a timing may end though hardly one of them was left alone."""
 AWAY_SHARE = 0.02
 """A turn was interrupted when the processor did something else for more than this share of it."""
+PROBES = 10
+PROBE_LIMIT_S = 0.3
+"""To see one run that nothing interrupted."""
 MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
 MMAP_THRESHOLD_BYTES = 131072
@@ -118,6 +122,7 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
             "values": [value for turn in timer.turns for value in turn],
             "per_turn": timer.samples,
             "interrupted": timer.interrupted,
+            "at_work": timer.at_work or [],
             "loops": timer.loops,
             "warmups": timer.warm.runs,
             "warm_up_ended": timer.warm.ended,
@@ -140,6 +145,7 @@ class Timer:
         self.turns: list[list[float]] = []
         self.medians: list[float] = []
         self.interrupted: list[int] = []
+        self.at_work: list[float] | None = [] if threads == 1 and works_here(self.run) else None
         # A long run refills the caches by itself. The other's threads spin on after its last run.
         self.settle = 1 if self.run_s * self.loops < TURN_S else 0
         if threads > 1:
@@ -160,6 +166,8 @@ class Timer:
             for _ in each:
                 run()
             turn.append((clock() - before) * 1e-9 / self.loops)
+        if self.at_work is not None:
+            self.at_work.append((time.thread_time_ns() - at_work) * 1e-9 / (self.samples * self.loops))
         if was_interrupted(began, at_work):
             self.interrupted.append(len(self.turns))
         self.turns.append(turn)
@@ -185,11 +193,29 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
 
 
 def turn_ratios(ours: Timer, theirs: Timer) -> list[float]:
-    """Ratios of neighbouring turns that nothing interrupted; of all where those are too few (as `core.stats`)."""
+    """Ratios of neighbouring turns without what other processes took of them (as `core.stats`)."""
+    if ours.at_work and theirs.at_work:
+        return list(map(operator.truediv, ours.at_work, theirs.at_work))
     ratios = list(map(operator.truediv, ours.medians, theirs.medians))
     disturbed = {*ours.interrupted, *theirs.interrupted}
     clean = [ratio for place, ratio in enumerate(ratios) if place not in disturbed]
     return clean if len(clean) >= MIN_TURNS else ratios
+
+
+def works_here(run: Callable[[], Any]) -> bool:
+    """Whether the runtime works in this thread, so that its processor time is the latency without interruptions.
+
+    It is not where other threads or an accelerator work and this one waits.
+    """
+    limit = time.perf_counter() + PROBE_LIMIT_S
+    for _ in range(PROBES):
+        began, at_work = time.perf_counter_ns(), time.thread_time_ns()
+        run()
+        if not was_interrupted(began, at_work):
+            return True
+        if time.perf_counter() > limit:
+            break
+    return False
 
 
 def half_width(values: list[float]) -> float:

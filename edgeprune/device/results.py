@@ -83,6 +83,7 @@ def _read_samples(value: Mapping[str, Any]) -> Samples:
         values=values,
         per_turn=int(value["per_turn"]),
         interrupted=tuple(map(int, value.get("interrupted", ()))),
+        at_work=tuple(map(_seconds, value.get("at_work", ()))),
         loops=int(value["loops"]),
         warmups=int(value["warmups"]),
         warm_up_ended=str(value.get("warm_up_ended", "")),  # results of an older agent may lie on the board

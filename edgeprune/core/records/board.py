@@ -98,6 +98,7 @@ class Samples:
 
     per_turn: how many values in a row were taken before another model had its turn.
     interrupted: turns, counted from 0, of which another process took more than 2 %.
+    at_work: per turn, seconds of a run in which the thread had the processor; empty where the work is done elsewhere.
     warmups: runs before them. warm_up_ended: `stable`; at its time limit such as `changing after 3 s`.
     """
 
@@ -105,6 +106,7 @@ class Samples:
     unit: str = "s"
     per_turn: int = 1
     interrupted: tuple[int, ...] = ()
+    at_work: tuple[float, ...] = ()
     loops: int = 1
     warmups: int = 0
     warm_up_ended: str = ""
