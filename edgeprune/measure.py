@@ -19,7 +19,16 @@ from edgeprune.core.errors import AgentError, DeviceError, InputError, UsageErro
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Artifact, Conditions, Measured, Quantity, Samples, Step, StepResult, Timing
-from edgeprune.core.stats import find_drift, find_modes, p95, quantity, round_ratio, turn_medians, turn_ratios
+from edgeprune.core.stats import (
+    clean_turns,
+    find_drift,
+    find_modes,
+    p95,
+    quantity,
+    round_ratio,
+    turn_medians,
+    turn_ratios,
+)
 
 if TYPE_CHECKING:
     from edgeprune.device.session import Session
@@ -156,7 +165,7 @@ def _timing(
     low, high = np.percentile(runs, [25, 75])
     return Timing(
         name=path.name, sha256=artifact.sha256, size_bytes=artifact.bytes,
-        latency_s=quantity(np.concatenate([turn_medians(samples) for samples in rounds])),
+        latency_s=quantity(np.concatenate([clean_turns(samples) for samples in rounds])),
         quartiles_s=(float(low), float(high)), p95_s=p95(runs), activation_bytes=memory.activation_bytes,
         process_bytes=memory.process_bytes, rounds=tuple(rounds),
         energy_j=energy_per_run(energy.power) if energy is not None and energy.power is not None else None,
@@ -180,7 +189,7 @@ def find_disturbances(rounds: Sequence[Sequence[Samples]], conditions: Sequence[
     if interrupted > OFTEN * turns:
         notes.append(
             f"something else had the processor in {interrupted / turns:.0%} of the turns (another process, a CPU quota)"
-            + ("; two files are compared by the others" if len(rounds) > 1 else "; stop it and measure again")
+            "; the median latency and the comparison are without them, the 95 % are not"
         )
     if (drift := find_drift(medians)) is not None:
         notes.append(f"the latency drifted by {drift:+.1%} during the measurement; is the board warming up?")

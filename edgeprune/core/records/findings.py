@@ -12,7 +12,8 @@ from edgeprune.core.records.costs import Quantity
 class Timing:
     """One file as measured on a board.
 
-    latency_s: median over turns with its 95 % interval. quartiles_s, p95_s: of single runs.
+    latency_s: median, with its 95 % interval, over turns that no other process interrupted (over all where those are
+    fewer than five). quartiles_s, p95_s: of single runs, all of them.
     activation_bytes, process_bytes: as in `StepResult`. rounds: raw samples, a round each.
     energy_j: what one inference adds to the board at rest.
     """
