@@ -72,10 +72,24 @@ def test_two_files_are_timed_in_turns(session: Session, models: dict[str, Path])
     assert (first.name, second.name) == ("small.onnx", "large.onnx")
     for ours, theirs in zip(first.rounds, second.rounds, strict=True):
         assert len(turn_medians(ours)) == len(turn_medians(theirs)) >= 5
+        for samples in (ours, theirs):
+            # One thread: its processor time is the work, and no more than the clock saw, reading the clocks apart. A
+            # machine that never leaves it a millisecond gives none.
+            turns = np.reshape(samples.values, (-1, samples.per_turn)).mean(axis=1)
+            assert len(samples.at_work) == len(turns) or len(samples.interrupted) > len(turns) / 2
+            assert all(0 < work <= 1.1 * turn for work, turn in zip(samples.at_work, turns, strict=False))
     assert measured.ratio is not None and measured.ratio.median > 3
     assert "large.onnx is" in measured.verdict and "slower than small.onnx" in measured.verdict
     assert measured.verdict in describe_measured(measured)
     assert session.run([], job="x") == []
+
+
+def test_several_threads_have_no_processor_time_to_compare(session: Session, models: dict[str, Path]) -> None:
+    """The thread that is timed waits for the others now and then."""
+    with open_session(replace(session.target, threads=2)) as threaded:
+        measured = measure_files([models["small"], models["large"]], threaded, effort=BRIEF)
+    assert all(samples.at_work == () for timing in measured.timings for samples in timing.rounds)
+    assert measured.ratio is not None and measured.ratio.median > 1
 
 
 def test_energy_by_a_meter(session: Session, models: dict[str, Path], tmp_path: Path) -> None:

@@ -49,9 +49,8 @@ MOST_TURNS_FOR_CLEAN = 25
 """Turns after which a timing may end though hardly one of them was left alone."""
 AWAY_SHARE = 0.02
 """A turn was interrupted when the processor did something else for more than this share of it."""
-PROBES = 10
-PROBE_LIMIT_S = 0.3
-"""To see one run that nothing interrupted."""
+PROBES, PROBE_S, PROBE_LIMIT_S = 20, 0.001, 0.3
+"""To see once that nothing interrupted: long against reading the clocks, short against what others leave."""
 MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
 MMAP_THRESHOLD_BYTES = 131072
@@ -145,7 +144,7 @@ class Timer:
         self.turns: list[list[float]] = []
         self.medians: list[float] = []
         self.interrupted: list[int] = []
-        self.at_work: list[float] | None = [] if threads == 1 and works_here(self.run) else None
+        self.at_work: list[float] | None = [] if threads == 1 and works_here(self.run, self.run_s) else None
         # A long run refills the caches by itself. The other's threads spin on after its last run.
         self.settle = 1 if self.run_s * self.loops < TURN_S else 0
         if threads > 1:
@@ -202,7 +201,7 @@ def turn_ratios(ours: Timer, theirs: Timer) -> list[float]:
     return clean if len(clean) >= MIN_TURNS else ratios
 
 
-def works_here(run: Callable[[], Any]) -> bool:
+def works_here(run: Callable[[], Any], run_s: float) -> bool:
     """Whether the runtime works in this thread, so that its processor time is the latency without interruptions.
 
     It is not where other threads or an accelerator work and this one waits.
@@ -210,7 +209,8 @@ def works_here(run: Callable[[], Any]) -> bool:
     limit = time.perf_counter() + PROBE_LIMIT_S
     for _ in range(PROBES):
         began, at_work = time.perf_counter_ns(), time.thread_time_ns()
-        run()
+        for _ in range(max(1, round(PROBE_S / run_s))):
+            run()
         if not was_interrupted(began, at_work):
             return True
         if time.perf_counter() > limit:
