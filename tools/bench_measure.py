@@ -2,9 +2,10 @@
 
     python tools/bench_measure.py [--quick] [--net NAME ...] [--target NAME] [--out DIR]
 
-Of each net there are four files: A; B, about 3 % slower because some layer is a block of channels wider; a copy
-of A; and a reference, half as deep. What B really costs is said by one long measurement. With --out every
-measurement is kept, and the next call goes on from them.
+Of each net there are three files: A; B, about 3 % slower because some layer is a block of channels wider; and a
+copy of A. What B really costs is said by one long measurement. A's latency is repeated alone, and in turns with B
+as a reference: B's median over their ratio. With --out every measurement is kept, and the next call goes on from
+them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def candidates(widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
 def write_nets(name: str, folder: Path) -> dict[str, Path]:
     """The files of a net, made once."""
     side, widths = NETS[name]
-    nets = {"a": widths, "reference": widths[: len(widths) // 2], **candidates(widths)}
+    nets = {"a": widths, **candidates(widths)}
     files = {key: folder / f"{name}-{key}.onnx" for key in (*nets, "copy")}
     for key, channels in nets.items():
         if not files[key].exists():
@@ -99,20 +100,19 @@ class Bench:
     def run(self, repeats: int, comparisons: int) -> dict[str, Any]:
         """All measurements of the net, the kinds in turns so that a bad hour meets them alike."""
         slower, long = self.find_slower()
-        alone, in_turns, differ, same = [], [], [], []
+        alone, differ, same = [], [], []
         for number in range(max(repeats, comparisons)):
             if number < repeats:
                 alone.append(self.measure(f"alone-{number}", "a"))
-                in_turns.append(self.measure(f"reference-{number}", "reference", "a"))
             if number < comparisons:
                 differ.append(self.measure(f"{slower}-{number}", "a", slower))
                 same.append(self.measure(f"same-{number}", "a", "copy"))
-        reference_s = float(np.median([each.timings[0].latency_s.median for each in in_turns]))
+        slower_s = float(np.median([each.timings[1].latency_s.median for each in differ]))
         return {
             "slower": slower,
             "long": long.ratio,
             "raw_s": [each.timings[0].latency_s.median for each in alone],
-            "turns_s": [reference_s * ratio(each) for each in in_turns],
+            "turns_s": [slower_s / ratio(each) for each in differ[:repeats]],
             "differ": [each.ratio for each in differ],
             "same": [each.ratio for each in same],
             "rounds": [len(each.timings[0].rounds) for each in (*differ, *same)],
