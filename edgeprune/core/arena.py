@@ -105,9 +105,8 @@ class _Lowering:
         units = graph.units
         self._shape = {n.name: tuple(e.size(widths, units) for e in n.out_extents) for n in graph.nodes}
         self._readers: dict[str, int] = dict.fromkeys(self._shape, 0)
-        for node in graph.nodes:
-            for name in node.inputs:
-                self._readers[name] += 1
+        for name in (*(name for node in graph.nodes for name in node.inputs), *graph.outputs):
+            self._readers[name] += 1
         self._kernels: dict[str, Kernel] = {}
         self._value: dict[str, str] = {}
         """Node -> the kernel or copy whose memory holds it."""

@@ -164,7 +164,7 @@ def fit_memory(measurements: Sequence[Measurement]) -> MemoryModel | None:
     if scale <= 0:
         return None
     held = [m for m in seen.values() if m.held_out]
-    errors = [abs((base + scale * (m.arena_bytes or 0)) / (m.activation_bytes or 1) - 1) for m in held]
+    errors = [float(abs((base + scale * (m.arena_bytes or 0)) / (m.activation_bytes or 1) - 1)) for m in held]
     error = HeldOutError(mean=float(np.mean(errors)), max=max(errors), configurations=len(errors)) if errors else None
     return MemoryModel(base_bytes=float(base), scale=float(scale), error=error)
 
