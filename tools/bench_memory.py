@@ -45,8 +45,9 @@ def bench(name: str, session: Session, held_out: int, folder: Path) -> tuple[Mem
     session.push(files)
     steps = [Step(key=entry.name, kind="memory", artifact=f"{name}-{entry.name}.onnx") for entry in sweep]
     results = {result.key: result for result in session.run(steps, job=f"memory-{name}")}
+    arch = session.conditions().arch
     measured = [
-        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths)) for entry in sweep
+        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch)) for entry in sweep
     ]  # fmt: skip
     model = fit_memory(measured)
     if model is None or model.error is None:

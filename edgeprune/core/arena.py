@@ -18,8 +18,8 @@ from typing import Generic, TypeVar
 from edgeprune.core.records import Graph, Node, Widths
 
 FLOAT_BYTES = 4
-BLOCK = 8
-"""Convolutions compute channels in blocks of this many and store whole blocks."""
+BLOCKS = {"x86_64": 8}
+"""Machine -> of how many channels are the blocks in which convolutions store them; elsewhere there are none."""
 ALIGNMENT = 4
 """A convolution of input channels that are no multiple of this, and not fewer than a block, knows no blocks."""
 ROUNDING = 256
@@ -64,9 +64,12 @@ class Buffer(Generic[S]):
     dies: int
 
 
-def peak_memory_bytes(graph: Graph, widths: Widths) -> int:
-    """Peak of the runtime's activation memory over several runs, in bytes; without what a process takes anyway."""
-    kernels, outputs = lower(graph, widths)
+def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64") -> int:
+    """Peak of the runtime's activation memory over several runs, in bytes; without what a process takes anyway.
+
+    arch: the machine, as `Conditions` has it.
+    """
+    kernels, outputs = lower(graph, widths, BLOCKS.get(arch, 1))
     buffers = place(kernels, outputs, {name: kernel.shape for name, kernel in kernels.items()})
     arena = Arena()
     held: dict[int, Chunk] = {}
@@ -88,7 +91,7 @@ def peak_memory_bytes(graph: Graph, widths: Widths) -> int:
 # --- from the graph to kernels and buffers -------------------------------------------------------
 
 
-def lower(graph: Graph, widths: Widths) -> tuple[dict[str, Kernel], set[str]]:
+def lower(graph: Graph, widths: Widths, block: int = 1) -> tuple[dict[str, Kernel], set[str]]:
     """The kernels in the order of execution, by the name of what they make; the names of the model's outputs.
 
     Normalisation is folded into the convolution before it, an addition is done by the convolution that it
@@ -96,12 +99,13 @@ def lower(graph: Graph, widths: Widths) -> tuple[dict[str, Kernel], set[str]]:
     operation reads that, or a convolution reads something else, a copy in the other layout is made,
     named after the value and COPY.
     """
-    return _Lowering(graph, widths).run()
+    return _Lowering(graph, widths, block).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, widths: Widths) -> None:
+    def __init__(self, graph: Graph, widths: Widths, block: int) -> None:
         self._graph = graph
+        self._block = block
         units = graph.units
         self._shape = {n.name: tuple(e.size(widths, units) for e in n.out_extents) for n in graph.nodes}
         self._readers: dict[str, int] = dict.fromkeys(self._shape, 0)
@@ -133,7 +137,7 @@ class _Lowering:
             self._value[name] = reads[0]
             return
         blocked = self._is_blocked(node, op, reads)
-        shape = _in_blocks(self._shape[name]) if blocked else self._shape[name]
+        shape = self._in_blocks(self._shape[name]) if blocked else self._shape[name]
         if op == "add" and (fused := self._fuse(node, shape, blocked)) is not None:
             kernel = fused
         else:
@@ -157,13 +161,18 @@ class _Lowering:
         return node.view and op not in ELEMENTWISE and prod(self._shape[node.name]) == prod(self._shape[node.inputs[0]])
 
     def _is_blocked(self, node: Node, op: str, reads: list[str]) -> bool:
-        if len(self._shape[node.name]) != 4 or BLOCK == 1:
+        if len(self._shape[node.name]) != 4 or self._block == 1:
             return False
         if op in CONVOLUTIONS:
             channels = self._channels(node.inputs[0])
-            return channels < BLOCK or channels % ALIGNMENT == 0
-        whole = op in ELEMENTWISE or ((op in POOLS or op == "cat") and self._channels(node.inputs[0]) % BLOCK == 0)
+            return channels < self._block or channels % ALIGNMENT == 0
+        whole = op in ELEMENTWISE or (
+            (op in POOLS or op == "cat") and self._channels(node.inputs[0]) % self._block == 0
+        )
         return whole and all(read in self._blocked for read in reads)
+
+    def _in_blocks(self, shape: Shape) -> Shape:
+        return (shape[0], -(-shape[1] // self._block) * self._block, *shape[2:])
 
     def _channels(self, name: str) -> int:
         return self._shape[name][1]
@@ -181,7 +190,7 @@ class _Lowering:
     def _in_layout(self, source: str, blocked: bool, op: str) -> str:
         """The value itself, or its copy in the layout that the reader needs, made when it is first asked for."""
         read = self._value[source]
-        if op in CONVOLUTIONS and self._channels(source) < BLOCK:
+        if op in CONVOLUTIONS and self._channels(source) < self._block:
             blocked = False  # so few channels are read as they are
         if blocked == (read in self._blocked):
             return read
@@ -189,7 +198,7 @@ class _Lowering:
         if prod(shape[2:]) == 1:
             return read  # both layouts are one
         copy = read + COPY
-        self._kernels.setdefault(copy, Kernel((read,), _in_blocks(shape) if blocked else shape))
+        self._kernels.setdefault(copy, Kernel((read,), self._in_blocks(shape) if blocked else shape))
         return copy
 
     def _in_order(self, outputs: Iterable[str]) -> Iterator[str]:
@@ -206,10 +215,6 @@ class _Lowering:
             if name not in done:
                 done.add(name)
                 yield name
-
-
-def _in_blocks(shape: Shape) -> Shape:
-    return (shape[0], -(-shape[1] // BLOCK) * BLOCK, *shape[2:])
 
 
 def place(

@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.core.arena import CONVOLUTIONS, COPY, FLOAT_BYTES, lower, peak_memory_bytes, place
+from edgeprune.core.arena import CONVOLUTIONS, FLOAT_BYTES, lower, peak_memory_bytes, place
 from edgeprune.core.records import (
     Cost,
     Extent,
@@ -190,7 +190,7 @@ def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
     """
     kernels, outputs = lower(graph, {})
     extents = {node.name: node.out_extents for node in graph.nodes}
-    buffers = place(kernels, outputs, {name: extents[name.removesuffix(COPY)] for name in kernels}, reuse=False)
+    buffers = place(kernels, outputs, {name: extents[name] for name in kernels}, reuse=False)
     sizes = [volume(buffer.shape, FLOAT_BYTES) for buffer in buffers]
     return tuple(
         MemoryStep(
@@ -342,7 +342,7 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
     if profile is not None:
         latency = latency_interval(graph, widths, profile)
         size = artifact_bytes(graph, widths, profile.dense_bytes)
-    memory = peak_memory_bytes(graph, widths)
+    memory = peak_memory_bytes(graph, widths, *([profile.conditions.arch] if profile is not None else []))
     if profile is not None and profile.memory is not None:
         memory = round(profile.memory.base_bytes + profile.memory.scale * memory)
     return Cost(
