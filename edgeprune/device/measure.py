@@ -176,7 +176,9 @@ class Timer:
 def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:
     """Why a timing is over; empty while it is not."""
     turns, first = len(timers[0].turns), timers[0].samples
-    clean = turns - len({place for timer in timers for place in timer.interrupted})
+    # Processor time is that of undisturbed turns in any case.
+    disturbed = {place for timer in timers if not timer.at_work for place in timer.interrupted}
+    clean = turns - len(disturbed)
     if turns < MIN_TURNS or (clean < MIN_TURNS and turns < MOST_TURNS_FOR_CLEAN):
         return ""
     # Looking costs time too: now and then is often enough.
