@@ -146,7 +146,9 @@ def test_interrupted_turns_are_left_out_of_the_ratio() -> None:
     assert turn_ratios(theirs, ours).tolist() == [0.5] * 10
     assert len(turn_ratios(ours, replace(theirs, interrupted=tuple(range(0, 14, 2))))) == 20
     ours, theirs = replace(ours, at_work=(1.9,) * 20), replace(theirs, at_work=(0.95,) * 20)
-    assert turn_ratios(ours, theirs).tolist() == [2.0] * 20, "the thread's own time needs no turn left out"
+    assert turn_ratios(ours, theirs).tolist() == [2.0] * 10, "the thread's own time needs no turn left out"
+    ordered = replace(ours, at_work=tuple(np.tile([1.9 * 1.03, 1.9 / 1.03], 10)))
+    assert turn_ratios(ordered, theirs) == pytest.approx([2.0] * 10), "who goes first falls out"
     notes = find_disturbances([[ours, ours]], [])
     assert any("something else had the processor in 50% of the turns" in note for note in notes)
 

@@ -147,6 +147,16 @@ def clean_turns(samples: Samples) -> FloatArray:
     return medians[clean] if clean.sum() >= FEWEST_CLEAN else medians
 
 
+def _without_order(ratios: FloatArray) -> FloatArray:
+    """Geometric means of two successive ratios, which were measured in opposite order.
+
+    Who goes first follows its own turn and finds the caches as it left them: some percent, in the ratio once up and
+    once down.
+    """
+    pairs = len(ratios) // 2
+    return np.sqrt(ratios[: 2 * pairs : 2] * ratios[1::2][:pairs]) if pairs else ratios
+
+
 def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
     """How many times as long as its neighbour each turn took, without what other processes took of them.
 
@@ -158,7 +168,7 @@ def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
     if len(ours) != len(theirs):
         raise DataError("samples of different numbers of turns cannot be compared; measure both together")
     if len(samples.at_work) == len(ours) == len(against.at_work):
-        return _array(samples.at_work) / _array(against.at_work)
+        return _without_order(_array(samples.at_work) / _array(against.at_work))
     clean = np.ones(len(ours), dtype=bool)
     clean[[*samples.interrupted, *against.interrupted]] = False
     ratios = np.asarray(ours / theirs, dtype=np.float64)

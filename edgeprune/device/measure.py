@@ -196,7 +196,9 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
 def turn_ratios(ours: Timer, theirs: Timer) -> list[float]:
     """Ratios of neighbouring turns without what other processes took of them (as `core.stats`)."""
     if ours.at_work and theirs.at_work:
-        return list(map(operator.truediv, ours.at_work, theirs.at_work))
+        each = list(map(operator.truediv, ours.at_work, theirs.at_work))
+        # Two successive ones were measured in opposite order.
+        return [math.sqrt(one * other) for one, other in zip(each[::2], each[1::2])]  # noqa: B905
     ratios = list(map(operator.truediv, ours.medians, theirs.medians))
     disturbed = {*ours.interrupted, *theirs.interrupted}
     clean = [ratio for place, ratio in enumerate(ratios) if place not in disturbed]
