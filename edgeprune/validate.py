@@ -32,7 +32,7 @@ from edgeprune.core.records import (
     Step,
     StepResult,
 )
-from edgeprune.core.stats import median, quantity, statistic, turn_medians, turn_ratios
+from edgeprune.core.stats import clean_turns, median, quantity, statistic, turn_ratios
 from edgeprune.core.store import sha256_file
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def validate_artifact(
         outputs = board.fetch_outputs(artifact)
         while True:
             measured = {
-                name: quantity(np.concatenate([turn_medians(s) for s in samples]))
+                name: quantity(np.concatenate([clean_turns(s) for s in samples]))
                 for name, samples in board.samples.items()
             }
             limit, asked = budget.latency_s, _latency(board.samples["compact"], budget)
@@ -323,9 +323,9 @@ def _share_of_dense(samples: Mapping[str, list[Samples]], budget: Budget) -> Qua
 
 
 def _latency(rounds: list[Samples], budget: Budget) -> Quantity:
-    """The budget's statistic: of turns the median, of rounds the 95th percentile."""
+    """The budget's statistic: of turns that nothing interrupted the median, of rounds the 95th percentile."""
     if budget.statistic == "median":
-        return quantity(np.concatenate([turn_medians(samples) for samples in rounds]))
+        return quantity(np.concatenate([clean_turns(samples) for samples in rounds]))
     return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import AgentError, DataError, RecordError
 from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, Quantity, Report, Target, TensorInfo
-from edgeprune.core.stats import median, quantity
+from edgeprune.core.stats import quantity, turn_ratios
 from edgeprune.core.store import read_record, sha256_file, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.validate import MOST_ROUNDS, Examples, collect_examples, validate_artifact
@@ -212,12 +212,8 @@ def test_undecided_latency_is_measured_longer(
 
 def ratios(report: Report) -> list[float]:
     """Compact over dense latency, turn by turn."""
-    found: list[float] = []
-    for compact, dense in zip(report.samples["compact"], report.samples["dense"], strict=True):
-        ours = np.array(compact.values).reshape(-1, compact.per_turn)
-        theirs = np.array(dense.values).reshape(-1, dense.per_turn)
-        found += [median(c) / median(d) for c, d in zip(ours, theirs, strict=True)]
-    return found
+    pairs = zip(report.samples["compact"], report.samples["dense"], strict=True)
+    return [float(ratio) for compact, dense in pairs for ratio in turn_ratios(compact, dense)]
 
 
 def test_other_outputs_are_seen(session: Session, artifacts: dict[str, Artifact], examples: Examples) -> None:
