@@ -458,8 +458,7 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
         sys.path.insert(0, {str(tmp_path)!r})
         import torch, net
         from pathlib import Path
-        from edgeprune.core.describe import describe_profile
-from edgeprune.core.effort import Effort
+        from edgeprune.core.effort import Effort
         from edgeprune.core.records import Target
         from edgeprune.device.session import open_session
         from edgeprune.profile import profile_target

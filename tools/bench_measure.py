@@ -93,7 +93,7 @@ class Bench:
 
     def find_slower(self) -> tuple[str, Measured]:
         """The candidate that is nearest to 3 % slower, and a long measurement of it."""
-        looks = {key: self.measure(f"look-{key}", "a", key, effort="quick") for key in candidates(NETS[self.name][1])}
+        looks = {key: self.measure(f"look-{key}", "a", key) for key in candidates(NETS[self.name][1])}
         best = min(looks, key=lambda key: abs(ratio(looks[key]) - SLOWER))
         return best, self.measure(f"long-{best}", "a", best, effort="thorough")
 
@@ -180,9 +180,7 @@ def find_aims(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         ):
             value = sum(map(right, values)) / len(values)
             aims[f"{name}_{key}"] = {"value": value, "aim": f">= {share}", "met": value >= share, "of": len(values)}
-        aims[f"{name}_slower_by"] = {
-            "value": row["long"].median - 1, "aim": "0.02 to 0.045", "met": 0.02 <= row["long"].median - 1 <= 0.045,
-        }  # fmt: skip
+        aims[f"{name}_slower_found"]["slower_by"] = row["long"].median - 1
     return aims
 
 
