@@ -149,6 +149,8 @@ def measured_shares(
     return shares
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_budget_is_met_closely_and_tables_predict(icount: tuple[IcountBoard, Target], tmp_path: Path) -> None:
     """A profile of a small net, a plan, and the planned net on the board: 0.97 to 1.00 of the budget."""
     ((share, _),) = measured_shares(icount[1], residual_net(), tmp_path, [0.6], configurations=6)
