@@ -33,8 +33,8 @@ threads = 1
 [budget]
 latency = "{latency}"
 [profile]
-configurations = 24
-held_out = 6
+configurations = 16
+held_out = 4
 [recover]
 epochs = 4
 [output]
