@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--model", "--net", dest="model", nargs="+", choices=NETS, help="which nets")
     parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
     parser.add_argument("--target", help="a target of the inventory instead of a stand-in board")
-    parser.add_argument("--configurations", type=int, help="most widths to fit (default: 40, without noise 30)")
+    parser.add_argument("--configurations", type=int, help="most widths to fit (default: 40, quick 24, without noise 30)")
     parser.add_argument("--grid", type=int, help="isolated timings along each width; 0: none")
     parser.add_argument("--out", type=Path, help="keep the profiles and grids here; go on from the profiles")
     options = parser.parse_args()
@@ -305,7 +305,7 @@ def main() -> None:
         kind, options.effort, options.held_out = "icount", NOISELESS, 6 if options.quick else 8
         options.grid = options.grid if options.grid is not None else 3 if options.quick else 5
         options.model = options.model or (DEFAULT_NETS[kind][:1] if options.quick else None)
-    options.configurations = options.configurations or (30 if kind == "icount" else 40)
+    options.configurations = options.configurations or (30 if kind == "icount" else 24 if options.quick else 40)
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary, find_board(options) as target:
