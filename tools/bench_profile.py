@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--model", "--net", dest="model", nargs="+", choices=NETS, help="which nets")
     parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
     parser.add_argument("--target", help="a target of the inventory instead of a stand-in board")
-    parser.add_argument("--configurations", type=int, help="most widths to fit (default: 40, quick 24, without noise 30)")
+    parser.add_argument("--configurations", type=int, help="most widths to fit (default 40, quick 24, icount 30)")
     parser.add_argument("--grid", type=int, help="isolated timings along each width; 0: none")
     parser.add_argument("--out", type=Path, help="keep the profiles and grids here; go on from the profiles")
     options = parser.parse_args()
