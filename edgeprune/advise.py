@@ -22,7 +22,7 @@ from edgeprune.core.effort import EFFORTS, Effort
 from edgeprune.core.errors import AgentError, DeviceError, ModelError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Advice, FloatArray, Graph, Kernel, KernelAdvice, Quantity, Step, StepResult
-from edgeprune.core.stats import median, quantity, turn_medians, turn_ratios
+from edgeprune.core.stats import clean_turns, median, quantity, turn_medians, turn_ratios
 from edgeprune.device.session import Session
 from edgeprune.formats import KernelMap, Resizer
 from edgeprune.formats import onnx as onnx_format
@@ -190,7 +190,7 @@ def _read_times(results: Mapping[str, StepResult]) -> dict[str, Quantity]:
     for key, result in results.items():
         if result.kind != "time" or result.samples is None:
             continue
-        dense.append(turn_medians(result.against or result.samples))
+        dense.append(clean_turns(result.against or result.samples))
         if result.against is not None:
             shares.setdefault(key.split(" ", 2)[2], []).append(turn_ratios(result.samples, result.against))
     return {DENSE: quantity(np.concatenate(dense))} | {

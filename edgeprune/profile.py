@@ -113,28 +113,6 @@ def profile_target(
     return read_profile(path, graph)
 
 
-def profile_configurations(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    graph: Graph,
-    session: Session,
-    sweep: Sequence[Configuration],
-    *,
-    path: Path,
-    effort: Effort = DEFAULT,
-    progress: Progress = silent,
-    seed: int = 0,
-    resizer: Resizer | None = None,
-    format: str = "onnx",
-) -> Profile:
-    """`profile_target` with configurations of one's own, the dense model among them."""
-    measure_configurations(
-        module, inputs, graph, session, sweep, path=path, effort=effort, progress=progress, seed=seed,
-        resizer=resizer, format=format,
-    )  # fmt: skip
-    return read_profile(path, graph)
-
-
 def measure_configurations(
     module: nn.Module,
     inputs: tuple[Tensor, ...],

@@ -141,10 +141,13 @@ def turn_medians(samples: Samples) -> FloatArray:
 
 def clean_turns(samples: Samples) -> FloatArray:
     """`turn_medians` of turns that no other process interrupted; of all where those are fewer than five."""
-    medians = turn_medians(samples)
-    clean = np.ones(len(medians), dtype=bool)
-    clean[[*samples.interrupted]] = False
-    return medians[clean] if clean.sum() >= FEWEST_CLEAN else medians
+    return _without(turn_medians(samples), samples.interrupted)
+
+
+def _without(values: FloatArray, places: Sequence[int]) -> FloatArray:
+    clean = np.ones(len(values), dtype=bool)
+    clean[list(places)] = False
+    return values[clean] if clean.sum() >= FEWEST_CLEAN else values
 
 
 def _without_order(ratios: FloatArray) -> FloatArray:
@@ -169,7 +172,4 @@ def turn_ratios(samples: Samples, against: Samples) -> FloatArray:
         raise DataError("samples of different numbers of turns cannot be compared; measure both together")
     if len(samples.at_work) == len(ours) == len(against.at_work):
         return _without_order(_array(samples.at_work) / _array(against.at_work))
-    clean = np.ones(len(ours), dtype=bool)
-    clean[[*samples.interrupted, *against.interrupted]] = False
-    ratios = np.asarray(ours / theirs, dtype=np.float64)
-    return ratios[clean] if clean.sum() >= FEWEST_CLEAN else ratios
+    return _without(ours / theirs, (*samples.interrupted, *against.interrupted))

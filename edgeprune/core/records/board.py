@@ -126,6 +126,7 @@ class Step:
         board whose speed changes (`time`, `kernels`).
     seconds: time to spend sampling. precision: stop before that once the median, or the ratio to
         `against`, is known to this relative half-width of its 95 % interval. runs: profiled (`kernels`).
+    threads: of this artifact alone (`time`); None: as the target says.
     """
 
     key: str
