@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from edgeprune.core.records import Artifact, Graph, IntArray, Kernel, KernelTime, Widths
+from edgeprune.core.records import Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
+from edgeprune.core.tensors import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+FLOAT32 = Precision()
 
 
 class KernelMap(Protocol):
@@ -68,14 +72,29 @@ class Resizer(Protocol):
 
 
 class Format(Protocol):
-    """Functions of a member."""
+    """What a member offers."""
+
+    SUFFIX: str
+    """Of its files, with the dot."""
+
+    PRECISIONS: tuple[Precision, ...]
+    """What it can write, float32 first. Of those of one dtype a board may prefer the one or the other."""
 
     def export(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, graph_sha256: str | None = None
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        path: Path,
+        *,
+        precision: Precision = FLOAT32,
+        calibration: Calibration | None = None,
+        graph: Graph | None = None,
     ) -> Artifact:
         """Write a module in evaluation mode as one self-contained file.
 
-        raises: ModelError when it cannot be expressed in the format.
+        calibration: what int8 takes its ranges from. graph: the module's, to find `precision.float_nodes` in.
+        raises: ModelError when it cannot be expressed in the format; DataError for calibration data that are
+            missing, constant or not finite; MissingLibrary.
         """
         ...
 
@@ -84,9 +103,17 @@ class Format(Protocol):
         ...
 
     def run(self, path: Path, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """The file's outputs on this machine, in its order. raises: ModelError when it does not run."""
+        """The file's outputs on this machine, in its order. raises: ModelError when it does not run.
+
+        inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`).
+        """
         ...
 
-    def make_resizer(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph) -> Resizer:
-        """A resizer of the module; exports it a few times. raises: ModelError."""
+    def make_resizer(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, *, precision: Precision = FLOAT32
+    ) -> Resizer:
+        """A resizer of the module; exports it a few times. raises: ModelError.
+
+        For int8, ranges come from random inputs where a timing is all that is wanted of the files.
+        """
         ...

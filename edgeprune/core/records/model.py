@@ -25,6 +25,27 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How an artifact's numbers are stored and computed.
+
+    dtype: `float32`; `float16`: weights are stored so, computed in float32; `dynamic`: weights of 8 bits, activations
+        quantised as they come; `int8`: both, with ranges from calibration data.
+    activations: type of the activations of int8: `int8` or `uint8`.
+    float_nodes: nodes of the graph that stay in float32 all the same.
+    """
+
+    dtype: str = "float32"
+    activations: str = "int8"
+    float_nodes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For tables, messages and file names."""
+        kind = f"{self.dtype}-{self.activations}" if self.dtype == "int8" and self.activations != "int8" else self.dtype
+        return f"{kind}-mixed" if self.float_nodes else kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
     """The size of one tensor axis as a function of the widths: fixed + sum of count x width."""
 

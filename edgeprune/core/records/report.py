@@ -11,16 +11,23 @@ from edgeprune.core.records.costs import Budget, Cost
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One input or output of an artifact."""
+    """One input or output of an artifact.
+
+    layout: order of the axes as letters (`NCHW`, `NHWC`), "" where it is as the module has it.
+    scale, zero_point: of a quantised tensor: value = scale x (stored - zero_point); None of another.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    layout: str = ""
+    scale: float | None = None
+    zero_point: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An exported model file."""
+    """An exported model file. dtype: as `Precision.dtype`, of the weights and what is computed with them."""
 
     path: str
     format: str

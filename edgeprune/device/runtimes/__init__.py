@@ -11,7 +11,11 @@ from typing import Any, Protocol
 
 
 class Model(Protocol):
-    """A loaded model. Made as `Model(path, threads, profile)`; profile: prefix of the profiler's files, or None."""
+    """A loaded model. Made as `Model(path, threads, profile, **options)`.
+
+    profile: prefix of the profiler's files, or None.
+    options: text values, from the target's `runtime = "NAME:key=value,..."`.
+    """
 
     inputs: dict[str, tuple[list[int], str]]
     """Name -> shape, with 1 for what is free, and numpy's name of the type."""
@@ -29,6 +33,12 @@ class Model(Protocol):
 
 class Runtime(Protocol):
     """What a runtime module offers."""
+
+    FORMAT: str
+    """The member of `formats` whose files it runs."""
+
+    OPTIONS: tuple[str, ...]
+    """Names of the options that `Model` takes."""
 
     REQUIREMENTS: tuple[str, ...]
     """pip requirements of the agent with this runtime."""

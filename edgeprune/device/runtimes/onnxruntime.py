@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+FORMAT = "onnx"
+OPTIONS = ()
 REQUIREMENTS = ("onnxruntime>=1.19,<2", "numpy>=1.26,<3")
 MODULES = ("onnxruntime", "numpy")
 ARCHITECTURES = ("x86_64", "aarch64")
