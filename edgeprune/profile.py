@@ -307,7 +307,8 @@ class _Run:
 
     def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
         """Learn the kernels from one profiled run of the dense model."""
-        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=self.effort.profiled_runs)
+        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=self.effort.profiled_runs,
+                    steady=self.effort.steady)  # fmt: skip
         (result,) = self.session.run([step], job=job)
         if result.error is not None:
             raise AgentError(f"the board cannot run the dense model: {result.error}")
@@ -358,12 +359,13 @@ class _Slot:
         steps = [
             Step(
                 key=f"{key}-time", kind="time", artifact=ours, against=dense, seconds=effort.seconds,
-                precision=effort.precision, min_samples=effort.samples,
+                precision=effort.precision, min_samples=effort.samples, steady=effort.steady,
             ),
         ]  # fmt: skip
         if kernels:
             steps.append(
-                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs)
+                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs,
+                     steady=effort.steady)
             )
         if self.round == 0 and self.configuration.memory:
             steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
