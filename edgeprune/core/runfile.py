@@ -34,7 +34,7 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     """The board: an entry of the inventory, with the runtime's settings for this run."""
 
     name: str
-    runtime: str = "onnxruntime"
+    runtime: str | None = None
     threads: int = 1
     meter: str | None = None
     effort: Literal["quick", "default", "thorough"] = "default"
@@ -78,6 +78,18 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     distil: bool = True
 
 
+class ExportSection(_Section, frozen=True, kw_only=True):
+    """What kind of file runs on the board; by default what the target's runtime runs, in float32.
+
+    tolerance: accuracy that 8 bits may cost before the model is trained for them, `epochs` long.
+    """
+
+    format: str | None = None
+    dtype: Literal["float32", "float16", "dynamic", "int8", "auto"] = "float32"
+    tolerance: float = 0.01
+    epochs: int = 2
+
+
 class OutputSection(_Section, frozen=True, kw_only=True):
     """Where everything is written."""
 
@@ -95,6 +107,7 @@ class RunFile(_Section, frozen=True, kw_only=True):
     profile: ProfileSection = ProfileSection()
     prune: PruneSection = PruneSection()
     recover: RecoverSection = RecoverSection()
+    export: ExportSection = ExportSection()
     seed: int = 0
 
     @property
