@@ -76,8 +76,8 @@ def collect_examples(
     """The first `limit` examples of `batches` with the outputs that the board is held against.
 
     module: in evaluation mode; its outputs are the reference, or of an artifact with numbers of 8 bits the artifact's
-    own on the host: what those numbers cost is a matter of accuracy, not of the board. batches: (inputs, targets) of tensors;
-    inputs may be a tuple where the model takes several.
+    own on the host: what those numbers cost is a matter of accuracy, not of the board.
+    batches: (inputs, targets) of tensors; inputs may be a tuple where the model takes several.
     raises: DataError when there is no example, or the inputs are not the artifact's.
     """
     import torch
@@ -136,7 +136,8 @@ def validate_artifact(
     budget: where its latency was asked as a share of the dense model, that share is held against the
         ratio of neighbouring turns, since a machine that others share changes its speed from second to
         second. The limit in seconds, and the prediction, are then at the speed of this validation.
-    tolerance: largest |board - host| / max |host|; None: by the artifact's dtype. agreement: least share of equal top-1 answers.
+    tolerance: largest |board - host| / max |host|; None: by the artifact's dtype. agreement: least share of equal
+        top-1 answers.
     effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
         many while the limit lies inside the measured interval.
     returns: the report. A limit that is not met is a failed check in it, not an exception.
