@@ -324,12 +324,7 @@ class Stages:
         def make() -> Accuracy:
             found = self._artifact_accuracy(smaller, plan.precision, test)
             too_much = before is not None and before - found > settings.tolerance
-            if (
-                before is not None
-                and before - found > settings.tolerance
-                and settings.epochs
-                and data.train is not None
-            ):
+            if too_much and settings.epochs and data.train is not None:
                 checkpoint = self.folder / "quantise.checkpoint"
                 self.folder.log(f"8 bits leave an accuracy of {found:.2%}: training with them")
                 weights = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}

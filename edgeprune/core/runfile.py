@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -116,10 +116,10 @@ class RunFile(_Section, frozen=True, kw_only=True):
         return ModelSpec(**msgspec.structs.asdict(self.model))
 
 
-def read_run_file(path: Path) -> RunFile:
+def read_run_file(path: Path, *, format: str | None = None, dtype: str | None = None) -> RunFile:
     """Read and check `edgeprune.toml`.
 
-    raises: UsageError naming the key that is wrong.
+    format, dtype: instead of those of its [export]. raises: UsageError naming the key that is wrong.
     """
     try:
         run = msgspec.toml.decode(path.read_bytes(), type=RunFile)
@@ -135,6 +135,10 @@ def read_run_file(path: Path) -> RunFile:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     if (run.model.factory is None) == (run.model.file is None):
         raise UsageError(f"{path}: [model] needs either factory or file")
+    if dtype is not None and dtype not in (known := get_args(get_type_hints(ExportSection)["dtype"])):
+        raise UsageError(f"unknown dtype '{dtype}'; known: {', '.join(known)}")
+    asked = {name: value for name, value in (("format", format), ("dtype", dtype)) if value is not None}
+    run = msgspec.structs.replace(run, export=msgspec.structs.replace(run.export, **asked))
     if not any(msgspec.structs.astuple(run.budget)):
         raise UsageError(f"{path}: [budget] is empty; give at least one of latency, memory, size, energy")
     return run
