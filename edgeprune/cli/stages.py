@@ -215,7 +215,7 @@ def export(
     model: Model, out: Out, weights: Weights = None, shapes: Shapes = None,
     format: Annotated[str | None, typer.Option(help="onnx or tflite; by default as the file's name says")] = None,
     dtype: Dtype = "float32",
-    activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; by default the format's first")] = None,
+    activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
