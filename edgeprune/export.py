@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from edgeprune.core.errors import ModelError
+from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.family import load_member
 from edgeprune.core.records import Artifact, Graph
 from edgeprune.core.store import replacing
@@ -102,3 +102,21 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def evaluate_artifact(path: Path, batches: Iterable[tuple[Any, Tensor]], *, format: str) -> float:
+    """Top-1 accuracy in [0, 1] of an artifact run on the host, one example at a time.
+
+    batches: (inputs, targets) as the module has them. raises: ModelError when it does not run; DataError for no
+        examples.
+    """
+    member = load_member("formats", format)
+    right = count = 0
+    for inputs, targets in batches:
+        arrays = [tensor.numpy(force=True) for tensor in (inputs if isinstance(inputs, tuple | list) else (inputs,))]
+        scores = member.run(path, arrays)[0]
+        right += int((scores.argmax(axis=1) == targets.numpy(force=True)).sum())
+        count += len(targets)
+    if not count:
+        raise DataError("there are no examples to measure accuracy on")
+    return right / count

@@ -36,7 +36,7 @@ from edgeprune.device.job import Job
 from edgeprune.device.meters import open_meter
 from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
-from edgeprune.device.targets import connect_target
+from edgeprune.device.targets import connect_target, runtime_format
 from edgeprune.device.transports import Transport
 
 HERE = Path(__file__).parent
@@ -105,6 +105,11 @@ class Session:
     def conditions(self, *, dtype: str = "float32", batch: int = 1) -> Conditions:
         """The conditions of a measurement in this session, without what changes from moment to moment."""
         return describe_conditions(self.target, self.facts, dtype=dtype, batch=batch)
+
+    @property
+    def format(self) -> str:
+        """The member of `formats` whose files the target's runtime runs."""
+        return runtime_format(self.target.runtime)
 
     def push(self, files: Mapping[str, Path]) -> None:
         """Copy files to the board, except those that are there already with the same content.

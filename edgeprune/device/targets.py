@@ -51,6 +51,12 @@ def list_targets(directories: Sequence[Path] | None = None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def runtime_format(runtime: str) -> str:
+    """The member of `formats` whose files a runtime runs. raises: UnknownMember."""
+    name: str = load_member("device.runtimes", runtime.partition(":")[0]).FORMAT
+    return name
+
+
 def load_target(name: str, directories: Sequence[Path] | None = None) -> Target:
     """The target of that name.
 

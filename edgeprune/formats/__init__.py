@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from edgeprune.core.records import Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
+from edgeprune.core.records import FLOAT32, Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
 from edgeprune.core.tensors import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-FLOAT32 = Precision()
 
 
 class KernelMap(Protocol):

@@ -35,7 +35,10 @@ from edgeprune.core.records.costs import Table as Table
 from edgeprune.core.records.findings import Advice as Advice
 from edgeprune.core.records.findings import KernelAdvice as KernelAdvice
 from edgeprune.core.records.findings import Measured as Measured
+from edgeprune.core.records.findings import PrecisionChoice as PrecisionChoice
+from edgeprune.core.records.findings import PrecisionTrial as PrecisionTrial
 from edgeprune.core.records.findings import Timing as Timing
+from edgeprune.core.records.model import FLOAT32 as FLOAT32
 from edgeprune.core.records.model import Constant as Constant
 from edgeprune.core.records.model import Extent as Extent
 from edgeprune.core.records.model import Graph as Graph
