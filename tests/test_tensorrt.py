@@ -27,7 +27,6 @@ from torch.nn import functional
 from edgeprune.core.records import KernelTime, Target
 from edgeprune.device.facts import find_missing
 from edgeprune.device.runtimes import tensorrt as runtime
-from edgeprune.formats import onnx as format
 from edgeprune.formats._onnx_kernels import OnnxKernelMap
 from edgeprune.formats._tensorrt_names import find_nodes
 from edgeprune.trace import trace_graph
@@ -205,11 +204,23 @@ class Residual(nn.Module):
         return self.linear(functional.relu(self.last(functional.relu(self.body(x) + x))).flatten(1))
 
 
+def residual_proto(module: Residual) -> onnx.ModelProto:
+    """`Residual` as its export has it: the batch norm folded, weights under their own names."""
+    chain = [
+        ("Conv", ["x", "stem.weight"], "stem"), ("Relu", ["stem"], "a"),
+        ("Conv", ["a", "body.weight"], "body"), ("Add", ["body", "a"], "sum"), ("Relu", ["sum"], "b"),
+        ("Conv", ["b", "last.weight"], "last"), ("Relu", ["last"], "c"),
+        ("Flatten", ["c"], "flat"), ("Gemm", ["flat", "linear.weight"], "y"),
+    ]  # fmt: skip
+    nodes = [onnx.helper.make_node(op, reads, [out], name=f"node_{out}") for op, reads, out in chain]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
+
+
 def test_fused_layers_become_kernels() -> None:
     """A network's layers as TensorRT fuses them: each with its weights, layout changes charged to their layer."""
     module, inputs = Residual().eval(), (torch.ones(1, 3, 8, 8),)
     graph = trace_graph(module, inputs)
-    model = format.to_proto(module, inputs)
+    model = residual_proto(module)
     nodes = list(model.graph.node)
     follows = {value: node for node in nodes for value in node.input}
     layers, fused = [], set()

@@ -2,6 +2,7 @@
 
 JetPack brings both, for the Python of its own Ubuntu. The agent needs Python 3.9: JetPack 6 (3.10) has it;
 JetPack 5 (3.8) and 4 (3.6) do not, and their TensorRT module loads in no other Python.
+Its ONNX parser knows operations up to opset 13 in 8.2, 17 in 8.5 and 8.6, 20 in 10.
 
 The agent gets this file as runtime.py: Python 3.9 and the standard library only, until a model is opened.
 source: NVIDIA TensorRT developer guide and trtexec's own help, versions 8.2 to 10.
