@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def gather_facts(target: Target, transport: Transport, *, thorough: bool = False
     values["throttled"] = member.find_throttling(raw["throttled"], raw["throttled"])
     python = _choose_python(raw, runtime.MODULES)
     found = python["found"] if python else {}
-    missing = find_missing(target, python, runtime.MODULES)
+    missing = find_missing(target, python, runtime.MODULES, runtime.BY_HAND)
     facts = BoardFacts(
         **{name: value for name, value in values.items() if value is not None},
         disk_free_bytes=parse_disk_free(raw["disk"]),
@@ -122,13 +123,19 @@ def _choose_python(raw: dict[str, str], modules: tuple[str, ...]) -> dict[str, A
     return next(iter(complete + usable), None)
 
 
-def find_missing(target: Target, python: dict[str, Any] | None, modules: tuple[str, ...]) -> tuple[str, ...]:
+def find_missing(
+    target: Target, python: dict[str, Any] | None, modules: tuple[str, ...], by_hand: Mapping[str, str]
+) -> tuple[str, ...]:
     """What a run needs and the board lacks, each with the command that mends it."""
     if python is None:
         version = ".".join(map(str, OLDEST_PYTHON))
         return (f"Python {version} or newer: on the board, sudo apt-get install -y python3 python3-venv",)
     lacking = [module for module in modules if module not in python["found"]]
-    return (f"{' and '.join(lacking)}: edgeprune targets setup {shlex.quote(target.name)}",) if lacking else ()
+    ours = " and ".join(module for module in lacking if module not in by_hand)
+    return (
+        *(f"{module}: {by_hand[module]}" for module in lacking if module in by_hand),
+        *([f"{ours}: edgeprune targets setup {shlex.quote(target.name)}"] if ours else []),
+    )
 
 
 def describe_conditions(target: Target, facts: BoardFacts, *, dtype: str, batch: int) -> Conditions:

@@ -34,11 +34,12 @@ def install_runtime(target: Target, transport: Transport, board: Board, *, offli
     where = f"target {target.name}"
     glibc = check_platform(target, board, runtime.ARCHITECTURES, runtime.OLDEST_GLIBC)
     venv, python = f"{board.workdir}/venv", f"{board.workdir}/venv/bin/python"
+    make = [str(board.python), "-m", "venv", "--clear", *(["--system-site-packages"] if runtime.BY_HAND else [])]
     progress(f"{where}: making the environment", 0, 3)
     _run(transport, where, ["mkdir", "-p", "--", board.workdir])
     if offline:
         # pip runs from its own wheel, so that the board needs neither ensurepip nor the network.
-        _run(transport, where, [str(board.python), "-m", "venv", "--clear", "--without-pip", venv])
+        _run(transport, where, [*make, "--without-pip", venv])
         with tempfile.TemporaryDirectory() as folder:
             progress(f"{where}: downloading wheels", 1, 3)
             wheels = download_wheels(runtime.REQUIREMENTS, board, glibc, Path(folder))
@@ -52,7 +53,7 @@ def install_runtime(target: Target, transport: Transport, board: Board, *, offli
         _run(transport, where, [*install, "--disable-pip-version-check", *runtime.REQUIREMENTS])
         _run(transport, where, ["rm", "-rf", "--", remote])
     else:
-        done = transport.run([str(board.python), "-m", "venv", "--clear", venv], timeout=INSTALL_TIMEOUT_S)
+        done = transport.run([*make, venv], timeout=INSTALL_TIMEOUT_S)
         if done.rc != 0:
             raise BoardNotReady(
                 f"{where}: python3 -m venv failed ({_last_line(done.stdout + done.stderr)}); on the board: "

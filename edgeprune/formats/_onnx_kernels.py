@@ -2,20 +2,21 @@
 
 ONNX Runtime drops metadata when it fuses. In its blocked layout a fused kernel is named after its
 output value (`relu_1_nchwc`), elsewhere after the operation it began as (`node_Conv_291`); layout
-changes and inlined functions have names of its own making, or none. A kernel's weights lead back
-to the model: initialisers keep their state-dict keys.
+changes and inlined functions have names of its own making, or none. TensorRT lists what it fused
+(`_tensorrt_names.py`). A kernel's weights lead back to the model: initialisers keep their state-dict keys.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from onnx import ModelProto, NodeProto, helper
 
 from edgeprune.core.records import Extent, Graph, Kernel, KernelTime, Node
+from edgeprune.formats._tensorrt_names import find_nodes
 
 FUSED_BEHIND = frozenset({"Relu", "Clip", "Add", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh", "Elu"})
 """Operations that the runtime computes inside the convolution or product before them."""
@@ -34,9 +35,11 @@ class OnnxKernelMap:
         self._producer = {value: index for index, node in enumerate(self._nodes) for value in node.output}
         self._graph = graph
         mains = [main for main in self._locate(times) if main is not None]
-        self._owner = self._assign(list(dict.fromkeys(mains)))
+        self._owner = self._assign(list(dict.fromkeys(mains)), self._cover(times))
         dense_name = {
-            main: time.name for time, main in zip(times, self._locate(times), strict=True) if main is not None
+            main: self._nodes[main].name if self._find_fused(time.name) else time.name
+            for time, main in zip(times, self._locate(times), strict=True)
+            if main is not None
         }
         chains: dict[int, list[int]] = {}
         for index, main in sorted(self._owner.items()):
@@ -74,6 +77,7 @@ class OnnxKernelMap:
                 continue
             producer = self._producer.get(name.removesuffix(SUFFIXES[1]))
             if producer is None:
+                found[position] = self._main(self._find_fused(time.name))
                 continue
             if time.op.endswith("Conv") and self._nodes[producer].op_type not in WEIGHTED:
                 behind.append((position, producer))
@@ -88,6 +92,24 @@ class OnnxKernelMap:
             claimed.add(main)
         return found
 
+    def _find_fused(self, name: str) -> list[int]:
+        """The operations that TensorRT's name of a layer lists; none for other names."""
+        if name.removesuffix(SUFFIXES[0]) in self._by_name or name.removesuffix(SUFFIXES[1]) in self._producer:
+            return []
+        return sorted(self._by_name[node] for node in find_nodes(name, self._by_name))
+
+    def _main(self, fused: Sequence[int]) -> int | None:
+        weighted = (index for index in fused if self._nodes[index].op_type in WEIGHTED)
+        return next(weighted, fused[0] if fused else None)
+
+    def _cover(self, times: Sequence[KernelTime]) -> dict[int, int]:
+        """The main operation of each operation that a layer's name lists, the first layer's where two do."""
+        owner: dict[int, int] = {}
+        for fused in (self._find_fused(time.name) for time in times):
+            if (main := self._main(fused)) is not None:
+                owner.update({index: main for index in fused if index not in owner})
+        return owner
+
     def _walk_back(self, index: int) -> Iterator[int]:
         """Weighted operations that could have been fused into an operation, nearest first."""
         queue = [index]
@@ -98,9 +120,12 @@ class OnnxKernelMap:
             elif node.op_type in FUSED_BEHIND or node.op_type == "BatchNormalization":
                 queue.extend(self._producer[value] for value in node.input if value in self._producer)
 
-    def _assign(self, mains: list[int]) -> dict[int, int]:
-        """The kernel (by its first operation) that every operation is computed in."""
-        owner = {main: main for main in mains}
+    def _assign(self, mains: list[int], covered: Mapping[int, int]) -> dict[int, int]:
+        """The kernel (by its first operation) that every operation is computed in.
+
+        covered: what the runtime itself says of it.
+        """
+        owner = {**covered, **{main: main for main in mains}}
         if not mains:
             return {}
         for index, node in enumerate(self._nodes):

@@ -46,6 +46,9 @@ class Runtime(Protocol):
     MODULES: tuple[str, ...]
     """Python modules that must import; the member's own name among them tells the runtime's version."""
 
+    BY_HAND: dict[str, str]
+    """Those among them that pip does not bring but the board's system, and how they get there."""
+
     ARCHITECTURES: tuple[str, ...]
     """`uname -m` of boards that there are wheels for."""
 

@@ -14,6 +14,7 @@ FORMAT = "onnx"
 OPTIONS = ()
 REQUIREMENTS = ("onnxruntime>=1.19,<2", "numpy>=1.26,<3")
 MODULES = ("onnxruntime", "numpy")
+BY_HAND: dict[str, str] = {}
 ARCHITECTURES = ("x86_64", "aarch64")
 OLDEST_GLIBC = (2, 27)
 
