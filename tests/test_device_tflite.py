@@ -104,6 +104,7 @@ def test_profiled_models_leave_nothing_behind(model: Path) -> None:
         ("/nowhere/lib.so", "delegate=/nowhere/lib.so: /nowhere/lib.so cannot be loaded"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # LiteRT's own, of half a delegate
 def test_delegate_that_cannot_be_had(model: Path, delegate: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         runtime.Model(str(model), 1, delegate=delegate)
@@ -129,7 +130,7 @@ def test_profiler_of_another_version_is_tried_in_a_process_of_its_own(
     shutil.copy(sys.executable, fake / "libLiteRt.so")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     runtime.try_profiler.cache_clear()
-    with pytest.raises(runtime.NoKernels, match="profiler of ai_edge_litert .* is another one"):
+    with pytest.raises(runtime.NoKernels, match=r"profiler of ai_edge_litert .* is another one"):
         runtime.Model(str(model), 1, "profile")
     runtime.try_profiler.cache_clear()
 
@@ -235,7 +236,9 @@ def test_options_of_a_runtime() -> None:
     member, options = open_runtime("tflite:delegate=/opt/a b.so,benchmark=/x")
     assert (member.FORMAT, options) == ("tflite", {"delegate": "/opt/a b.so", "benchmark": "/x"})
     assert open_runtime("onnxruntime")[1] == {}
-    with pytest.raises(UsageError, match="'threads' is not an option of the runtime tflite; known: delegate, benchmark"):
+    with pytest.raises(
+        UsageError, match="'threads' is not an option of the runtime tflite; known: delegate, benchmark"
+    ):
         open_runtime("tflite:threads=3")
     with pytest.raises(UsageError, match="not an option of the runtime onnxruntime; known: none"):
         open_runtime("onnxruntime:delegate=none")
@@ -266,6 +269,12 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         else:
             target = replace(stack.enter_context(AdbServer()), board="android")
         yield replace(target, runtime="tflite", workdir=str(tmp_path_factory.mktemp("board")))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Target:
+    target = read_target(REPOSITORY / "targets" / "localhost.toml")
+    return replace(target, runtime="tflite", workdir=str(tmp_path / "work"))
 
 
 @pytest.fixture
@@ -310,14 +319,14 @@ def test_every_kind_of_step(session: Session, model: Path, tmp_path: Path) -> No
         np.testing.assert_allclose(archive["y"], reference(x), rtol=1e-4, atol=1e-4)
 
     assert memory.activation_bytes is not None and more.activation_bytes is not None
-    hidden = 512 * 32 * 32 * 4
-    assert hidden <= more.activation_bytes - memory.activation_bytes + 65536 < 3 * hidden
+    hidden = (512 - 16) * 32 * 32 * 4
+    assert more.activation_bytes - memory.activation_bytes == pytest.approx(hidden, rel=0.1)
 
 
-def test_options_are_conditions_and_are_measured_anew(target: Target, model: Path) -> None:
+def test_options_are_conditions_and_are_measured_anew(here: Target, model: Path) -> None:
     results = []
     for text in ("tflite", "tflite:delegate=none", "tflite:delegate=gpu"):
-        with open_session(replace(target, runtime=text)) as session:
+        with open_session(replace(here, runtime=text)) as session:
             session.push({"net.tflite": model})
             results.append(session.run([quick("k", "kernels"), quick("t", "time")], job="options"))
             assert session.conditions().runtime == text
@@ -328,27 +337,27 @@ def test_options_are_conditions_and_are_measured_anew(target: Target, model: Pat
     assert gpu.error is not None and "cannot be loaded" in gpu.error
 
 
-def test_a_runtime_without_kernels_says_so(target: Target, model: Path, tmp_path: Path) -> None:
+def test_a_runtime_without_kernels_says_so(here: Target, model: Path, tmp_path: Path) -> None:
     program = tmp_path / "benchmark_model"
     program.write_text(f"#!/bin/sh\ncat {FIXTURES}/benchmark-2.16-two-partitions.txt\n")
     program.chmod(0o755)
-    with open_session(replace(target, runtime=f"tflite:benchmark={program}")) as session:
+    with open_session(replace(here, runtime=f"tflite:benchmark={program}")) as session:
         session.push({"net.tflite": model})
         kernels, timed = session.run([quick("k", "kernels"), quick("t", "time")], job="none")
     assert kernels.no_kernels and not timed.no_kernels
     assert timed.error is None
 
 
-def test_board_with_and_without_the_runtime(target: Target, tmp_path: Path) -> None:
-    facts = check_target(target)
+def test_board_with_and_without_the_runtime(here: Target, tmp_path: Path) -> None:
+    facts = check_target(here)
     assert facts.missing == ()
     assert facts.runtimes["tflite"].startswith("ai_edge_litert 2.")
     # A Python with a package of that name which cannot open a model.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     python = str(tmp_path / "bare" / "bin" / "python")
     (site,) = (tmp_path / "bare" / "lib").glob("python*/site-packages")
-    with contextlib.closing(connect_target(target)) as transport:
-        bare = replace(target, python=python, workdir=str(tmp_path))
+    with contextlib.closing(connect_target(here)) as transport:
+        bare = replace(here, python=python, workdir=str(tmp_path))
         lacks = gather_facts(bare, transport).facts
         for name in ("tflite_runtime", "numpy"):
             (site / name).mkdir()

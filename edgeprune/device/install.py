@@ -69,9 +69,7 @@ def install_runtime(target: Target, transport: Transport, board: Board, *, offli
     progress(f"{where}: ready", 3, 3)
 
 
-def choose_wheels(
-    target: Target, board: Board, choice: Sequence[Wheels]
-) -> tuple[tuple[str, ...], tuple[int, int]]:
+def choose_wheels(target: Target, board: Board, choice: Sequence[Wheels]) -> tuple[tuple[str, ...], tuple[int, int]]:
     """The best requirements that the board can have, and its glibc version. raises: BoardNotReady, saying why none."""
     where, name = f"target {target.name}", runtime_name(target.runtime)
     if board.python is None:
@@ -85,14 +83,14 @@ def choose_wheels(
         )
     match = re.match(r"glibc (\d+)\.(\d+)", board.libc or "")
     if match is None:
-        raise BoardNotReady(
-            f"{where}: {name} wheels need glibc, the board has {board.libc or 'another libc'}"
-        )
+        raise BoardNotReady(f"{where}: {name} wheels need glibc, the board has {board.libc or 'another libc'}")
     glibc = (int(match[1]), int(match[2]))
     python = board.python_version[:2]
     fitting = [wheels for wheels in choice if wheels["pythons"][0] <= python <= wheels["pythons"][1]]
     if not fitting:
-        spans = " or ".join(dict.fromkeys(f"{_dotted(low)} to {_dotted(high)}" for low, high in (w["pythons"] for w in choice)))
+        spans = " or ".join(
+            dict.fromkeys(f"{_dotted(low)} to {_dotted(high)}" for low, high in (w["pythons"] for w in choice))
+        )
         raise BoardNotReady(
             f"{where}: {name} needs Python {spans} on {board.facts.arch}, the board has {_dotted(python)}; "
             "name another one as `python` in the target"

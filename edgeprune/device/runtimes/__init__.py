@@ -90,6 +90,9 @@ class Runtime(Protocol):
     WHEELS: tuple[Wheels, ...]
     """What can be installed, best first."""
 
+    HOLDS_ACTIVATIONS: bool
+    """Whether an open model has all its memory already, so that running it takes no more."""
+
     def check(self) -> str:
         """See, on the board, that the runtime works; returns what else is worth knowing. raises: whatever is wrong."""
         ...

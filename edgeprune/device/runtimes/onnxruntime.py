@@ -13,6 +13,7 @@ from typing import Any
 FORMAT = "onnx"
 OPTIONS = ()
 MODULES = ("onnxruntime", "numpy")
+HOLDS_ACTIVATIONS = False
 WHEELS = (
     {
         "requirements": ("onnxruntime>=1.19,<2", "numpy>=1.26,<3"),

@@ -30,6 +30,7 @@ from typing import Any
 FORMAT = "tflite"
 OPTIONS = ("delegate", "benchmark")
 MODULES = ("ai_edge_litert|tflite_runtime|tensorflow", "numpy")
+HOLDS_ACTIVATIONS = True
 WHEELS = (
     {
         "requirements": ("ai-edge-litert==2.3.0", "numpy>=1.26,<3"),
@@ -48,7 +49,7 @@ WHEELS = (
         "requirements": ("tflite-runtime==2.13.0", "numpy>=1.21.2,<2"),
         "architectures": ("x86_64", "aarch64", "armv7l"),
         "pythons": ((3, 9), (3, 9)),
-        "glibc": (2, 28),
+        "glibc": (2, 17),
     },
 )
 
@@ -79,7 +80,6 @@ HALF_TICK_S = 0.5e-6
 """XNNPACK cuts its times down to whole microseconds, half of one too short on average."""
 CPU, BUFFER_WRITE = 1, 1
 DESTROYED_BY = {
-    "CreateEnvironment": "DestroyEnvironment",
     "CreateModelFromFile": "DestroyModel",
     "CreateOptions": "DestroyOptions",
     "CreateCompiledModel": "DestroyCompiledModel",
@@ -153,7 +153,7 @@ class Model:
         return [parse_benchmark(said)] * self._runs
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def find_library() -> tuple[str, Any]:
     """The first package that opens a model, and its module of interpreters. raises: ImportError."""
     reasons = []
@@ -242,10 +242,9 @@ class LiteRtProfiler:
 
     def __init__(self, path: str, threads: int, delegate: str) -> None:
         self.runs: list[list[tuple[int, str, int, int]]] = []
-        self._library = ctypes.CDLL(str(litert_library()))
+        self._library, self._environment = open_litert()
         self._kept: list[Any] = []  # what the library may read or call as long as the model lives
         self._made: list[tuple[str, ctypes.c_void_p]] = []  # what must be destroyed
-        self._environment = self._make("CreateEnvironment", 0, None)
         model = self._make("CreateModelFromFile", self._environment, os.fsencode(path))
         options = self._make("CreateOptions")
         self._call("SetOptionsHardwareAccelerators", options, CPU)
@@ -288,9 +287,7 @@ class LiteRtProfiler:
         )
 
     def _call(self, name: str, *arguments: Any) -> None:
-        function = getattr(self._library, f"LiteRt{name}")
-        if status := function(*arguments):
-            raise RuntimeError(f"LiteRt{name} failed with {status}")
+        _call(self._library, name, *arguments)
 
     def _make(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         handle = ctypes.c_void_p()
@@ -335,9 +332,21 @@ def _counted(buffers: Mapping[str, ctypes.c_void_p]) -> tuple[Any, Any]:
     return ctypes.c_size_t(len(buffers)), (ctypes.c_void_p * len(buffers))(*buffers.values())
 
 
-def litert_library() -> Path:
-    """The shared library of the installed ai_edge_litert."""
-    return Path(importlib.import_module("ai_edge_litert").__path__[0], "libLiteRt.so")
+@functools.cache
+def open_litert() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """The shared library of the installed ai_edge_litert, and its environment.
+
+    One for the process: making it looks for accelerators, which takes as long as opening a model.
+    """
+    library = ctypes.CDLL(str(Path(importlib.import_module("ai_edge_litert").__path__[0], "libLiteRt.so")))
+    environment = ctypes.c_void_p()
+    _call(library, "CreateEnvironment", 0, None, ctypes.byref(environment))
+    return library, environment
+
+
+def _call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    if status := getattr(library, f"LiteRt{name}")(*arguments):
+        raise RuntimeError(f"LiteRt{name} failed with {status}")
 
 
 def open_profiler(package: str, path: str, threads: int, delegate: str) -> LiteRtProfiler:
@@ -354,7 +363,7 @@ def open_profiler(package: str, path: str, threads: int, delegate: str) -> LiteR
         raise NoKernels(f"LiteRT's profiler cannot be used: {error}") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def try_profiler() -> str:
     """Why LiteRT's profiler cannot be used; tried in a process of its own, which it may take down. Empty: it can."""
     done = subprocess.run(
@@ -430,9 +439,7 @@ def parse_benchmark(text: str) -> tuple[float, Kernels]:
         raise ValueError(f"benchmark_model printed no times of operations; it ended: {text.strip()[-300:]}")
     header, *rows = [line.strip() for line in found["table"].splitlines() if line.strip()]
     is_csv = "," in header
-    columns = [
-        column.strip(" []").replace("_", " ").lower() for column in re.split(r",|\s*\t\s*|\s{2,}", header)
-    ]
+    columns = [column.strip(" []").replace("_", " ").lower() for column in re.split(r",|\s*\t\s*|\s{2,}", header)]
     columns = [column for column in columns if column]
     behind = columns[1:]
     if not {"avg ms", "times called", "name"} <= set(behind) <= COLUMNS_BEHIND_TYPE:
