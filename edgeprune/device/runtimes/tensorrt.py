@@ -27,15 +27,21 @@ from typing import Any
 
 FORMAT = "onnx"
 OPTIONS = ("precision", "workspace", "dla", "trtexec")
-REQUIREMENTS = ("numpy>=1.26,<3",)
 MODULES = ("tensorrt", "numpy")
 BY_HAND = {
     "tensorrt": "it comes with JetPack and not from pip: on the board, sudo apt-get install -y "
     "python3-libnvinfer libnvinfer-bin; it is made for Ubuntu's own Python, so leave `python` out of the target "
     'or set it to "/usr/bin/python3"; JetPack 4 and 5 have it for a Python older than 3.9 only'
 }
-ARCHITECTURES = ("aarch64", "x86_64")
-OLDEST_GLIBC = (2, 27)
+HOLDS_ACTIVATIONS = False
+WHEELS = (
+    {
+        "requirements": ("numpy>=1.26,<3",),
+        "architectures": ("aarch64", "x86_64"),
+        "pythons": ((3, 9), (3, 14)),
+        "glibc": (2, 27),
+    },
+)
 
 OLDEST_VERSION = (8, 2)
 """The first trtexec with the options used here."""
@@ -152,6 +158,15 @@ class Model:
 
     def _last_error(self) -> str:
         return self._errors[-1] if self._errors else "it does not say why"
+
+
+def check() -> str:
+    """See that TensorRT is one we know and that engines can be built. raises: ImportError, RuntimeError."""
+    import tensorrt
+
+    parse_version(tensorrt.__version__)
+    find_trtexec("")
+    return ""
 
 
 # --- what differs from version to version ----------------------------------------------------------
