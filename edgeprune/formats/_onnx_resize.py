@@ -10,7 +10,6 @@ is refused, so a resized model is equal to an export of the sliced module or doe
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
-from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
-from edgeprune.formats._units import Array, Mask, UnitSpace, positions, take
+from edgeprune.formats._units import Array, Evidence, Mask, UnitSpace, Unresizable, positions, same, take
 from edgeprune.graphs.slice import slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
@@ -33,10 +31,6 @@ SHARED_BYTES = 1024
 """Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
 ALIGNMENT = 4096
 """Offsets that every operating system can map."""
-
-
-class Unresizable(ModelError):
-    """The widths of an exported file cannot be changed in place; export each width instead."""
 
 
 class OnnxResizer(ABC):
@@ -197,7 +191,7 @@ class _Matcher:
     def __init__(self, resizer: ExactResizer, probes: list[tuple[Mask, ModelProto]]) -> None:
         self.resizer = resizer
         self.space = resizer.space
-        self.kept = [kept for kept, _ in probes]
+        self.evidence = Evidence(resizer.space, [kept for kept, _ in probes])
         self.models = [model for _, model in probes]
         self.weights = [{tensor.name: tensor for tensor in model.graph.initializer} for model in self.models]
         self.names: list[dict[str, str]] = [{} for _ in probes]
@@ -244,75 +238,33 @@ class _Matcher:
             raise Unresizable(f"{node.name}: {name} has another rank at other widths")
         if all(probe.shape == dense.shape for probe in probes):
             if dense.dtype.kind in "iu":
-                forms = [
-                    self._form(values, node)
-                    for values in zip(*(a.ravel().tolist() for a in (dense, *probes)), strict=True)
-                ]
+                forms = self.evidence.numbers((dense, *probes), node.name)
                 if any(form is not None for form in forms):
                     self.resizer._numbers[name] = forms
-            elif not all(_same(dense, probe) for probe in probes):
+            elif not all(same(dense, probe) for probe in probes):
                 raise Unresizable(f"{node.name}: the values of {name} depend on the widths")
             return
-        self.resizer._axes[name] = self._axes(node, name, dense, probes)
-
-    def _axes(self, node: NodeProto, name: str, dense: Array, probes: list[Array]) -> dict[int, IntArray]:
-        changed = [axis for axis in range(dense.ndim) if any(p.shape[axis] != dense.shape[axis] for p in probes)]
-        choices = []
-        for axis in changed:
-            named = self.space.layouts.get((name, axis))
-            layouts = ([] if named is None else [named]) + self.space.distinct
-            sizes = [probe.shape[axis] for probe in probes]
-            choices.append(
-                [
-                    layout
-                    for layout in layouts
-                    if len(layout) == dense.shape[axis]
-                    and all(positions(layout, kept).sum() == size for kept, size in zip(self.kept, sizes, strict=True))
-                ]
-            )
-        for chosen in itertools.product(*choices):
-            found = dict(zip(changed, chosen, strict=True))
-            if all(self._explains(dense, probe, found, kept) for probe, kept in zip(probes, self.kept, strict=True)):
-                return found
-        raise Unresizable(f"{node.name}: no channels explain the shape of {name} at other widths")
-
-    @staticmethod
-    def _explains(dense: Array, probe: Array, axes: dict[int, IntArray], kept: Mask) -> bool:
-        for axis, layout in axes.items():
-            dense = take(dense, axis, layout, kept)
-        return _same(dense, probe)
+        self.resizer._axes[name] = self.evidence.axes(
+            dense, probes, f"{node.name}: {name}", lambda axis: self.space.layouts.get((name, axis))
+        )
 
     def _match_attribute(self, position: int, index: int, node: NodeProto, others: list[Any]) -> None:
         values = [helper.get_attribute_value(attribute) for attribute in (node.attribute[index], *others)]
         dense = values[0]
         if isinstance(dense, int):
-            if (form := self._form(tuple(values), node)) is not None:
+            if (form := self.evidence.number(values, node.name)) is not None:
                 self.resizer._attributes.append((position, index, -1, form))
         elif isinstance(dense, list) and all(isinstance(value, int) for value in dense):
             if len({len(value) for value in values}) > 1:
                 raise Unresizable(f"{node.name}: {node.attribute[index].name} has another length at other widths")
             for element, numbers in enumerate(zip(*values, strict=True)):
-                if (form := self._form(numbers, node)) is not None:
+                if (form := self.evidence.number(numbers, node.name)) is not None:
                     self.resizer._attributes.append((position, index, element, form))
         elif isinstance(dense, TensorProto):
-            if not all(_same(numpy_helper.to_array(dense), numpy_helper.to_array(value)) for value in values[1:]):
+            if not all(same(numpy_helper.to_array(dense), numpy_helper.to_array(value)) for value in values[1:]):
                 raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
         elif any(value != dense for value in values[1:]):
             raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
-
-    def _form(self, values: tuple[int, ...], node: NodeProto) -> IntArray | None:
-        """By how much a number falls for each removed unit; None where it stays."""
-        dense, *probes = values
-        if all(value == dense for value in probes):
-            return None
-        for form in self.space.number_forms(dense):
-            if all(dense - form[~kept].sum() == value for value, kept in zip(probes, self.kept, strict=True)):
-                return form
-        raise Unresizable(f"{node.name}: no widths explain the constant {dense}, which becomes {probes}")
-
-
-def _same(ours: Array, theirs: Array) -> bool:
-    return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True))
 
 
 def _normalise(model: ModelProto) -> ModelProto:

@@ -20,7 +20,8 @@ from onnx import ModelProto
 from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import Artifact, Graph, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
-from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer, Unresizable
+from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer
+from edgeprune.formats._units import Unresizable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
