@@ -15,7 +15,7 @@ from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_bytes, write_atomic
-from edgeprune.core.tensors import Calibration, check_calibration, decode, encode
+from edgeprune.core.tensors import Calibration, check_calibration, decode, encode, run_in_batches
 from edgeprune.formats._tflite_convert import convert
 from edgeprune.formats._tflite_model import DTYPES, name_of, operator_names, precision_of, read, shape_of, unpack
 from edgeprune.formats._tflite_quantize import calibrate, quantize
@@ -97,14 +97,18 @@ def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
     try:
         interpreter = Interpreter(model_path=str(path), num_threads=1)
         interpreter.allocate_tensors()
-        for info, place, array in zip(artifact.inputs, interpreter.get_input_details(), inputs, strict=True):
-            interpreter.set_tensor(place["index"], encode(np.asarray(array), info))
-        interpreter.invoke()
-        places = interpreter.get_output_details()
-        return [
-            decode(interpreter.get_tensor(place["index"]), info)
-            for info, place in zip(artifact.outputs, places, strict=True)
-        ]
+        given, asked = interpreter.get_input_details(), interpreter.get_output_details()
+
+        def run_batch(arrays: list[NumberArray]) -> list[NumberArray]:
+            for info, place, array in zip(artifact.inputs, given, arrays, strict=True):
+                interpreter.set_tensor(place["index"], encode(np.asarray(array), info))
+            interpreter.invoke()
+            return [
+                decode(interpreter.get_tensor(place["index"]), info)
+                for info, place in zip(artifact.outputs, asked, strict=True)
+            ]
+
+        return run_in_batches(run_batch, inputs, artifact.inputs[0].shape[0] if artifact.inputs[0].shape else 0)
     except (ValueError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"LiteRT cannot run {path.name}: {reason}") from error
