@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
+from edgeprune.formats._onnx_quantize import Quantized
 from edgeprune.formats._units import Array, Evidence, Mask, UnitSpace, Unresizable, positions, same, take
 from edgeprune.graphs.slice import slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
+Rewrite = Callable[[ModelProto], Quantized]
+"""Makes a quantised model of a float one."""
 
 SHARED_BYTES = 1024
 """Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
@@ -42,6 +45,7 @@ class OnnxResizer(ABC):
         self.dense_bytes = len(data)
         self.base = _normalise(exported)
         self.graph = graph
+        self._float_base = self.base
 
     @abstractmethod
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
@@ -61,7 +65,8 @@ class OnnxResizer(ABC):
 
     def map_kernels(self, times: Sequence[KernelTime] | None) -> OnnxKernelMap:
         """Kernels of the dense artifact from the runtime's own names; None: as the file's structure says."""
-        return OnnxKernelMap(self.base, self.graph, expected_kernels(self.base) if times is None else times)
+        expected = expected_kernels(self._float_base) if times is None else times
+        return OnnxKernelMap(self._float_base, self.graph, expected)
 
     def _first_units(self, widths: Widths) -> dict[str, IntArray]:
         return {name: np.arange(width, dtype=np.int64) for name, width in widths.items()}
@@ -71,7 +76,14 @@ class ExactResizer(OnnxResizer):
     """Rewrites one file in milliseconds. raises: Unresizable when the probes do not explain it."""
 
     def __init__(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto, *, seed: int = 0
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        graph: Graph,
+        to_proto: ToProto,
+        *,
+        rewrite: Rewrite | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(to_proto(slice_model(module, inputs, graph, {}), inputs), graph)
         self.space = UnitSpace(graph)
@@ -84,7 +96,31 @@ class ExactResizer(OnnxResizer):
         self._numbers: dict[str, list[IntArray | None]] = {}
         self._attributes: list[tuple[int, int, int, IntArray]] = []
         _Matcher(self, probes).match()
+        if rewrite is not None:
+            self._restate(rewrite(self.base))
         self._offsets = self._lay_out_weights()
+
+    def _restate(self, quantized: Quantized) -> None:
+        """What was found in the float model, said of the quantised one that was made of it."""
+        axes, numbers, attributes = self._axes, self._numbers, self._attributes
+        names = {node.name: place for place, node in enumerate(quantized.model.graph.node)}
+        old = self.base.graph.node
+        if lost := [old[node].name for node, *_ in attributes if old[node].name not in names]:
+            raise Unresizable(f"{lost[0]} depends on the widths and is no longer there once quantised")
+        self.base = quantized.model
+        data = self.base.SerializeToString()
+        self.dense_sha256, self.dense_bytes = sha256_bytes(data), len(data)
+        self.arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.base.graph.initializer}
+        self._axes, self._numbers = {}, {name: forms for name, forms in numbers.items() if name in self.arrays}
+        for name, array in self.arrays.items():
+            source, own = quantized.origins.get(name, (name, tuple(range(array.ndim))))
+            layouts = axes.get(source, {})
+            mine = {place: layouts[axis] for place, axis in enumerate(own[: array.ndim]) if axis in layouts}
+            if mine:
+                self._axes[name] = mine
+        self._attributes = [
+            (names[old[node].name], attribute, element, form) for node, attribute, element, form in attributes
+        ]
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
@@ -157,7 +193,7 @@ class ExactResizer(OnnxResizer):
         offsets: dict[str, int] = {}
         end = 0
         for name, array in self.arrays.items():
-            if array.dtype.kind == "f" and array.nbytes > SHARED_BYTES:
+            if (array.dtype.kind == "f" or array.dtype == np.int8) and array.nbytes > SHARED_BYTES:
                 offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
                 end = offsets[name] + array.nbytes
         return offsets
@@ -166,13 +202,27 @@ class ExactResizer(OnnxResizer):
 class ExportingResizer(OnnxResizer):
     """Exports every width on its own: seconds each, for models whose files cannot be rewritten."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        graph: Graph,
+        to_proto: ToProto,
+        *,
+        rewrite: Rewrite | None = None,
+    ) -> None:
         self._model = (module, inputs, graph)
-        self._to_proto = to_proto
-        super().__init__(self.resize({}), graph)
+        self._to_proto, self._rewrite = to_proto, rewrite
+        dense = self._export({})
+        super().__init__(dense if rewrite is None else rewrite(dense).model, graph)
+        self._float_base = _normalise(dense)
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
+        model = self._export(keep)
+        return model if self._rewrite is None else self._rewrite(model).model
+
+    def _export(self, keep: Mapping[str, IntArray]) -> ModelProto:
         module, inputs, graph = self._model
         return self._to_proto(slice_model(module, inputs, graph, keep), inputs)
 
