@@ -369,11 +369,14 @@ class _Run:
         return f"{DENSE if self.model.precision == FLOAT32 else REFERENCE}{self.suffix}"
 
     def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
-        """Learn the kernels from one profiled run of the dense model."""
+        """Learn the kernels from one profiled run of the dense model; what tells none is profiled as a black box."""
         dense = f"{DENSE}{self.suffix}"
         step = Step(key="dense-kernels", kind="kernels", artifact=dense, runs=self.effort.profiled_runs,
                     steady=self.effort.steady)  # fmt: skip
         (result,) = self.session.run([step], job=job)
+        if result.no_kernels:
+            self.black_box = True
+            return resizer.map_kernels(None)
         if result.error is not None:
             raise AgentError(f"the board cannot run the dense model: {result.error}")
         return resizer.map_kernels(result.kernels)

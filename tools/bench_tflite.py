@@ -81,8 +81,8 @@ def load_nets(names: Sequence[str], data: Path | None, examples: int) -> list[Ne
             real = cifar.Cifar(data, train=CALIBRATION, test=examples, calibration=CALIBRATION)
             images = torch.cat([x for x, _ in real.test])
             calibration = [(x.numpy(),) for x, _ in real.calibration]
-            found.append(Net(name=name, module=cifar.load_net(name, data).eval(), inputs=(images[:1],), calibration=calibration,
-                             test=images))  # fmt: skip
+            found.append(Net(name=name, module=cifar.load_net(name, data).eval(), inputs=(images[:1],),
+                             calibration=calibration, test=images))  # fmt: skip
             continue
         torch.manual_seed(0)
         module = _timm(name) if name == "efficientnet_lite0" else zoo(name)

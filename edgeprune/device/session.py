@@ -36,6 +36,7 @@ from edgeprune.device.job import Job
 from edgeprune.device.meters import open_meter
 from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
+from edgeprune.device.runtimes import open_runtime, runtime_name
 from edgeprune.device.targets import connect_target, runtime_format
 from edgeprune.device.transports import Transport
 
@@ -81,13 +82,14 @@ class Session:
         self._client = f"{os.getuid()}@{platform.node()}"
         self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{self._client}-{space}')}"
         self._files = f"{self._root}/files"
+        _, self._options = open_runtime(target.runtime)
         self._programs = {
             "agent.py": HERE / "agent.py",
             "measure.py": HERE / "measure.py",
             "warm_up.py": HERE / "warm_up.py",
             "energy.py": HERE / "energy.py",
             "pin.py": HERE / "pin.py",
-            "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
+            "runtime.py": HERE / "runtimes" / f"{runtime_name(target.runtime)}.py",
         }
         self._manifest: dict[str, str] | None = None
         self._stays_hot = False
@@ -198,6 +200,7 @@ class Session:
             "job": folder,
             "files": self._files,
             "threads": self.target.threads,
+            "options": self._options,
             "sources": self._sources(),
             "pins": dict(self._board.PINS),
             "meter": self._describe_meter(),
@@ -291,6 +294,8 @@ class Session:
             if name not in manifest:
                 raise InputError(f"step {step.key}: {name} was not pushed to target {self.target.name}")
         parts = [to_builtins(step), [manifest[name] for name in names], self.target.threads, self.facts.runtimes]
+        if self._options:
+            parts.append(self._options)
         if step.kind == "energy":
             if self._meter is None:
                 raise UsageError(

@@ -102,7 +102,8 @@ class Format(Protocol):
     def run(self, path: Path, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The file's outputs on this machine, in its order. raises: ModelError when it does not run.
 
-        inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`).
+        inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`); of
+            more examples than the file's batch holds, batch by batch.
         """
         ...
 
