@@ -48,7 +48,15 @@ def test_three_boards_share_the_widths(tmp_path: Path, monkeypatch: pytest.Monke
             sessions = [stack.enter_context(open_session(board(name, tmp_path))) for name in names]
             # These three share two processors: how far they agree says nothing here.
             fleet = profile_fleet(
-                net, inputs, graph, sessions, path=path, configurations=8, held_out=2, error=None, effort=BRIEF,
+                net,
+                inputs,
+                graph,
+                sessions,
+                path=path,
+                configurations=8,
+                held_out=2,
+                error=None,
+                effort=BRIEF,
                 agreement=10.0,
             )
         assert fleet.left_out == () and set(fleet.anchors) == set(names)

@@ -174,8 +174,16 @@ def isolated_layers(
                     isolated_model(nodes[kernel.nodes[0]], graph, int(cin), int(cout)).SerializeToString()
                 )
                 files[name] = folder / name
-                steps.append(Step(key=name, kind="time", artifact=name, seconds=effort.seconds, min_samples=3,
-                                  steady=effort.steady))
+                steps.append(
+                    Step(
+                        key=name,
+                        kind="time",
+                        artifact=name,
+                        seconds=effort.seconds,
+                        min_samples=3,
+                        steady=effort.steady,
+                    )
+                )
     session.push(files)
     order = np.random.default_rng(0).permutation(len(steps))
     results = session.run([steps[index] for index in order], job=f"isolated-{folder.name}")
