@@ -36,7 +36,7 @@ def test_three_boards_share_the_widths(tmp_path: Path, monkeypatch: pytest.Monke
 
     The second batch is of widths that the tables were least sure of after the first.
     """
-    monkeypatch.setattr(edgeprune.fleet, "choose_batches", partial(choose_batches, first=4))
+    monkeypatch.setattr(edgeprune.fleet, "choose_batches", partial(choose_batches, first=9))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 1)).eval()
     inputs, path = (torch.randn(1, 3, 16, 16),), tmp_path / "profile.jsonl"
@@ -53,7 +53,7 @@ def test_three_boards_share_the_widths(tmp_path: Path, monkeypatch: pytest.Monke
                 graph,
                 sessions,
                 path=path,
-                configurations=8,
+                configurations=11,
                 held_out=2,
                 error=None,
                 effort=BRIEF,
@@ -66,13 +66,13 @@ def test_three_boards_share_the_widths(tmp_path: Path, monkeypatch: pytest.Monke
     run()
     own = {name: read_measured(tmp_path / f"profile.{name}.jsonl") for name in names}
     shares = [{item.configuration for item in measurements} - {"dense"} for _, measurements in own.values()]
-    assert sorted(map(len, shares)) == [2, 3, 4] and len(set.union(*shares)) == 9
-    assert sum(name.startswith("next-") for name in set.union(*shares)) == 4
+    assert sorted(map(len, shares)) == [3, 4, 5] and len(set.union(*shares)) == 12
+    assert sum(name.startswith("next-") for name in set.union(*shares)) == 2
     profile = read_profile(path, graph)
     assert profile.target == "a,b,c"
     places = [(item.round, item.configuration) for item in profile.measurements]
-    assert len(places) == len(set(places)) == 2 * (9 + 3)
-    assert len(list(choose_batches(graph, path, first=4, configurations=8, held_out=2, error=10.0))) == 1
+    assert len(places) == len(set(places)) == 2 * (12 + 3)
+    assert len(list(choose_batches(graph, path, first=9, configurations=11, held_out=2, error=10.0))) == 1
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.jsonl")}
     run()
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.jsonl")} == before
