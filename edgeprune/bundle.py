@@ -107,7 +107,10 @@ def write_bundle(
     contents |= recorded
     contents["manifest.schema.json"] = _template("manifest.schema.json", {})
     known = _substitutions(artifact, report, example, kinds, f"model{artifact_path.suffix}")
-    for name, template in {"README.md": "README.md", **{k: v for kind in kinds for k, v in KINDS[kind].items()}}.items():
+    templates = {"README.md": "README.md"}
+    for kind in kinds:
+        templates |= KINDS[kind]
+    for name, template in templates.items():
         contents[name] = _template(template.format(format=artifact.format), known)
     if "android" in kinds:
         copied = [f"model{artifact_path.suffix}", *({"labels.txt"} & contents.keys()), *recorded]
@@ -172,7 +175,7 @@ def try_bundle(path: Path, session: Session, *, key: Path | None = None) -> Chec
     bundle = verify_bundle(path, key=key)
     manifest, target = bundle.manifest, session.target
     runtime = load_member("device.runtimes", target.runtime.partition(":")[0])
-    if runtime.FORMAT != manifest["format"]:
+    if manifest["format"] != runtime.FORMAT:
         raise UsageError(f"{path} holds {manifest['format']}, which {target.runtime} on {target.name} does not run")
     if "example.py" not in bundle.files:
         raise UsageError(f"{path} has no Python example to run on {target.name}; make it --for python as well")

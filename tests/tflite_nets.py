@@ -23,7 +23,9 @@ def write_classifier(path: Path, dtype: str = "float32", seed: int = 0) -> None:
     model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], [schema.BufferT()], []
     quantised = dtype == "int8"
 
-    def tensor(name: str, shape: tuple[int, ...], scale: float, values: np.ndarray | None = None, kind: str = dtype) -> int:
+    def tensor(
+        name: str, shape: tuple[int, ...], scale: float, values: np.ndarray | None = None, kind: str = dtype
+    ) -> int:
         made = schema.TensorT()
         made.name, made.shape, made.type, made.buffer = name.encode(), list(shape), TYPES[kind], 0
         if quantised:
@@ -70,7 +72,9 @@ def write_classifier(path: Path, dtype: str = "float32", seed: int = 0) -> None:
     pooled = tensor("pooled", (1, 6), 0.1)
     axes = tensor("axes", (2,), 1.0, np.array([1, 2], np.int32), "int32")
     graph.tensors[axes].quantization = None
-    operator(schema.BuiltinOperator.MEAN, 2, [convolved, axes], pooled, options.ReducerOptions, schema.ReducerOptionsT())
+    operator(
+        schema.BuiltinOperator.MEAN, 2, [convolved, axes], pooled, options.ReducerOptions, schema.ReducerOptionsT()
+    )
     scores = tensor("scores", (1, 5), 0.2)
     inputs = [pooled, weights("fc.weight", (5, 6)), bias("fc.bias", 5, 0.1 * 0.02)]
     linear = schema.FullyConnectedOptionsT()

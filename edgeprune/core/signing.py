@@ -67,7 +67,7 @@ def _load(path: Path, function: str, kind: str, **options: Any) -> Any:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a PEM file with a {kind} key without a password; make one: {MAKE_KEY}") from error
+        raise UsageError(f"{path} is no PEM file of a {kind} key without a password; make one: {MAKE_KEY}") from error
     except Exception as error:  # cryptography's UnsupportedAlgorithm
         raise UsageError(f"{path} holds a key that cannot be used; make an Ed25519 one: {MAKE_KEY}") from error
     if "Ed25519" not in type(key).__name__:

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any, Dict, List
 
 import numpy as np
 from runtime import Model
@@ -19,7 +20,7 @@ here = Path(__file__).resolve().parent
 manifest = json.loads((here / "manifest.json").read_text(encoding="utf-8"))
 
 
-def prepare(array, info):
+def prepare(array: np.ndarray, info: Dict[str, Any]) -> np.ndarray:
     """An array in the input's layout: whole numbers are raw and get normalised, all but the input's own type."""
     if array.dtype == info["dtype"]:
         return np.ascontiguousarray(array)
@@ -34,21 +35,21 @@ def prepare(array, info):
     return np.ascontiguousarray(array, dtype=info["dtype"])
 
 
-def value_of(array, info):
+def value_of(array: np.ndarray, info: Dict[str, Any]) -> np.ndarray:
     """What an output's numbers stand for."""
     return array if info["scale"] is None else (array.astype(np.float32) - info["zero_point"]) * info["scale"]
 
 
-def recorded(kind):
+def recorded(kind: str) -> List[np.ndarray]:
     """The arrays of the bundle's recorded run: `inputs` or `outputs`."""
     entries = manifest["example"][kind]
     return [np.fromfile(here / e["file"], np.dtype(e["dtype"]).newbyteorder("<")).reshape(e["shape"]) for e in entries]
 
 
-options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-options.add_argument("input", nargs="?", help="array of the first input, in the manifest's layout")
-options.add_argument("--save", help="write all outputs here (.npz)")
-options = options.parse_args()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("input", nargs="?", help="array of the first input, in the manifest's layout")
+parser.add_argument("--save", help="write all outputs here (.npz)")
+options = parser.parse_args()
 
 for name, expected in manifest["files"].items():
     if (here / name).is_file() and hashlib.sha256((here / name).read_bytes()).hexdigest() != expected["sha256"]:

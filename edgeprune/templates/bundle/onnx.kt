@@ -21,7 +21,7 @@ class Runtime(model: ByteBuffer, threads: Int, private val inputs: List<Tensor>,
         }
         try {
             return session.run(tensors.toMap()).use { results ->
-                outputs.map { (results.get(it.name).get() as OnnxTensor).byteBuffer }
+                outputs.map { (results.get(it.name).get() as OnnxTensor).getByteBuffer() }
             }
         } finally {
             tensors.forEach { it.second.close() }

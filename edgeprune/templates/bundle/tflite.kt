@@ -10,7 +10,7 @@ class Runtime(model: ByteBuffer, threads: Int, inputs: List<Tensor>, private val
     private val interpreter = Interpreter(model, Interpreter.Options().setNumThreads(threads))
 
     init {
-        check(interpreter.inputTensorCount == inputs.size) { "the model does not have the inputs of manifest.json" }
+        check(interpreter.getInputTensorCount() == inputs.size) { "the model does not have the inputs of manifest.json" }
     }
 
     fun run(given: List<ByteBuffer>): List<ByteBuffer> {
