@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from edgeprune.core.records import Graph, Precision
 from edgeprune.graphs.slice import slice_model
 from edgeprune.trace import trace_graph
 
-pytest.importorskip("litert_torch", reason="pip install 'edgeprune[tflite]'", exc_type=ImportError)
+if importlib.util.find_spec("litert_torch") is None:  # importing it takes 14 s
+    pytest.skip("pip install 'edgeprune[tflite]'", allow_module_level=True)
 
 from edgeprune.formats import tflite as format
 from edgeprune.formats._tflite_convert import convert
@@ -27,7 +29,7 @@ from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer
 
 Inputs = tuple[torch.Tensor, ...]
-TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "dynamic": 0.1, "int8": 0.15}
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "dynamic": 0.05, "int8": 0.05}
 """Of the largest output, for nets with random weights."""
 
 
