@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from edgeprune.load import load_data as load_data
     from edgeprune.load import load_model as load_model
     from edgeprune.measure import measure_files as measure_files
-    from edgeprune.pipeline import compact_and_compensate as compact_and_compensate
-    from edgeprune.pipeline import connect as connect
-    from edgeprune.pipeline import dense_cost as dense_cost
-    from edgeprune.pipeline import plan_on_board as plan_on_board
+    from edgeprune.on_board import choose_runtime as choose_runtime
+    from edgeprune.on_board import compact_and_compensate as compact_and_compensate
+    from edgeprune.on_board import connect as connect
+    from edgeprune.on_board import dense_cost as dense_cost
+    from edgeprune.on_board import plan_on_board as plan_on_board
+    from edgeprune.on_board import try_precisions as try_precisions
     from edgeprune.pipeline import report_run as report_run
     from edgeprune.pipeline import run_pipeline as run_pipeline
     from edgeprune.plan import choose_widths as choose_widths
@@ -61,7 +63,15 @@ _PLACES = {
     "inspect": ("inspect_file", "read_any_record"),
     "load": ("example_inputs", "load_data", "load_model"),
     "measure": ("measure_files",),
-    "pipeline": ("compact_and_compensate", "connect", "dense_cost", "plan_on_board", "report_run", "run_pipeline"),
+    "on_board": (
+        "choose_runtime",
+        "compact_and_compensate",
+        "connect",
+        "dense_cost",
+        "plan_on_board",
+        "try_precisions",
+    ),
+    "pipeline": ("report_run", "run_pipeline"),
     "plan": ("choose_widths",),
     "profile": ("profile_target", "read_profile"),
     "recover": ("evaluate_accuracy", "recover_accuracy"),

@@ -21,12 +21,21 @@ from edgeprune.core.cost import evaluate, mac_terms
 from edgeprune.core.effort import EFFORTS, Effort
 from edgeprune.core.errors import AgentError, DeviceError, ModelError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Advice, FloatArray, Graph, Kernel, KernelAdvice, Quantity, Step, StepResult
+from edgeprune.core.records import (
+    Advice,
+    FloatArray,
+    Graph,
+    Kernel,
+    KernelAdvice,
+    Precision,
+    Quantity,
+    Step,
+    StepResult,
+)
 from edgeprune.core.stats import clean_turns, median, quantity, turn_medians, turn_ratios
 from edgeprune.device.session import Session
 from edgeprune.formats import KernelMap, Resizer
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.formats._onnx_int8 import ACTIVATIONS, quantize_randomly
 from edgeprune.tables.design import DENSE, Configuration
 
 if TYPE_CHECKING:
@@ -38,6 +47,7 @@ LESS_NAME = "less-"
 SMALLEST = "smallest"
 THREADS = "threads"
 INT8 = "int8 ({} activations)"
+ACTIVATIONS = ("uint8", "int8")
 WEIGHTS = "weights.bin"
 SHORT_S = 15e-6
 """A kernel this short spends its time on being started."""
@@ -131,7 +141,7 @@ def _make_int8(resizer: Resizer, graph: Graph, folder: Path, progress: Progress)
         progress("making int8 models", number, len(ACTIVATIONS))
         path = folder / f"int8-{kind}.onnx"
         try:
-            quantize_randomly(folder / "whole.onnx", path, activations=kind)
+            onnx_format.quantize_randomly(folder / "whole.onnx", path, Precision(dtype="int8", activations=kind))
         except ModelError as error:
             return twins, [f"int8: not measured: {error}"]
         twins[path.name] = path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from edgeprune.core.errors import ModelError
+from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.family import load_member
-from edgeprune.core.records import Artifact, Graph
+from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision
 from edgeprune.core.store import replacing
+from edgeprune.core.tensors import Calibration
+
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "dynamic": 0.7, "int8": 0.7}
+"""Half an order above what the rounding of 2^-11 of float16 weights comes to in deep nets. What 8 bits may cost is a
+matter of accuracy; beyond this a file computes something else."""
 
 
 def export_model(
@@ -27,24 +32,35 @@ def export_model(
     path: Path,
     *,
     format: str = "onnx",
+    precision: Precision = FLOAT32,
+    calibration: Calibration | None = None,
     graph: Graph | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Artifact:
-    """Write a module as an artifact whose outputs on the host equal the module's.
+    """Write a module as an artifact whose outputs on the host are the module's, as nearly as its precision allows.
 
-    inputs: example inputs, batch first; the check runs on them and on random inputs of their kind.
+    inputs: example inputs, batch first; the check runs on them and on random inputs of their kind, of 8 bits on
+        calibration data where there are any: other inputs may lie outside the ranges.
+    precision, calibration: as `Format.export` has them.
     path: written at the end in one rename, or not at all.
     format: member of `formats`. graph: what the module was pruned from, recorded by its digest.
-    tolerance: largest |artifact - module| / max |module| allowed, over all outputs.
+    tolerance: largest |artifact - module| / max |module| allowed, over all outputs; None: see TOLERANCES.
     returns: the artifact, with the versions of the tools that made it.
-    raises: ModelError when it cannot be exported, or computes something else; UsageError when the
-        folder cannot be written.
+    raises: ModelError when it cannot be exported, or computes something else; DataError for calibration data that
+        give no ranges; UsageError when the folder cannot be written.
     """
     member = load_member("formats", format)
     with _evaluating(module), replacing(path) as temporary:
-        artifact: Artifact = member.export(module, inputs, temporary)
-        for kind, given in (("example", inputs), ("random", _random_like(inputs))):
-            _check_outputs(module, given, member, temporary, kind=kind, tolerance=tolerance)
+        # Members tell files by their names, too.
+        artifact: Artifact = member.export(
+            module, inputs, temporary, precision=precision, calibration=calibration, graph=graph
+        )
+        checks = [("example", inputs), ("random", _random_like(inputs))]
+        if precision.dtype == "int8" and calibration:
+            checks = [("calibration", tuple(torch.from_numpy(array[: len(inputs[0])]) for array in calibration[0]))]
+        allowed = TOLERANCES[precision.dtype] if tolerance is None else tolerance
+        for kind, given in checks:
+            _check_outputs(module, given, member, temporary, kind=kind, tolerance=allowed)
     tools = {"edgeprune": version("edgeprune"), "python": platform.python_version(), "torch": str(torch.__version__)}
     return replace(
         artifact,
@@ -102,3 +118,21 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def evaluate_artifact(path: Path, batches: Iterable[tuple[Any, Tensor]], *, format: str) -> float:
+    """Top-1 accuracy in [0, 1] of an artifact run on the host, one example at a time.
+
+    batches: (inputs, targets) as the module has them. raises: ModelError when it does not run; DataError for no
+        examples.
+    """
+    member = load_member("formats", format)
+    right = count = 0
+    for inputs, targets in batches:
+        arrays = [tensor.numpy(force=True) for tensor in (inputs if isinstance(inputs, tuple | list) else (inputs,))]
+        scores = member.run(path, arrays)[0]
+        right += int((scores.argmax(axis=1) == targets.numpy(force=True)).sum())
+        count += len(targets)
+    if not count:
+        raise DataError("there are no examples to measure accuracy on")
+    return right / count

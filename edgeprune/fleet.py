@@ -19,7 +19,7 @@ from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Graph, IntArray, KernelTime, Profile, Quantity, Widths
+from edgeprune.core.records import FLOAT32, Graph, IntArray, KernelTime, Precision, Profile, Quantity, Widths
 from edgeprune.core.stats import median
 from edgeprune.core.store import append_record, replacing
 from edgeprune.formats import KernelMap, Resizer
@@ -69,7 +69,7 @@ def profile_fleet(
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
-    format: str = "onnx",
+    precision: Precision = FLOAT32,
 ) -> FleetProfile:
     """Measure a model's widths on several boards of a kind and fit one profile.
 
@@ -83,7 +83,8 @@ def profile_fleet(
     if len(set(names)) != len(names) or len(names) < 2:
         raise UsageError(f"a fleet is two or more boards with different names, not {', '.join(names) or 'none'}")
     check_alike(sessions)
-    made = _OneAtATime(resizer or load_member("formats", format).make_resizer(module, inputs, graph))
+    member = load_member("formats", sessions[0].format)
+    made = _OneAtATime(resizer or member.make_resizer(module, inputs, graph, precision=precision))
     paths = {name: path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names}
 
     def measure(shares: Mapping[str, Sequence[Configuration]]) -> None:
@@ -91,7 +92,7 @@ def profile_fleet(
             name = session.target.name
             measure_configurations(
                 module, inputs, graph, session, shares[name], path=paths[name], effort=effort, seed=seed, resizer=made,
-                progress=lambda what, done, total: progress(f"{name}: {what}", done, total),
+                precision=precision, progress=lambda what, done, total: progress(f"{name}: {what}", done, total),
             )  # fmt: skip
 
         working = [session for session in sessions if shares.get(session.target.name)]

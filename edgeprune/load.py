@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, InputError, ModelError
 from edgeprune.core.records import ModelSpec
+from edgeprune.core.tensors import Calibration
 from edgeprune.graphs.archive import check_archive
 from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
@@ -275,6 +276,11 @@ def _check_batch(batch: Any, where: str) -> tuple[Any, Tensor]:
     if not targets.is_floating_point() and int(targets.min()) < 0:
         raise DataError(f"{where}: the label {int(targets.min())} is negative; classes are counted from 0")
     return inputs, targets
+
+
+def as_arrays(batches: Batches) -> Calibration:
+    """The inputs of batches as arrays, a tuple for each batch."""
+    return [tuple(tensor.numpy(force=True) for tensor in _tensors(inputs)) for inputs, _ in batches]
 
 
 def _read_arrays(path: Path) -> Data:

@@ -1,4 +1,4 @@
-"""All stages in a straight line, and the two loops that need several of them.
+"""All stages in a straight line.
 
 `run_pipeline` is the whole tool: every stage reads what the one before wrote into the run's folder
 and writes its own record there, so that a run that was killed goes on at the stage where it stopped.
@@ -7,10 +7,14 @@ and writes its own record there, so that a run that was killed goes on at the st
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -20,45 +24,41 @@ from torch import Tensor, nn
 
 from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
-from edgeprune.compensation.batch_norm import reestimate_batch_norm
-from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.budget import make_budget
-from edgeprune.core.closed_loop import best_round, corrected_limit
 from edgeprune.core.cost import predict_cost
-from edgeprune.core.effort import DEFAULT, Effort, find_effort
+from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import InfeasibleBudget
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
+    FLOAT32,
     Accuracy,
     Artifact,
-    Budget,
-    Cost,
     Graph,
     Importance,
     Plan,
-    PlanRound,
-    Profile,
+    Precision,
+    PrecisionChoice,
     Report,
 )
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
-from edgeprune.device.embedded import EmbeddedBoard
-from edgeprune.device.session import Session, open_session
-from edgeprune.device.targets import load_target
-from edgeprune.export import export_model
-from edgeprune.formats import Resizer
-from edgeprune.load import Data, example_inputs, load_data, load_model
-from edgeprune.plan import choose_widths, next_request, no_finer_step
-from edgeprune.profile import (
-    dense_latency,
-    measure_widths,
-    measured_energy,
-    measured_memory,
-    profile_target,
-    read_profile,
+from edgeprune.core.tensors import Calibration
+from edgeprune.device.session import Session
+from edgeprune.device.targets import runtime_format
+from edgeprune.export import evaluate_artifact, export_model
+from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
+from edgeprune.on_board import (
+    choose_runtime,
+    compact_and_compensate,
+    connect,
+    dense_cost,
+    plan_on_board,
+    try_precisions,
+    worth_planning,
 )
+from edgeprune.profile import profile_target, read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.score import score_groups
@@ -66,10 +66,8 @@ from edgeprune.trace import trace_graph
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
-EMBEDDED = "embedded"
-"""The target that is started on the spot: this machine behind an SSH server on loopback."""
-MAX_ROUNDS = 8
-"""Turns of the closed loop before the best plan so far is taken and the report says by how much it misses."""
+FLOATS = ("float32", "float16")
+AUTO = "auto"
 
 
 def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Report:
@@ -84,20 +82,21 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
-        stages = Stages(run, folder, sources, model, inputs, data, progress)
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         importance = stages.score(graph)
-        plan = stages.profile_and_plan(graph, importance)
+        plan = stages.profile_and_plan(graph, importance, dense)
         compact, accuracy = stages.compact(graph, plan)
         recovered, accuracy = stages.recover(plan, compact, accuracy)
-        artifact = stages.export(graph, recovered)
+        recovered, accuracy = stages.train_for_8_bits(plan, recovered, accuracy)
+        artifact = stages.export(graph, plan, recovered)
         report = stages.validate(graph, plan, dense, artifact, recovered, accuracy)
         stages.bundle(plan, artifact, report)
         return report
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stages:
     """The stages of one run. Each is skipped when what it is made from and its files are what they were.
 
@@ -105,6 +104,7 @@ class Stages:
     """
 
     run: RunFile
+    base: Path
     folder: RunFolder
     sources: tuple[str, ...]
     model: nn.Module
@@ -124,13 +124,13 @@ class Stages:
 
     def export_dense(self, graph: Graph) -> Artifact:
         """What the pruned model is measured against."""
-        path = self.folder / "dense.onnx"
+        path = self.folder / f"dense{self.format.SUFFIX}"
         made_from = [digest(graph), *self.sources]
         artifact = self.folder.record(
             Artifact,
             "dense.json",
             made_from,
-            lambda: export_model(self.model, self.inputs, path, graph=graph),
+            lambda: export_model(self.model, self.inputs, path, format=self.format_name, graph=graph),
             also=[path.name],
         )
         return replace(artifact, path=str(path))
@@ -157,12 +157,65 @@ class Stages:
             ),
         )
 
-    def profile_and_plan(self, graph: Graph, importance: Importance) -> Plan:
-        """Latency tables from the board, then widths that the board confirms."""
-        run, path = self.run, self.folder / "profile.jsonl"
+    def profile_and_plan(self, graph: Graph, importance: Importance, dense: Artifact) -> Plan:
+        """Latency tables from the board, then widths that the board confirms, in the precision that serves best."""
+        choice = self._choose_precision(graph, importance, dense)
+        name = choice.chosen.name
+        files = [f"plan-{name}.json", f"profile-{name}.jsonl"]
 
         def make() -> Plan:
-            resizer = load_member("formats", "onnx").make_resizer(self.model, self.inputs, graph)
+            shutil.copyfile(self.folder / files[1], self.folder / "profile.jsonl")
+            return read_record(Plan, self.folder / files[0])
+
+        made_from = [sha256_file(self.folder / file) for file in files]
+        return self.folder.record(Plan, "plan.json", made_from, make, also=["profile.jsonl"])
+
+    def _choose_precision(self, graph: Graph, importance: Importance, dense: Artifact) -> PrecisionChoice:
+        """Of the dtype that was asked for; of `auto` the one whose plan for the same budget is most accurate.
+
+        Judged before any training, by the artifact itself, on the data that the refitting saw.
+        """
+        run = self.run
+        dtype = "int8" if run.export.dtype == AUTO else run.export.dtype
+
+        def make() -> PrecisionChoice:
+            if dtype == FLOAT32.dtype:
+                return self._plan_all(graph, importance, dense, (), (FLOAT32,))
+            with self._board() as session:
+                trials = try_precisions(
+                    self.model, self.inputs, session, dtype, effort=self._effort, progress=self.progress
+                )
+            if run.export.dtype != AUTO:
+                return self._plan_all(graph, importance, dense, trials, (trials[0].precision,))
+            limits = msgspec.to_builtins(run.budget)
+            latency_only = not any(limits[name] for name in ("memory", "size", "energy"))
+            candidates = worth_planning(trials, latency_only=latency_only)
+            return self._plan_all(graph, importance, dense, trials, candidates)
+
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target, run.export)]
+        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
+        return self.folder.record(PrecisionChoice, "precision.json", made_from, make)
+
+    def _plan_all(
+        self, graph: Graph, importance: Importance, dense: Artifact, trials: Any, candidates: tuple[Precision, ...]
+    ) -> PrecisionChoice:
+        found: list[tuple[Precision, float | None]] = []
+        for precision in candidates:
+            try:
+                plan = self._plan(graph, importance, dense, precision)
+            except InfeasibleBudget:
+                if len(candidates) == 1 or (precision == candidates[-1] and not found):
+                    raise
+                continue  # what another precision may reach
+            found.append((precision, self._judge(graph, plan) if len(candidates) > 1 else None))
+        best = max(found, key=lambda item: item[1] or 0.0)[0]
+        return PrecisionChoice(trials=tuple(trials), candidates=tuple(found), chosen=best)
+
+    def _plan(self, graph: Graph, importance: Importance, dense: Artifact, precision: Precision) -> Plan:
+        run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
+
+        def make() -> Plan:
+            resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
             with self._board() as session:
                 profile = profile_target(
                     self.model,
@@ -172,12 +225,14 @@ class Stages:
                     path=path,
                     **msgspec.to_builtins(run.profile),
                     around=run.budget.latency,
-                    effort=find_effort(run.target.effort),
+                    effort=self._effort,
                     seed=run.seed,
                     resizer=resizer,
+                    precision=precision,
                     progress=self.progress,
                 )
-                budget = make_budget(dense_cost(graph, profile), **msgspec.to_builtins(run.budget))
+                cost = dense_cost(graph, profile, dense.bytes)
+                budget = make_budget(cost, **msgspec.to_builtins(run.budget))
                 return plan_on_board(
                     self.model,
                     self.inputs,
@@ -189,14 +244,31 @@ class Stages:
                     path,
                     solver=run.prune.solver,
                     levels=run.prune.levels,
-                    effort=find_effort(run.target.effort),
+                    effort=self._effort,
                     resizer=resizer,
                     progress=self.progress,
                 )
 
         settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
-        made_from = [digest(importance), *settings, run.prune.solver, run.prune.levels, run.seed]
-        return self.folder.record(Plan, "plan.json", made_from, make, also=[path.name])
+        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
+        return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
+
+    def _judge(self, graph: Graph, plan: Plan) -> float:
+        """Accuracy of a plan's artifact on the host before any training."""
+        calibration = self.data.require("calibration")
+        smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+        return self._artifact_accuracy(smaller, plan.precision, calibration)
+
+    def _artifact_accuracy(self, module: nn.Module, precision: Precision, batches: Batches) -> float:
+        """Of the module as a file of that precision, run on the host."""
+        if precision.dtype in FLOATS:
+            return evaluate_accuracy(module, batches)
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            path = Path(folder) / f"model{self.format.SUFFIX}"
+            export_model(
+                module, self.inputs, path, format=self.format_name, precision=precision, calibration=self._calibration
+            )
+            return evaluate_artifact(path, batches, format=self.format_name)
 
     def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
         """The smaller model, refitted, and how accurate it is before any training."""
@@ -242,14 +314,62 @@ class Stages:
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
         return smaller.eval(), accuracy
 
-    def export(self, graph: Graph, smaller: nn.Module) -> Artifact:
+    def train_for_8_bits(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
+        """Further training with 8 bits simulated, where they cost more accuracy than the run tolerates."""
+        settings, data = self.run.export, self.data
+        if plan.precision.dtype in FLOATS or data.test is None:
+            return smaller, accuracy
+        test = data.test
+        before = accuracy.after_recovery if accuracy.after_recovery is not None else accuracy.before_recovery
+
+        def make() -> Accuracy:
+            found = self._artifact_accuracy(smaller, plan.precision, test)
+            too_much = before is not None and before - found > settings.tolerance
+            if too_much and settings.epochs and data.train is not None:
+                checkpoint = self.folder / "quantise.checkpoint"
+                self.folder.log(f"8 bits leave an accuracy of {found:.2%}: training with them")
+                weights = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
+                recover_accuracy(
+                    smaller,
+                    data,
+                    teacher=self.model if self.run.recover.distil else None,
+                    epochs=settings.epochs,
+                    lr=self.run.recover.lr / 10,
+                    checkpoint=checkpoint,
+                    seed=self.run.seed,
+                    precision=plan.precision,
+                    progress=self.progress,
+                )
+                trained = self._artifact_accuracy(smaller, plan.precision, test)
+                if trained < found:
+                    smaller.load_state_dict(weights)
+                checkpoint.unlink(missing_ok=True)
+                found = max(trained, found)
+            save_compact(smaller, self.inputs, self.folder.path, name="quantised")
+            return replace(accuracy, quantised=found)
+
+        made_from = [weights_digest(smaller), digest(plan), digest(accuracy), msgspec.to_builtins(settings)]
+        files = ["quantised.pt2", "quantised.safetensors"]
+        accuracy = self.folder.record(Accuracy, "quantised.json", made_from, make, also=files)
+        smaller.load_state_dict(load_file(self.folder / "quantised.safetensors"))
+        return smaller.eval(), accuracy
+
+    def export(self, graph: Graph, plan: Plan, smaller: nn.Module) -> Artifact:
         """What runs on the board."""
-        path = self.folder / "model.onnx"
+        path = self.folder / f"model{self.format.SUFFIX}"
         artifact = self.folder.record(
             Artifact,
             "model.json",
-            [weights_digest(smaller), digest(graph)],
-            lambda: export_model(smaller, self.inputs, path, graph=graph),
+            [weights_digest(smaller), digest(graph), digest(plan.precision), self.format_name],
+            lambda: export_model(
+                smaller,
+                self.inputs,
+                path,
+                format=self.format_name,
+                graph=graph,
+                precision=plan.precision,
+                calibration=None if plan.precision.dtype in FLOATS else self._calibration,
+            ),
             also=[path.name],
         )
         return replace(artifact, path=str(path))
@@ -281,7 +401,10 @@ class Stages:
 
     def bundle(self, plan: Plan, artifact: Artifact, report: Report) -> None:
         """What an app embeds, and the page with the evidence."""
+        settings = self.run.bundle
         made_from = [artifact.sha256, digest(report), digest(plan), self.data.labels, self.data.preprocessing]
+        made_from.append(msgspec.to_builtins(settings))
+        example = as_arrays(first(self.data.require("test"), 1))[0]
         bundle, page = self.folder / "bundle.zip", self.folder / "report.html"
         self.folder.stage(
             "bundle",
@@ -295,6 +418,10 @@ class Stages:
                 bundle,
                 labels=self.data.labels,
                 preprocessing=self.data.preprocessing,
+                kinds=settings.kinds,
+                license=settings.license,
+                key=None if settings.key is None else self.base / settings.key,
+                examples=[array[:1] for array in example],
             ),
         )
         self.folder.stage("page", made_from, [page.name], lambda: report_run(self.folder.path, page))
@@ -304,141 +431,42 @@ class Stages:
         return connect(
             target.name,
             threads=target.threads,
-            runtime=target.runtime,
+            runtime=self.runtime,
             meter=target.meter,
             space=self.folder.path,
             progress=self.progress,
         )
 
+    @cached_property
+    def runtime(self) -> str:
+        """What executes the artifacts on the board."""
+        return choose_runtime(self.run.target.name, self.run.target.runtime, self.run.export.format)
+
+    @cached_property
+    def format_name(self) -> str:
+        """The member of `formats` that it runs."""
+        return runtime_format(self.runtime)
+
+    @property
+    def format(self) -> ModuleType:
+        """That member."""
+        return load_member("formats", self.format_name)
+
+    @property
+    def _effort(self) -> Effort:
+        return find_effort(self.run.target.effort)
+
+    @property
+    def _planning(self) -> list[Any]:
+        return [self.run.prune.solver, self.run.prune.levels, self.run.seed]
+
+    @property
+    def _calibration(self) -> Calibration:
+        """What ranges of activations come from."""
+        return as_arrays(first(self.data.require("calibration"), self.run.prune.batches))
+
     def _accuracy(self, module: nn.Module) -> float | None:
         return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
-
-
-@contextmanager
-def connect(
-    name: str,
-    *,
-    threads: int = 1,
-    runtime: str = "onnxruntime",
-    meter: str | None = None,
-    space: Path | None = None,
-    progress: Progress = silent,
-) -> Iterator[Session]:
-    """An open session on a board of the inventory, or on an embedded one of its own.
-
-    meter: instead of the target's own. space: whose files on the board are shared and reused; the
-        current folder's when not given.
-    """
-    with ExitStack() as stack:
-        target = stack.enter_context(EmbeddedBoard()) if name == EMBEDDED else load_target(name)
-        target = replace(target, threads=threads, runtime=runtime, meter=meter or target.meter)
-        where = str((space or Path.cwd()).resolve())
-        yield stack.enter_context(open_session(target, space=where, progress=progress))
-
-
-def plan_on_board(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    graph: Graph,
-    profile: Profile,
-    importance: Importance,
-    budget: Budget,
-    session: Session,
-    path: Path,
-    *,
-    solver: str = "milp",
-    levels: int = 16,
-    max_rounds: int = MAX_ROUNDS,
-    effort: Effort = DEFAULT,
-    resizer: Resizer | None = None,
-    progress: Progress = silent,
-) -> Plan:
-    """Plan, measure the planned network on the board, correct the tables, plan again.
-
-    path: the profile's file; what is measured here is appended to it. resizer: the one it was
-        profiled with, made here when not given.
-    returns: the plan whose measured latency is within the budget and closest to it, of those whose
-        measured peak memory and energy are within their own. Its `rounds` are the evidence, and `finer_step` says
-        why where it stays below 0.97 of the budget.
-    """
-    rounds: list[PlanRound] = []
-    plans: list[Plan] = []
-    within: list[PlanRound] = []  # the memory and energy budgets, as far as they were measured
-    memory, energy = budget.peak_memory_bytes, budget.energy_j
-    limit, asked = budget.latency_s, next_request(rounds, budget)
-    if limit is None and energy is None:
-        return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
-    resizer = resizer or load_member("formats", "onnx").make_resizer(model, inputs, graph)
-    while (asked is not None or limit is None) and len(rounds) < max_rounds:
-        progress("closing the loop on the board", len(rounds), 0)
-        request = replace(budget, latency_s=asked, peak_memory_bytes=memory, energy_j=energy)
-        try:
-            plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
-        except InfeasibleBudget:
-            # Of the budget itself it is the answer; a corrected one only ends the search for something closer.
-            if rounds:
-                break
-            if asked == limit:
-                raise
-            asked = limit
-            continue
-        profile, measured = measure_widths(
-            model, inputs, graph, session, profile, path, [plan.widths],
-            effort=effort, resizer=resizer, progress=progress,
-        )  # fmt: skip
-        assert plan.predicted.latency_s is not None
-        peak = measured_memory(profile.measurements, plan.widths, graph)
-        joules = measured_energy(profile.measurements, plan.widths, graph)
-        turn = PlanRound(
-            asked_s=asked, predicted_s=plan.predicted.latency_s.median, measured=measured[0], widths=plan.widths,
-            peak_memory_bytes=peak, energy_j=joules,
-        )  # fmt: skip
-        rounds.append(turn)
-        plans.append(plan)
-        less = corrected_limit(budget.peak_memory_bytes, plan.predicted.peak_memory_bytes, peak)
-        predicted_j = plan.predicted.energy_j.median if plan.predicted.energy_j is not None else None
-        weaker = corrected_limit(budget.energy_j, predicted_j, joules.median if joules is not None else None)
-        if less is not None or weaker is not None:  # and the same latency once more
-            memory, energy = int(less) if less is not None else memory, weaker if weaker is not None else energy
-            continue
-        within.append(turn)
-        if limit is None:
-            break
-        asked = next_request(within, budget)
-    fitting = within or rounds
-    if limit is None:
-        return replace(plans[rounds.index(fitting[-1])], budget=budget, rounds=tuple(rounds))
-    best = plans[rounds.index(fitting[best_round(fitting, limit)])]
-    return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(fitting, budget))
-
-
-def compact_and_compensate(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    graph: Graph,
-    plan: Plan,
-    calibration: Batches | None,
-    *,
-    progress: Progress = silent,
-) -> nn.Module:
-    """The smaller model; with calibration batches the layers that read removed channels are refitted.
-
-    Refitted outputs match the dense model's, so its batch-norm statistics still hold: taking them anew
-    costs accuracy. Only where nothing could be refitted they are.
-    """
-    smaller = compact_model(model, inputs, graph, plan.keep)
-    if calibration is not None and not compensate(smaller, model, graph, plan.keep, calibration, progress=progress):
-        reestimate_batch_norm(smaller, calibration)
-    return smaller.eval()
-
-
-def dense_cost(graph: Graph, profile: Profile) -> Cost:
-    """What the dense model takes: its latency and energy as measured, the rest from its graph."""
-    return replace(
-        predict_cost(graph, {}, profile),
-        latency_s=dense_latency(profile),
-        energy_j=measured_energy(profile.measurements, {}, graph),
-    )
 
 
 def weights_digest(model: nn.Module) -> str:

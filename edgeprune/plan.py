@@ -130,6 +130,7 @@ def choose_widths(
         gap=chosen.gap,
         loss=chosen.loss,
         alternatives=results,
+        precision=profile.precision,
         finer_step=_next_step(problem, chosen.levels),
     )
 
@@ -218,8 +219,8 @@ def build_problem(
     if budget.energy_j is not None and profile.energy is not None:
         rows.append(energy_terms(profile, profile.energy, axes).row("energy_j", budget.energy_j))
     if budget.artifact_bytes is not None:
-        weights = artifact_polynomial(graph)
-        terms = volume_terms(artifact_volumes(graph), axes)
+        weights = artifact_polynomial(graph, profile.precision.dtype)
+        terms = volume_terms(artifact_volumes(graph, profile.precision.dtype), axes)
         terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
         rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
     if budget.peak_memory_bytes is not None:

@@ -3,7 +3,9 @@
 *In situ.* Timing kernels alone misses how they fuse and what is in the cache. So whole models of
 different widths are run, and one profiled run measures every kernel in its real surroundings.
 Configurations come in random order over several rounds, each in turns of milliseconds with the dense
-model: what the board's speed does from second to second meets both and falls out of their ratio.
+model: what the board's speed does from second to second meets both and falls out of their ratio. The
+dense model is the float32 one whatever the precision that is profiled, so that a budget means the same
+for all of them.
 After a first batch that spreads over all widths the next ones are those that the tables are least sure
 of, until they predict configurations they have not seen as closely as asked for.
 
@@ -14,11 +16,10 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,8 +31,10 @@ from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
+    FLOAT32,
     Graph,
     Measurement,
+    Precision,
     Profile,
     Quantity,
     Step,
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 
     from edgeprune.device.session import Session
 
-WEIGHTS = "weights.bin"
+WEIGHTS, REFERENCE = "weights.bin", "reference"
 FIRST, FEWER_FIRST, NEXT = 16, 8, 8
 """Configurations of the first batch, of one that starts from known tables, and of each batch after it."""
 
@@ -74,7 +77,7 @@ def profile_target(
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
-    format: str = "onnx",
+    precision: Precision = FLOAT32,
 ) -> Profile:
     """Measure a model at many widths on the board and fit its latency tables.
 
@@ -86,7 +89,8 @@ def profile_target(
     "0.5x" or "12 ms": there the tables shall be surest. known: profiles of other boards, thread counts
     or models; tables of the same kernels are sought as multiples of theirs, which takes fewer widths.
     black_box: time whole models only, as where the runtime tells no kernels.
-    resizer: made once by `formats`, to share it with `measure_widths`.
+    resizer: made once by `formats`, of this precision, to share it with `measure_widths`.
+    precision: of the files that are measured.
     raises: RecordError when `path` holds a profile of another graph, other conditions or other
         widths; AgentError when the dense model or most configurations cannot be run.
     """
@@ -94,9 +98,9 @@ def profile_target(
         raise UsageError("a profile needs at least 2 configurations and 1 round")
     first = min(FEWER_FIRST if known else FIRST, configurations)
     sweep = list(design_configurations(graph, first, held_out, step=step, seed=seed))
-    make = partial(_make_resizer, resizer, format, module, inputs, graph)
+    model = _Model(module, inputs, graph, precision, resizer)
     tables = tuple({table.signature: table for profile in reversed(known) for table in profile.tables}.values())
-    with _Run(graph, session, make, path, effort, progress, tables, black_box) as run:
+    with _Run(model, session, path, effort, progress, tables, black_box) as run:
         batch = sweep
         while batch:
             run.measure(_shuffled(batch, effort.rounds, (seed, len(sweep))))
@@ -105,7 +109,7 @@ def profile_target(
             left = configurations - sum(not item.held_out for item in sweep)
             if not left or not profile.folds or (error is not None and _left_out_error(profile) <= error):
                 break
-            near_s = parse_limit(around, "time").absolute(dense_latency(profile).median) if around else None
+            near_s = parse_limit(around, "time").absolute(reference_latency(profile).median) if around else None
             chosen = choose_next(graph, profile, min(NEXT, left), step=step, budget_s=near_s, seed=seed)
             start = len(sweep)
             batch = [Configuration(name=f"next-{start + n:02d}", widths=widths) for n, widths in enumerate(chosen)]
@@ -125,11 +129,10 @@ def measure_configurations(
     progress: Progress = silent,
     seed: int = 0,
     resizer: Resizer | None = None,
-    format: str = "onnx",
+    precision: Precision = FLOAT32,
 ) -> None:
     """Measure configurations into a profile's file, except what it holds, and fit nothing."""
-    make = partial(_make_resizer, resizer, format, module, inputs, graph)
-    with _Run(graph, session, make, path, effort, progress) as run:
+    with _Run(_Model(module, inputs, graph, precision, resizer), session, path, effort, progress) as run:
         run.measure(_shuffled(sweep, effort.rounds, (seed,)))
 
 
@@ -160,9 +163,8 @@ def measure_widths(
     effort: Effort = DEFAULT,
     progress: Progress = silent,
     resizer: Resizer | None = None,
-    format: str = "onnx",
 ) -> tuple[Profile, list[Quantity]]:
-    """Measure widths that a planner chose, add them to the profile and fit it again.
+    """Measure widths that a planner chose, in the profile's precision, add them to it and fit it again.
 
     returns: the new profile, and each candidate's whole-model latency: its ratio to the dense model in
         the same seconds, times the profile's dense latency.
@@ -174,19 +176,16 @@ def measure_widths(
         for name, widths in zip(names, candidates, strict=True)
         if graph.units | dict(widths) != graph.units
     }
-    make = partial(_make_resizer, resizer, format, module, inputs, graph)
-    with _Run(graph, session, make, path, effort, progress) as run:
+    model = _Model(module, inputs, graph, profile.precision, resizer)
+    with _Run(model, session, path, effort, progress) as run:
         run.measure([(number, list(new.values())) for number in range(effort.repeats)])
     profile = read_profile(path, graph)
     measured = {item.configuration for item in profile.measurements}
     failed = [name for name in new if name not in measured]
     if failed:
         raise AgentError(f"the board could not run the planned model {failed[0]}; see the agent's log")
-    dense_widths = [graph.units | dict(widths) == graph.units for widths in candidates]
-    return profile, [
-        measured_latency(profile.measurements, DENSE if is_dense else name)
-        for name, is_dense in zip(names, dense_widths, strict=True)
-    ]
+    own_dense = None if profile.precision == FLOAT32 else DENSE  # of float32 it is the reference itself
+    return profile, [measured_latency(profile.measurements, name if name in new else own_dense) for name in names]
 
 
 def planned_name(widths: Widths) -> str:
@@ -206,9 +205,35 @@ def measured_energy(measurements: Sequence[Measurement], widths: Widths, graph: 
     return next((energy_per_run(m.power) for m in measurements if m.power and m.widths == full), None)
 
 
-def dense_latency(profile: Profile) -> Quantity:
-    """Whole-model latency of the dense model over all rounds: what a relative budget refers to."""
+def reference_latency(profile: Profile) -> Quantity:
+    """Whole-model latency of the dense float32 model over all rounds: what a relative budget refers to."""
     return measured_latency(profile.measurements)
+
+
+class _Model:
+    """What is profiled, and how its files are made; made late, since that takes seconds."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        graph: Graph,
+        precision: Precision,
+        resizer: Resizer | None,
+    ) -> None:
+        self.module, self.inputs, self.graph, self.precision = module, inputs, graph, precision
+        self._resizer = resizer
+
+    def resizer(self, session: Session) -> Resizer:
+        """Of the profile's precision, in the format that the session's runtime runs."""
+        if self._resizer is None:
+            member = load_member("formats", session.format)
+            self._resizer = member.make_resizer(self.module, self.inputs, self.graph, precision=self.precision)
+        return self._resizer
+
+    def write_reference(self, session: Session, path: Path) -> None:
+        """The dense float32 model."""
+        load_member("formats", session.format).export(self.module, self.inputs, path)
 
 
 class _Run:
@@ -216,18 +241,18 @@ class _Run:
 
     def __init__(
         self,
-        graph: Graph,
+        model: _Model,
         session: Session,
-        make_resizer: Callable[[], Resizer],
         path: Path,
         effort: Effort,
         progress: Progress,
         known: tuple[Table, ...] = (),
         black_box: bool = False,
     ) -> None:
-        self.graph = graph
+        self.model = model
+        self.graph = model.graph
         self.session = session
-        self._make_resizer = make_resizer
+        self.suffix = load_member("formats", session.format).SUFFIX
         self.path = path
         self.effort = effort
         self.progress = progress
@@ -248,9 +273,14 @@ class _Run:
         """
         heading, done = read_measurements(self.path)
         self.black_box = heading.black_box if heading is not None else self.black_box
-        conditions = self.session.conditions()
+        precision = self.model.precision
+        conditions = self.session.conditions(dtype=precision.dtype)
         if heading is not None:
             check_graph(heading, self.graph, self.path)
+            if heading.precision != precision:
+                raise RecordError(
+                    f"{self.path} is a profile of {heading.precision.name}, not of {precision.name}; use another file"
+                )
             if heading.conditions.key() != conditions.key():
                 unlike = "; ".join(heading.conditions.unlike(conditions))
                 raise RecordError(
@@ -273,7 +303,7 @@ class _Run:
             return
         # Made only now: it takes seconds, and a complete profile needs none.
         self.progress("exporting", 0, 0)
-        resizer = self._make_resizer()
+        resizer = self.model.resizer(self.session)
         self._push(resizer, {slot.configuration.name: slot.configuration for slot in slots})
         job = heading.job if heading is not None else f"profile-{self.graph.model_sha256[:8]}-{secrets.token_hex(4)}"
         mapped = resizer.map_kernels(None) if self.black_box else self._map_kernels(resizer, job)
@@ -284,6 +314,7 @@ class _Run:
                 artifact_sha256=resizer.dense_sha256, dense_bytes=resizer.dense_bytes,
                 kernels=mapped.kernels, job=job,
                 known=tuple(table for table in self.known if table.signature in signatures), black_box=self.black_box,
+                precision=precision,
             )  # fmt: skip
             append_record(self.path, heading)
         # As sets: of kernels that do not wait for each other the runtime takes now the one first, now the other.
@@ -300,22 +331,41 @@ class _Run:
         wanted = {DENSE: Configuration(name=DENSE, widths=self.graph.units), **configurations}
         for index, (name, configuration) in enumerate(wanted.items()):
             self.progress("making widths", index, len(wanted))
-            resizer.write_structure(configuration.widths, folder / f"{name}.onnx", WEIGHTS)
-            files[f"{name}.onnx"] = folder / f"{name}.onnx"
+            file = f"{name}{self.suffix}"
+            files[file] = folder / file
+            resizer.write_structure(configuration.widths, files[file], WEIGHTS)
+        if self.reference not in files:
+            files[self.reference] = folder / self.reference
+            self.model.write_reference(self.session, files[self.reference])
         self.progress("making widths", len(wanted), len(wanted))
         self.session.push(files)
 
+    @property
+    def reference(self) -> str:
+        """The file of the dense float32 model, against which everything is timed."""
+        return f"{DENSE if self.model.precision == FLOAT32 else REFERENCE}{self.suffix}"
+
     def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
-        """Learn the kernels from one profiled run of the dense model."""
-        step = Step(key="dense-kernels", kind="kernels", artifact=f"{DENSE}.onnx", runs=self.effort.profiled_runs)
+        """Learn the kernels from one profiled run of the dense model; what tells none is profiled as a black box."""
+        dense = f"{DENSE}{self.suffix}"
+        step = Step(key="dense-kernels", kind="kernels", artifact=dense, runs=self.effort.profiled_runs)
         (result,) = self.session.run([step], job=job)
+        if result.no_kernels:
+            self.black_box = True
+            return resizer.map_kernels(None)
         if result.error is not None:
             raise AgentError(f"the board cannot run the dense model: {result.error}")
         return resizer.map_kernels(result.kernels)
 
     def _run_slots(self, slots: Sequence[_Slot], job: str, mapped: KernelMap) -> None:
         metered = self.session.target.meter != "none"
-        steps = {slot: slot.steps(self.effort, kernels=not self.black_box, metered=metered) for slot in slots}
+        steps = {
+            slot: slot.steps(
+                f"{slot.configuration.name}{self.suffix}", self.reference, self.effort,
+                kernels=not self.black_box, metered=metered,
+            )
+            for slot in slots
+        }  # fmt: skip
         by_key = {step.key: slot for slot, its in steps.items() for step in its}
         waiting: dict[_Slot, dict[str, StepResult]] = {slot: {} for slot in slots}
         failures: dict[str, str] = {}
@@ -352,18 +402,18 @@ class _Slot:
     configuration: Configuration
     round: int
 
-    def steps(self, effort: Effort, *, kernels: bool, metered: bool) -> list[Step]:
-        """The whole model and its kernels against the dense one; once, for some, the memory and the energy."""
-        key, ours, dense = f"{self.round}-{self.configuration.name}", f"{self.configuration.name}.onnx", f"{DENSE}.onnx"
+    def steps(self, ours: str, reference: str, effort: Effort, *, kernels: bool, metered: bool) -> list[Step]:
+        """The whole model and its kernels against the reference; once, for some, the memory and the energy."""
+        key = f"{self.round}-{self.configuration.name}"
         steps = [
             Step(
-                key=f"{key}-time", kind="time", artifact=ours, against=dense, seconds=effort.seconds,
+                key=f"{key}-time", kind="time", artifact=ours, against=reference, seconds=effort.seconds,
                 precision=effort.precision, min_samples=effort.samples,
             ),
         ]  # fmt: skip
         if kernels:
             steps.append(
-                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=dense, runs=effort.profiled_runs)
+                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=reference, runs=effort.profiled_runs)
             )
         if self.round == 0 and self.configuration.memory:
             steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
@@ -396,9 +446,3 @@ def _missing(schedule: Sequence[tuple[int, Sequence[Configuration]]], done: Sequ
         for configuration in configurations:
             if (number, configuration.name) not in have:
                 yield _Slot(configuration=configuration, round=number)
-
-
-def _make_resizer(
-    given: Resizer | None, format: str, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph
-) -> Resizer:
-    return given or cast("Resizer", load_member("formats", format).make_resizer(module, inputs, graph))

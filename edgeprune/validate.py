@@ -17,6 +17,7 @@ from edgeprune.core.checks import check_budget, check_parity
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError
+from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Accuracy,
@@ -34,6 +35,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.stats import clean_turns, median, quantity, statistic, turn_ratios
 from edgeprune.core.store import sha256_file
+from edgeprune.core.tensors import decode, encode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Session
 
 NO_METER = "none"
+QUANTISED = ("dynamic", "int8")
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
+"""Largest |board - host| / max |host|: numbers of 8 bits may be rounded otherwise by another processor's kernels."""
 NumberArray = npt.NDArray[Any]
 
 
@@ -52,8 +57,8 @@ MOST_ROUNDS = 4
 class Examples:
     """Real inputs and what the host makes of them.
 
-    inputs: the artifact's input names -> arrays, leading axis = examples, one length for all.
-    reference: the host module's float32 outputs in the artifact's order, leading axis = examples.
+    inputs: the artifact's input names -> arrays as it wants them, leading axis = examples, one length for all.
+    reference: outputs on the host in the artifact's order, as the module has them, leading axis = examples.
     targets: (examples,) class indices, or None where the task is not classification.
     """
 
@@ -68,10 +73,11 @@ class Examples:
 def collect_examples(
     module: nn.Module, batches: Iterable[tuple[Any, Any]], artifact: Artifact, *, limit: int = 512
 ) -> Examples:
-    """The first `limit` examples of `batches` with the module's float32 outputs on them.
+    """The first `limit` examples of `batches` with the outputs that the board is held against.
 
-    module: in evaluation mode; its outputs are the reference. batches: (inputs, targets) of tensors;
-    inputs may be a tuple where the model takes several.
+    module: in evaluation mode; its outputs are the reference, or of an artifact with numbers of 8 bits the artifact's
+    own on the host: what those numbers cost is a matter of accuracy, not of the board.
+    batches: (inputs, targets) of tensors; inputs may be a tuple where the model takes several.
     raises: DataError when there is no example, or the inputs are not the artifact's.
     """
     import torch
@@ -85,10 +91,14 @@ def collect_examples(
         tensors = [part[: limit - taken] for part in (given if isinstance(given, tuple | list) else (given,))]
         if len(tensors) != len(artifact.inputs):
             raise DataError(f"the data gives {len(tensors)} inputs, {artifact.path} takes {len(artifact.inputs)}")
-        with torch.no_grad():
-            leaves = [leaf for leaf in tree_leaves(module(*tensors)) if isinstance(leaf, torch.Tensor)]
-        inputs.append([tensor.numpy(force=True) for tensor in tensors])
-        outputs.append([leaf.float().numpy(force=True) for leaf in leaves])
+        arrays = [tensor.numpy(force=True) for tensor in tensors]
+        if artifact.dtype in QUANTISED:
+            outputs.append(load_member("formats", artifact.format).run(Path(artifact.path), arrays))
+        else:
+            with torch.no_grad():
+                leaves = [leaf for leaf in tree_leaves(module(*tensors)) if isinstance(leaf, torch.Tensor)]
+            outputs.append([leaf.float().numpy(force=True) for leaf in leaves])
+        inputs.append([encode(array, info) for array, info in zip(arrays, artifact.inputs, strict=True)])
         targets.append(np.asarray(wanted)[: limit - taken])
         taken += len(tensors[0])
         if taken >= limit:
@@ -113,7 +123,7 @@ def validate_artifact(
     predicted: Cost,
     dense_counts: Cost | None = None,
     accuracy: Accuracy | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float | None = None,
     agreement: float = 0.99,
     effort: Effort = DEFAULT,
     provenance: Mapping[str, str] | None = None,
@@ -126,7 +136,8 @@ def validate_artifact(
     budget: where its latency was asked as a share of the dense model, that share is held against the
         ratio of neighbouring turns, since a machine that others share changes its speed from second to
         second. The limit in seconds, and the prediction, are then at the speed of this validation.
-    tolerance: largest |board - host| / max |host|. agreement: least share of equal top-1 answers.
+    tolerance: largest |board - host| / max |host|; None: by the artifact's dtype. agreement: least share of equal
+        top-1 answers.
     effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
         many while the limit lies inside the measured interval.
     returns: the report. A limit that is not met is a failed check in it, not an exception.
@@ -178,7 +189,7 @@ def validate_artifact(
         *check_budget(
             replace(budget, latency_s=limit), predicted, costs["compact"], asked, board.conditions, slowness=slowness
         ),
-        *check_parity(error, tolerance, agreement),
+        *check_parity(error, TOLERANCES[artifact.dtype] if tolerance is None else tolerance, agreement),
     ]
     return Report(
         artifact_sha256=artifact.sha256,
@@ -309,7 +320,7 @@ def _check_unaltered(artifact: Artifact) -> None:
 def _read_outputs(path: Path, artifact: Artifact) -> list[NumberArray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return [arrays[output.name] for output in artifact.outputs]
+            return [decode(arrays[output.name], output) for output in artifact.outputs]
     except (KeyError, ValueError, OSError) as error:
         raise AgentError(f"the board's outputs cannot be read ({error}); run the validation again") from error
 

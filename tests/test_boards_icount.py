@@ -29,7 +29,7 @@ from edgeprune.core.records import Report, Step, Target
 from edgeprune.core.stats import median
 from edgeprune.core.store import read_record
 from edgeprune.device.session import open_session
-from edgeprune.pipeline import dense_cost, plan_on_board
+from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.profile import profile_target
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph

@@ -24,7 +24,7 @@ from edgeprune.core.records import PowerSamples, Quantity, Step, StepResult, Tar
 from edgeprune.device.meters import open_meter
 from edgeprune.device.results import read_power
 from edgeprune.device.session import open_session
-from edgeprune.pipeline import dense_cost, plan_on_board
+from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.profile import profile_target
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph

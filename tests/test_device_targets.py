@@ -19,8 +19,9 @@ from edgeprune.core.errors import BoardNotReady, ConnectionLost, DeviceError, Un
 from edgeprune.core.records import BoardFacts, Target
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.facts import Board
-from edgeprune.device.install import check_platform, download_wheels, platform_tags
+from edgeprune.device.install import choose_wheels, download_wheels, platform_tags
 from edgeprune.device.runtimes import onnxruntime as runtime
+from edgeprune.device.runtimes import tflite
 from edgeprune.device.targets import check_target, list_targets, load_target, read_target, setup_target
 from edgeprune.device.transports._ssh_address import resolve_address
 
@@ -62,7 +63,8 @@ def test_unknown_target_lists_the_known(name: str, tmp_path: Path) -> None:
         ("board = 3", r"board"),
         ('board = "toaster"', r"unknown board 'toaster'; known: android, jetson, linux, raspberry_pi"),
         ('transport = "pigeon"', "known: adb, local, replay, ssh"),
-        ('runtime = "tpu"', "unknown runtime 'tpu'; known: onnxruntime"),
+        ('runtime = "tpu"', "unknown runtime 'tpu'; known: onnxruntime, t"),
+        ('runtime = "onnxruntime:threads=2"', "'threads' is not an option of the runtime onnxruntime; known: none"),
         ('meter = "gas"', "unknown meter 'gas'; known: android_battery, command, hwmon"),
         ('meter = "rapl:core=1"', "'core' is not an option of rapl; known: domain"),
         ('meter = "tegrastats:interval_ms=0"', "readings every 0 s"),
@@ -140,7 +142,7 @@ READY = Board(
 
 
 def test_tags_of_a_raspberry_pi() -> None:
-    assert check_platform(LAB, READY, runtime.ARCHITECTURES, runtime.OLDEST_GLIBC) == (2, 36)
+    assert choose_wheels(LAB, READY, runtime.WHEELS) == (("onnxruntime>=1.19,<2", "numpy>=1.26,<3"), (2, 36))
     tags = platform_tags("aarch64", (2, 28))
     assert tags[0] == "manylinux_2_28_aarch64"
     assert tags[-2:] == ["manylinux_2_17_aarch64", "manylinux2014_aarch64"]
@@ -158,7 +160,38 @@ def test_tags_of_a_raspberry_pi() -> None:
 )
 def test_board_that_cannot_have_the_runtime(change: dict[str, object], message: str) -> None:
     with pytest.raises(BoardNotReady, match=message):
-        check_platform(LAB, replace(READY, **change), runtime.ARCHITECTURES, runtime.OLDEST_GLIBC)
+        choose_wheels(LAB, replace(READY, **change), runtime.WHEELS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "python", "libc", "chosen"),
+    [
+        ("aarch64", (3, 11, 2), "glibc 2.36", "ai-edge-litert==2.3.0"),
+        ("aarch64", (3, 13, 0), "glibc 2.27", "ai-edge-litert==2.3.0"),
+        ("armv7l", (3, 11, 2), "glibc 2.36", "tflite-runtime==2.14.0"),
+        ("aarch64", (3, 9, 2), "glibc 2.36", "tflite-runtime==2.14.0"),
+        ("aarch64", (3, 9, 2), "glibc 2.31", "tflite-runtime==2.13.0"),
+    ],
+)
+def test_tflite_has_a_package_for_most_boards(arch: str, python: tuple[int, ...], libc: str, chosen: str) -> None:
+    board = replace(READY, facts=replace(READY.facts, arch=arch), python_version=python, libc=libc)
+    requirements, _ = choose_wheels(replace(LAB, runtime="tflite:delegate=none"), board, tflite.WHEELS)
+    assert requirements[0] == chosen
+    assert ("<2" in requirements[1]) == chosen.startswith("tflite")
+
+
+@pytest.mark.parametrize(
+    ("arch", "python", "libc", "message"),
+    [
+        ("riscv64", (3, 11, 2), "glibc 2.36", "no tflite wheels for riscv64, only for x86_64, aarch64, armv7l"),
+        ("armv7l", (3, 13, 0), "glibc 2.41", r"needs Python 3\.9 to 3\.11 or .* on armv7l, the board has 3\.13"),
+        ("armv7l", (3, 11, 2), "glibc 2.31", r"needs glibc 2\.34, the board has 2\.31"),
+    ],
+)
+def test_board_that_cannot_have_tflite(arch: str, python: tuple[int, ...], libc: str, message: str) -> None:
+    board = replace(READY, facts=replace(READY.facts, arch=arch), python_version=python, libc=libc)
+    with pytest.raises(BoardNotReady, match=message):
+        choose_wheels(replace(LAB, runtime="tflite"), board, tflite.WHEELS)
 
 
 def write_wheel(folder: Path, name: str, version: str) -> None:
@@ -206,7 +239,7 @@ def test_pip_that_finds_nothing_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         DeviceError, match=r"cannot download onnxruntime.* for aarch64, Python 3\.11, glibc 2\.36 .*ERROR"
     ):
-        download_wheels(runtime.REQUIREMENTS, READY, (2, 36), tmp_path)
+        download_wheels(runtime.WHEELS[0]["requirements"], READY, (2, 36), tmp_path)
 
 
 def test_device_package_imports_nothing_heavy() -> None:

@@ -196,10 +196,12 @@ def test_values_that_depend_on_widths_are_refused(tmp_path: Path, caplog: pytest
 
 def test_export_keeps_names_mode_and_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = _tiny().train()
-    artifact = format.export(module, X, tmp_path / "model.onnx", graph_sha256="abc")
+    graph = trace_graph(module, X)
+    module.train()
+    artifact = format.export(module, X, tmp_path / "model.onnx", graph=graph)
     assert module.training
     assert capfd.readouterr().out == ""
-    assert artifact.graph_sha256 == "abc"
+    assert artifact.graph_sha256 == graph.model_sha256
     assert artifact.inputs[0].shape == (1, 3, 8, 8)
     assert artifact.bytes == (tmp_path / "model.onnx").stat().st_size
     assert artifact.tools["opset"] == "20"

@@ -41,7 +41,7 @@ from edgeprune.core.store import read_lines
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
 from edgeprune.formats.onnx import make_resizer
-from edgeprune.profile import dense_latency, measure_widths, measured_energy, profile_target, read_profile
+from edgeprune.profile import measure_widths, measured_energy, profile_target, read_profile, reference_latency
 from edgeprune.tables.black_box import BlackBox
 from edgeprune.tables.combine import PLANNED, average_rounds, combine, fit_memory, measured_latency
 from edgeprune.tables.design import DENSE, Configuration, choose_next, design_configurations
@@ -209,7 +209,7 @@ def test_intervals_hold_what_is_true(seed: int) -> None:
     """Of latencies that were never measured nine of ten lie within the interval, and it is not wide."""
     graph = _chain_graph()
     profile = _profile(graph, _measure(graph, seed=seed))
-    dense = dense_latency(profile).median / _true_latency(graph, graph.units)
+    dense = reference_latency(profile).median / _true_latency(graph, graph.units)
     plans = [item.widths for item in design_configurations(graph, 2, 100, seed=50 + seed) if item.held_out]
     told = [predict_cost(graph, widths, profile).latency_s for widths in plans]
     assert all(quantity is not None for quantity in told)
@@ -232,7 +232,7 @@ def test_the_next_configurations_are_where_the_tables_are_least_sure() -> None:
     assert len({tuple(widths.values()) for widths in chosen}) == 8
     assert all(widths[group.name] % 8 == 0 for widths in chosen for group in graph.groups)
     assert sum(widths["g1"] < 96 for widths in chosen) >= 6
-    budget_s = 0.5 * dense_latency(profile).median
+    budget_s = 0.5 * reference_latency(profile).median
     near = choose_next(graph, profile, 8, budget_s=budget_s)
     shares = [predict_latency(graph, widths, profile) / budget_s for widths in near]
     assert 0.6 < np.median(shares) < 1.5
@@ -279,7 +279,7 @@ def test_power_of_each_operator_is_found() -> None:
     """Three operators draw 2, 5 and 3 W, the meter errs by 2 %: energies of unseen widths are within 3 %."""
     graph, rng = _chain_graph(), np.random.default_rng(1)
     kernels, watts = _kernels(graph), {"k0": 2.0, "k1": 5.0, "k2": 3.0}
-    fast = dense_latency(_profile(graph, _measure(graph))).median / _true_latency(graph, graph.units)
+    fast = reference_latency(_profile(graph, _measure(graph))).median / _true_latency(graph, graph.units)
 
     def metered(item: Measurement) -> Measurement:
         joules = 3.0 * fast * 3e-6
@@ -341,7 +341,7 @@ def test_changes_of_speed_fall_out_of_ratios() -> None:
     assert max(abs(raw[name] / raw[DENSE] / (calm[name] / calm[DENSE]) - 1) for name in calm) > 0.2
 
 
-def test_planned_widths_do_not_move_the_dense_latency() -> None:
+def test_planned_widths_do_not_move_the_reference_latency() -> None:
     measurements = _measure(_chain_graph())
     slow = Samples(values=tuple(3 * value for value in measurements[0].dense.values), per_turn=2)
     planned = replace(measurements[0], configuration=PLANNED + "x", dense=slow)
@@ -508,7 +508,7 @@ def test_killed_profiling_goes_on(session: Session, target: Target, tmp_path: Pa
     )
     assert len(grown.measurements) == EXPECTED + 2
     assert latency.low <= latency.median <= latency.high
-    assert dense == dense_latency(grown)
+    assert dense == reference_latency(grown)
     unchanged, repeated = measure_widths(module, inputs, graph, session, grown, path, [half], effort=BRIEF)
     assert unchanged.measurements == grown.measurements
     assert repeated == [latency]

@@ -37,7 +37,7 @@ from edgeprune.core.records import Plan, Step
 from edgeprune.core.stats import median, turn_ratios
 from edgeprune.device.session import Session
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.pipeline import compact_and_compensate, connect, dense_cost, plan_on_board
+from edgeprune.on_board import compact_and_compensate, connect, dense_cost, plan_on_board
 from edgeprune.profile import profile_target
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.score import score_groups

@@ -14,6 +14,7 @@ from edgeprune.cli.common import (
     Inexact,
     MeterName,
     Model,
+    RuntimeName,
     Shapes,
     TargetName,
     Threads,
@@ -59,13 +60,17 @@ def setup_board(
 
 def measure(
     files: Annotated[list[Path], typer.Argument(help="a model file, or two to compare")], target: TargetName,
-    threads: Threads = 1, effort: EffortName = "default", meter: MeterName = None,
+    threads: Threads = 1, runtime: RuntimeName = None, effort: EffortName = "default", meter: MeterName = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="keep the record with its raw samples")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Benchmark a model file on a board, or compare two in turns."""
     level = find_effort(effort)
-    with bars() as progress, edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
+    runtime = edgeprune.choose_runtime(target, runtime, files[0].suffix.lstrip(".").lower())
+    with (
+        bars() as progress,
+        edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress) as session,
+    ):
         measured = edgeprune.measure_files(files, session, effort=level, progress=progress)
     if out:
         edgeprune.write_record(out, measured)

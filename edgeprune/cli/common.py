@@ -27,6 +27,10 @@ TargetName = Annotated[str, typer.Option("--target", help="a board of the invent
 EffortName = Annotated[str, typer.Option("--effort", help="board time: quick, default or thorough")]
 Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime on the board")]
 MeterName = Annotated[str | None, typer.Option("--meter", help="what measures power, instead of the target's own")]
+RuntimeName = Annotated[
+    str | None, typer.Option("--runtime", help="what executes it on the board, instead of the target's own")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16, dynamic or int8")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="where to write the result")]
 Source = Annotated[str, typer.Option("--data", help="path.py:function, package.module:function or .npz")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON")]

@@ -21,12 +21,15 @@ def demo(out: Out = Path("runs/demo"), latency: Limit = "0.5x") -> None:
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="the run file")] = Path("edgeprune.toml"), as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(help="the run file")] = Path("edgeprune.toml"),
+    format: Annotated[str | None, typer.Option(help="onnx or tflite, instead of what the file says")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, dynamic, int8 or auto, likewise")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """The whole pipeline on yours; resumes where it stopped."""
     from edgeprune.core.runfile import read_run_file
 
-    settings = read_run_file(file)
+    settings = read_run_file(file, format=format, dtype=dtype)
     with bars() as progress:
         report = edgeprune.run_pipeline(settings, file.parent, progress)
     show(report, as_json, "summary", file.parent / settings.output.dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -13,12 +13,14 @@ import edgeprune
 from edgeprune.cli.common import (
     UNMEASURED,
     AsJson,
+    Dtype,
     EffortName,
     Inexact,
     Limit,
     MeterName,
     Model,
     Out,
+    RuntimeName,
     Shapes,
     Source,
     TargetName,
@@ -30,9 +32,18 @@ from edgeprune.cli.common import (
     raise_unmet,
     show,
 )
-from edgeprune.core.effort import find_effort
+from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgeprune.core.progress import Progress
+    from edgeprune.core.records import Precision
+    from edgeprune.device.session import Session
+
+CALIBRATION_BATCHES = 8
 
 
 def trace(
@@ -59,6 +70,7 @@ def profile(
         list[Path] | None, typer.Option("--from", help="profiles of the same kernels elsewhere, or folders of them")
     ] = None,
     black_box: Annotated[bool, typer.Option("--black-box", help="time whole models only, no kernels")] = False,
+    runtime: RuntimeName = None, dtype: Dtype = "float32",
     effort: EffortName = "default", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure the latency tables of a model on a board, or on several at once; goes on where it was stopped."""
@@ -68,25 +80,45 @@ def profile(
         raise UsageError("--from, --around and --black-box are for one board; a fleet measures all configurations")
     with bars() as progress, ExitStack() as stack:
         boards = [
-            stack.enter_context(edgeprune.connect(each, threads=threads, meter=meter, progress=progress))
+            stack.enter_context(
+                edgeprune.connect(each, threads=threads, runtime=runtime, meter=meter, progress=progress)
+            )
             for each in names
         ]
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
+        precision = choose_precision(module, inputs, boards[0], dtype, out, level, progress)
         if len(boards) > 1:
             fleet = edgeprune.profile_fleet(
                 module, inputs, graph, boards, path=out, configurations=configurations, held_out=held_out, effort=level,
-                progress=progress,
+                precision=precision, progress=progress,
             )  # fmt: skip
             tables = fleet.profile
         else:
             tables = edgeprune.profile_target(
                 module, inputs, graph, boards[0], path=out, configurations=configurations, held_out=held_out,
                 error=error or None, around=around, known=[edgeprune.read_profile(path) for path in paths],
-                black_box=black_box, effort=level, progress=progress,
+                black_box=black_box, effort=level, precision=precision, progress=progress,
             )  # fmt: skip
     if len(boards) > 1 and not as_json:
         print(fleet)
     show(tables, as_json, "describe_profile")
+
+
+def choose_precision(
+    module: nn.Module, inputs: tuple[Tensor, ...], session: Session, dtype: str, path: Path, effort: Effort,
+    progress: Progress,
+) -> Precision:  # fmt: skip
+    """Of a dtype the precision that is fastest on the board, or the one that a profile was begun with."""
+    from edgeprune.core.records import FLOAT32
+    from edgeprune.tables.stored import read_measurements
+
+    heading, _ = read_measurements(path)
+    if heading is not None and heading.precision.dtype == dtype:
+        return heading.precision
+    if dtype == FLOAT32.dtype:
+        return FLOAT32
+    trials = edgeprune.try_precisions(module, inputs, session, dtype, effort=effort, progress=progress)
+    return trials[0].precision
 
 
 def score(
@@ -115,7 +147,8 @@ def plan(
     size: Limit = None, energy: Limit = None,
     power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
-    threads: Threads = 1, meter: MeterName = None, effort: EffortName = "default", solver: str = "milp",
+    threads: Threads = 1, runtime: RuntimeName = None, meter: MeterName = None, effort: EffortName = "default",
+    solver: str = "milp",
     levels: int = 16, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
@@ -134,7 +167,8 @@ def plan(
                 graph, tables, scores, budget, solver=solver, levels=levels, progress=progress
             )
         else:
-            with edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
+            runtime = runtime or tables.conditions.runtime
+            with edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress) as session:
                 chosen = edgeprune.plan_on_board(
                     module, inputs, graph, tables, scores, budget, session, profile, solver=solver, levels=levels,
                     effort=find_effort(effort), progress=progress,
@@ -180,12 +214,33 @@ def recover(
 
 def export(
     model: Model, out: Out, weights: Weights = None, shapes: Shapes = None,
-    format: Annotated[str, typer.Option(help="artifact format")] = "onnx", as_json: AsJson = False,
+    format: Annotated[str | None, typer.Option(help="onnx or tflite; by default as the file's name says")] = None,
+    dtype: Dtype = "float32",
+    activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
+    data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write the artifact that runs on the board, checked on the host."""
-    load_member("formats", format)
-    artifact = edgeprune.export_model(*load(model, weights, shapes), out, format=format)
+    name = format or out.suffix.lstrip(".").lower()
+    precision = find_precision(load_member("formats", name).PRECISIONS, dtype, activations)
+    calibration = None
+    if data is not None:
+        from edgeprune.load import as_arrays
+
+        batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
+        calibration = as_arrays(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False))
+    artifact = edgeprune.export_model(
+        *load(model, weights, shapes), out, format=name, precision=precision, calibration=calibration
+    )
     show(artifact, as_json, "describe_artifact")
+
+
+def find_precision(known: tuple[Precision, ...], dtype: str, activations: str | None) -> Precision:
+    """The first of a format's precisions that fits. raises: UsageError listing them."""
+    fitting = [each for each in known if each.dtype == dtype and activations in (None, each.activations)]
+    if not fitting:
+        raise UsageError(f"cannot write {dtype} {activations or ''}; known: {', '.join(each.name for each in known)}")
+    return fitting[0]
 
 
 def validate(
@@ -194,7 +249,7 @@ def validate(
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
     plan: Annotated[Path, typer.Option(help="from `edgeprune plan`: the budgets and what was predicted")],
     data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, threads: Threads = 1,
-    effort: EffortName = "default", meter: MeterName = None, as_json: AsJson = False,
+    runtime: RuntimeName = None, effort: EffortName = "default", meter: MeterName = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.records import Plan
@@ -203,7 +258,11 @@ def validate(
     chosen = edgeprune.read_record(Plan, plan)
     files = [load_member("formats", file.suffix.lstrip(".")).inspect(file) for file in (artifact, dense)]
     examples = edgeprune.collect_examples(module, edgeprune.load_data(data, Path.cwd()).require("test"), files[0])
-    with bars() as progress, edgeprune.connect(target, threads=threads, meter=meter, progress=progress) as session:
+    runtime = edgeprune.choose_runtime(target, runtime, files[0].format)
+    with (
+        bars() as progress,
+        edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress) as session,
+    ):
         report = edgeprune.validate_artifact(
             files[0], session, dense=files[1], examples=examples, budget=chosen.budget, predicted=chosen.predicted,
             effort=find_effort(effort), progress=progress,

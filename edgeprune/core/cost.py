@@ -35,6 +35,9 @@ PRODUCTS = frozenset({"matmul", "bmm", "mm"})
 INTERVAL_SHARE = 0.9
 """How many of the measured latencies a predicted interval is to hold."""
 
+BYTES_PER_SCALE = 9
+"""A float32 and, of ONNX, a zero point of 8 bits; the scale of the bias beside it."""
+
 Polynomial = dict[tuple[str, ...], float]
 """Sum of coefficient x product of widths: {(): 3.0, ("a",): 2.0, ("a", "b"): 9.0}; names sorted."""
 
@@ -130,12 +133,25 @@ def count_macs(graph: Graph, widths: Widths) -> int:
     return evaluate(mac_polynomial(graph), widths, graph.units)
 
 
-def artifact_volumes(graph: Graph) -> tuple[tuple[tuple[Extent, ...], int], ...]:
+def artifact_volumes(graph: Graph, dtype: str = "float32") -> tuple[tuple[tuple[Extent, ...], int], ...]:
     """Axis sizes and bytes per element of every tensor in an exported file.
 
     A batch norm that directly follows a convolution is folded into it by the exporter: its four
-    vectors vanish and the convolution has a bias.
+    vectors vanish and the convolution has a bias. Weights of 8 bits have a scale and a zero point for each
+    output channel.
     """
+    tensors = _stored_tensors(graph)
+    if dtype == "float16":
+        return tuple((extents, size // 2 if size == FLOAT_BYTES else size) for extents, size in tensors)
+    if dtype == "float32":
+        return tensors
+    weights = [extents for extents, size in tensors if len(extents) > 1 and size == FLOAT_BYTES]
+    rest = [(extents, size) for extents, size in tensors if len(extents) <= 1 or size != FLOAT_BYTES]
+    scales = [(extents[:1], BYTES_PER_SCALE) for extents in weights]
+    return (*((extents, 1) for extents in weights), *scales, *rest)
+
+
+def _stored_tensors(graph: Graph) -> tuple[tuple[tuple[Extent, ...], int], ...]:
     nodes = {node.name: node for node in graph.nodes}
     readers = _readers(graph)
     parameters = {p.name: p for p in graph.parameters}
@@ -157,17 +173,17 @@ def artifact_volumes(graph: Graph) -> tuple[tuple[tuple[Extent, ...], int], ...]
     return tuple(stored.values())
 
 
-def artifact_polynomial(graph: Graph) -> Polynomial:
+def artifact_polynomial(graph: Graph, dtype: str = "float32") -> Polynomial:
     """Bytes of the weights in an exported file."""
-    return add(volume(extents, element_bytes) for extents, element_bytes in artifact_volumes(graph))
+    return add(volume(extents, element_bytes) for extents, element_bytes in artifact_volumes(graph, dtype))
 
 
-def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int) -> int:
+def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int, dtype: str = "float32") -> int:
     """Size of the exported file: its weights at `widths`, and the rest of the dense file as it is.
 
     dense_bytes: size of the dense artifact, as measured.
     """
-    weights = artifact_polynomial(graph)
+    weights = artifact_polynomial(graph, dtype)
     dense = evaluate(weights, graph.units, graph.units)
     return max(dense_bytes - dense, 0) + evaluate(weights, widths, graph.units)
 
@@ -341,7 +357,7 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
     latency = size = None
     if profile is not None:
         latency = latency_interval(graph, widths, profile)
-        size = artifact_bytes(graph, widths, profile.dense_bytes)
+        size = artifact_bytes(graph, widths, profile.dense_bytes, profile.precision.dtype)
     memory = peak_memory_bytes(graph, widths, *([profile.conditions.arch] if profile is not None else []))
     if profile is not None and profile.memory is not None:
         memory = round(profile.memory.base_bytes + profile.memory.scale * memory)

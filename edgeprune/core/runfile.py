@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -34,7 +34,7 @@ class TargetSection(_Section, frozen=True, kw_only=True):
     """The board: an entry of the inventory, with the runtime's settings for this run."""
 
     name: str
-    runtime: str = "onnxruntime"
+    runtime: str | None = None
     threads: int = 1
     meter: str | None = None
     effort: Literal["quick", "default", "thorough"] = "default"
@@ -78,6 +78,26 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     distil: bool = True
 
 
+class ExportSection(_Section, frozen=True, kw_only=True):
+    """What kind of file runs on the board; by default what the target's runtime runs, in float32.
+
+    tolerance: accuracy that 8 bits may cost before the model is trained for them, `epochs` long.
+    """
+
+    format: str | None = None
+    dtype: Literal["float32", "float16", "dynamic", "int8", "auto"] = "float32"
+    tolerance: float = 0.01
+    epochs: int = 2
+
+
+class BundleSection(_Section, frozen=True, kw_only=True):
+    """What kinds of apps the bundle is for, its SPDX licence, and the private key (PEM) that it is signed with."""
+
+    kinds: tuple[Literal["python", "cpp", "android"], ...] = ("python", "cpp")
+    license: str | None = None
+    key: str | None = None
+
+
 class OutputSection(_Section, frozen=True, kw_only=True):
     """Where everything is written."""
 
@@ -95,6 +115,8 @@ class RunFile(_Section, frozen=True, kw_only=True):
     profile: ProfileSection = ProfileSection()
     prune: PruneSection = PruneSection()
     recover: RecoverSection = RecoverSection()
+    export: ExportSection = ExportSection()
+    bundle: BundleSection = BundleSection()
     seed: int = 0
 
     @property
@@ -103,10 +125,10 @@ class RunFile(_Section, frozen=True, kw_only=True):
         return ModelSpec(**msgspec.structs.asdict(self.model))
 
 
-def read_run_file(path: Path) -> RunFile:
+def read_run_file(path: Path, *, format: str | None = None, dtype: str | None = None) -> RunFile:
     """Read and check `edgeprune.toml`.
 
-    raises: UsageError naming the key that is wrong.
+    format, dtype: instead of those of its [export]. raises: UsageError naming the key that is wrong.
     """
     try:
         run = msgspec.toml.decode(path.read_bytes(), type=RunFile)
@@ -122,6 +144,10 @@ def read_run_file(path: Path) -> RunFile:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     if (run.model.factory is None) == (run.model.file is None):
         raise UsageError(f"{path}: [model] needs either factory or file")
+    if dtype is not None and dtype not in (known := get_args(get_type_hints(ExportSection)["dtype"])):
+        raise UsageError(f"unknown dtype '{dtype}'; known: {', '.join(known)}")
+    asked = {name: value for name, value in (("format", format), ("dtype", dtype)) if value is not None}
+    run = msgspec.structs.replace(run, export=msgspec.structs.replace(run.export, **asked))
     if not any(msgspec.structs.astuple(run.budget)):
         raise UsageError(f"{path}: [budget] is empty; give at least one of latency, memory, size, energy")
     return run

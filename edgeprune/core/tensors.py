@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,18 @@ def decode(array: Array, info: TensorInfo) -> Array:
     if info.layout in CHANNELS_LAST:
         array = np.moveaxis(array, -1, 1)
     return np.ascontiguousarray(array)
+
+
+def run_in_batches(run: Callable[[list[Array]], list[Array]], inputs: Sequence[Array], size: int) -> list[Array]:
+    """Outputs for any number of examples from a file with a fixed batch size.
+
+    run: outputs of one batch. inputs: leading axis = examples, a multiple of `size` of them where that is above 0.
+    """
+    count = len(inputs[0]) if inputs and inputs[0].ndim else 0
+    if size < 1 or count <= size:
+        return run(list(inputs))
+    pieces = [run([array[start : start + size] for array in inputs]) for start in range(0, count, size)]
+    return [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
 
 
 def check_calibration(calibration: Calibration | None) -> Calibration:

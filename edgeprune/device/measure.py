@@ -78,9 +78,11 @@ def load_examples(model: runtime.Model, inputs: str | None) -> dict[str, Any]:
     return examples
 
 
-def open_step(step: dict[str, Any], threads: int, profile: str | None = None) -> tuple[runtime.Model, dict[str, Any]]:
+def open_step(
+    step: dict[str, Any], spec: dict[str, Any], *, threads: int | None = None, profile: str | None = None
+) -> tuple[runtime.Model, dict[str, Any]]:
     """The step's model, and one feed of batch 1 for it."""
-    model = runtime.Model(step["artifact"], threads, profile)
+    model = runtime.Model(step["artifact"], threads or spec["threads"], profile, **spec["options"])
     examples = load_examples(model, step["inputs"])
     # A random example has the shape the model asks for, whatever its batch.
     return model, {name: array[:1] for name, array in examples.items()} if step["inputs"] else examples
@@ -97,9 +99,9 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """
     threads = step["threads"] or spec["threads"]
     most = max(threads, spec["threads"])
-    timers = [Timer(*open_step(step, threads), most)]
+    timers = [Timer(*open_step(step, spec, threads=threads), most)]
     if step["against"]:
-        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec["threads"]), most))
+        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec), most))
     longest = max(timer.turn_s for timer in timers)
     for timer in timers:
         # The same time for both: a disturbance must be as likely to fall into the one's turn as the other's.
@@ -251,7 +253,7 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
     artifacts = [step["artifact"], *([step["against"]] if step["against"] else [])]
     with tempfile.TemporaryDirectory(dir=spec["job"]) as folder:
         models = [
-            open_step({**step, "artifact": artifact}, spec["threads"], profile=f"{folder}/{number}-profile")
+            open_step({**step, "artifact": artifact}, spec, profile=f"{folder}/{number}-profile")
             for number, artifact in enumerate(artifacts)
         ]
         for model, feed in models:
@@ -315,7 +317,7 @@ def middle_mean(values: list[float]) -> float:
 
 def compute_outputs(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Outputs for every example, one example at a time, saved beside the artifact."""
-    model = runtime.Model(step["artifact"], spec["threads"])
+    model = runtime.Model(step["artifact"], spec["threads"], **spec["options"])
     examples = load_examples(model, step["inputs"])
     if step["inputs"]:
         count = len(next(iter(examples.values())))
@@ -332,7 +334,7 @@ def compute_outputs(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
 
 def measure_memory(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Peak resident sets, in a process that does nothing else."""
-    argument = json.dumps({"step": step, "threads": spec["threads"]})
+    argument = json.dumps({"step": step, "spec": {"threads": spec["threads"], "options": spec["options"]}})
     argv = [sys.executable, __file__, argument]
     # Large allocations come as mappings of their own, not from holes that loading left: the same every time.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
@@ -348,7 +350,9 @@ def measure_memory(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]
 def memory(argument: str) -> int:
     """Open a model, run it a few times and print what that did to the resident set, in bytes."""
     request = json.loads(argument)
-    model, feed = open_step(request["step"], request["threads"])
+    # A forked child has none of its parent's threads.
+    threads = 1 if runtime.HOLDS_ACTIVATIONS else None
+    model, feed = open_step(request["step"], request["spec"], threads=threads)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         # Opening a model leaves freed pages behind, into which activations would fit unseen.
@@ -357,16 +361,44 @@ def memory(argument: str) -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
     loaded, mapped, reset_to = resident_bytes("VmRSS"), resident_bytes("RssFile"), resident_bytes("VmHWM")
+    run = functools.partial(model.run, feed)
     for _ in range(3):
-        model.run(feed)
+        run()
     peak = resident_bytes("VmHWM")
     # Code and weights that a first run maps in from files are not activations.
     growth = peak - loaded - (resident_bytes("RssFile") - mapped)
     # Where the kernel does not reset, a peak no higher than that of loading tells nothing.
     known = reset_to < peak_loading or peak > peak_loading or peak_loading == loaded
-    value = {"activation_bytes": max(0, growth) if known else None, "process_bytes": max(peak_loading, peak)}
-    print(MARK + json.dumps(value))
+    activations = written_bytes(run) if runtime.HOLDS_ACTIVATIONS else max(0, growth) if known else None
+    print(MARK + json.dumps({"activation_bytes": activations, "process_bytes": max(peak_loading, peak)}))
     return 0
+
+
+def written_bytes(run: Callable[[], Any]) -> int | None:
+    """Memory that a run writes: the pages that a child which runs it no longer shares with this process.
+
+    Exact to the page, on every Linux; None where the kernel does not tell (before 4.14).
+    """
+    receiver, sender = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            before = private_bytes()
+            for _ in range(3):
+                run()
+            os.write(sender, str(private_bytes() - before).encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return int(text) if text else None
+
+
+def private_bytes() -> int:
+    """Memory of this process that no other process shares and that is not as it is in a file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 
 
 def resident_bytes(field: str) -> int:
@@ -379,7 +411,7 @@ def resident_bytes(field: str) -> int:
 
 def measure_energy(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """Readings of the board's meter, at rest and while the model runs in a loop."""
-    model, feed = open_step(step, spec["threads"])
+    model, feed = open_step(step, spec)
     run = functools.partial(model.run, feed)
     warm_up(run)
     return energy.measure_power(run, step["seconds"], spec["meter"])

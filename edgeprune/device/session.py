@@ -37,7 +37,8 @@ from edgeprune.device.job import Job
 from edgeprune.device.meters import open_meter
 from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
-from edgeprune.device.targets import connect_target
+from edgeprune.device.runtimes import open_runtime, runtime_name
+from edgeprune.device.targets import connect_target, runtime_format
 from edgeprune.device.transports import Finished, Transport
 
 HERE = Path(__file__).parent
@@ -82,13 +83,14 @@ class Session:
         self._client = f"{os.getuid()}@{platform.node()}"
         self._root = f"{board.workdir.rstrip('/')}/{_folder_name(f'{self._client}-{space}')}"
         self._files = f"{self._root}/files"
+        _, self._options = open_runtime(target.runtime)
         self._programs = {
             "agent.py": HERE / "agent.py",
             "measure.py": HERE / "measure.py",
             "warm_up.py": HERE / "warm_up.py",
             "energy.py": HERE / "energy.py",
             "pin.py": HERE / "pin.py",
-            "runtime.py": HERE / "runtimes" / f"{target.runtime}.py",
+            "runtime.py": HERE / "runtimes" / f"{runtime_name(target.runtime)}.py",
         }
         self._manifest: dict[str, str] | None = None
         self._stays_hot = False
@@ -106,6 +108,11 @@ class Session:
     def conditions(self, *, dtype: str = "float32", batch: int = 1) -> Conditions:
         """The conditions of a measurement in this session, without what changes from moment to moment."""
         return describe_conditions(self.target, self.facts, dtype=dtype, batch=batch)
+
+    @property
+    def format(self) -> str:
+        """The member of `formats` whose files the target's runtime runs."""
+        return runtime_format(self.target.runtime)
 
     def push(self, files: Mapping[str, Path]) -> None:
         """Copy files to the board, except those that are there already with the same content.
@@ -194,6 +201,7 @@ class Session:
             "job": folder,
             "files": self._files,
             "threads": self.target.threads,
+            "options": self._options,
             "sources": self._sources(),
             "pins": dict(self._board.PINS),
             "meter": self._describe_meter(),
@@ -314,6 +322,8 @@ class Session:
             if name not in manifest:
                 raise InputError(f"step {step.key}: {name} was not pushed to target {self.target.name}")
         parts = [to_builtins(step), [manifest[name] for name in names], self.target.threads, self.facts.runtimes]
+        if self._options:
+            parts.append(self._options)
         if step.kind == "energy":
             if self._meter is None:
                 raise UsageError(

@@ -25,6 +25,7 @@ from edgeprune.core.records import BoardFacts, Target
 from edgeprune.device.facts import gather_facts
 from edgeprune.device.install import install_runtime
 from edgeprune.device.meters import open_meter
+from edgeprune.device.runtimes import open_runtime
 from edgeprune.device.transports import Transport
 
 CHECKED_FAMILIES = {"board": "boards", "transport": "transports", "runtime": "runtimes", "meter": "meters"}
@@ -49,6 +50,12 @@ def list_targets(directories: Sequence[Path] | None = None) -> dict[str, Path]:
             for path in directory.glob("*.toml"):
                 found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
+
+
+def runtime_format(runtime: str) -> str:
+    """The member of `formats` whose files a runtime runs. raises: UnknownMember."""
+    name: str = load_member("device.runtimes", runtime.partition(":")[0]).FORMAT
+    return name
 
 
 def load_target(name: str, directories: Sequence[Path] | None = None) -> Target:
@@ -113,11 +120,13 @@ def setup_target(target: Target, *, offline: bool = False, progress: Progress = 
 def _check_fields(target: Target, where: str) -> None:
     """See that a target's fields can be right. raises: UsageError; UnknownMember."""
     for field, family in CHECKED_FAMILIES.items():
-        value: Any = getattr(target, field).partition(":")[0] if field == "meter" else getattr(target, field)
+        value: Any = getattr(target, field)
+        value = value.partition(":")[0] if field in ("meter", "runtime") else value
         if value not in (members := list_members(f"device.{family}")):
             raise UnknownMember(f"{where}: unknown {field} '{value}'; known: {', '.join(members)}")
     try:
         open_meter(target.meter)
+        open_runtime(target.runtime)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     if target.threads < 1:

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from edgeprune.core.records import Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
+from edgeprune.core.records import FLOAT32, Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
 from edgeprune.core.tensors import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-FLOAT32 = Precision()
 
 
 class KernelMap(Protocol):
@@ -105,7 +102,8 @@ class Format(Protocol):
     def run(self, path: Path, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The file's outputs on this machine, in its order. raises: ModelError when it does not run.
 
-        inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`).
+        inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`); of
+            more examples than the file's batch holds, batch by batch.
         """
         ...
 

@@ -2,25 +2,35 @@
 
 ONNX Runtime drops metadata when it fuses. In its blocked layout a fused kernel is named after its
 output value (`relu_1_nchwc`), elsewhere after the operation it began as (`node_Conv_291`); layout
-changes and inlined functions have names of its own making, or none. A kernel's weights lead back
-to the model: initialisers keep their state-dict keys.
+changes and inlined functions have names of its own making, or none. TensorRT lists what it fused
+(`_tensorrt_names.py`). A kernel's weights lead back to the model: initialisers keep their state-dict keys.
+
+Of a quantised model the map is made from the float one, whose operations and tensors have the same
+names: a fused kernel bears its operation's (`node_Conv_291_token_12`), a conversion its tensor's
+(`relu_QuantizeLinear`).
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from onnx import ModelProto, NodeProto, helper
 
 from edgeprune.core.records import Extent, Graph, Kernel, KernelTime, Node
+from edgeprune.formats._tensorrt_names import find_nodes
 
 FUSED_BEHIND = frozenset({"Relu", "Clip", "Add", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Tanh", "Elu"})
 """Operations that the runtime computes inside the convolution or product before them."""
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUFFIXES = ("_kernel_time", "_nchwc")
+TOKEN = re.compile(r"_token_\d+$")
+"""What the runtime puts behind the name of a kernel that it fused from quantised ones."""
+CONVERSION = re.compile(r"(_QuantizeLinear|_DequantizeLinear)(/duplicated.*|_\d+)?$")
+LAYOUT = frozenset({"ReorderInput", "Transpose", "DequantizeLinear"})
+"""What the runtime puts before an operation that wants its input otherwise."""
 FX_NODE = "pkg.torch.onnx.fx_node"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -32,16 +42,23 @@ class OnnxKernelMap:
         self._nodes = list(model.graph.node)
         self._by_name = {node.name: index for index, node in enumerate(self._nodes)}
         self._producer = {value: index for index, node in enumerate(self._nodes) for value in node.output}
+        self._weights = {tensor.name for tensor in model.graph.initializer}
+        self._readers: dict[str, int] = {}
+        for index, node in enumerate(self._nodes):
+            for value in node.input:
+                self._readers.setdefault(value, index)
         self._graph = graph
         mains = [main for main in self._locate(times) if main is not None]
-        self._owner = self._assign(list(dict.fromkeys(mains)))
+        self._owner = self._assign(list(dict.fromkeys(mains)), self._cover(times))
         dense_name = {
-            main: time.name for time, main in zip(times, self._locate(times), strict=True) if main is not None
+            main: self._nodes[main].name if self._find_fused(time.name) else time.name
+            for time, main in zip(times, self._locate(times), strict=True)
+            if main is not None
         }
         chains: dict[int, list[int]] = {}
         for index, main in sorted(self._owner.items()):
             chains.setdefault(main, []).append(index)
-        self._finder = _GraphNodes(graph)
+        self._finder = GraphNodes(graph)
         self.kernels: tuple[Kernel, ...] = tuple(
             self._describe(dense_name[main], main, chain) for main, chain in chains.items()
         )
@@ -52,28 +69,48 @@ class OnnxKernelMap:
 
         times: in the order of execution. A layout change before an operation belongs to it.
         """
-        names = [None if main is None else self._name[self._owner[main]] for main in self._locate(times)]
+        names = self.place(times)
         charged: dict[str, float] = {}
         for position, (time, name) in enumerate(zip(times, names, strict=True)):
             if name is None:
                 before = next((n for n in reversed(names[:position]) if n), None)
                 behind = next((n for n in names[position:] if n), None)
-                name = (behind or before) if time.op == "ReorderInput" else (before or behind)
+                name = (behind or before) if time.op in LAYOUT else (before or behind)
             if name is not None:
                 charged[name] = charged.get(name, 0.0) + time.time_s
         return charged
+
+    def place(self, times: Sequence[KernelTime]) -> list[str | None]:
+        """The kernel that each time belongs to by its own name; None where that does not say."""
+        found = [
+            self._converts(time) if main is None else main
+            for time, main in zip(times, self._locate(times), strict=True)
+        ]
+        return [None if index is None else self._name.get(self._owner.get(index, -1)) for index in found]
+
+    def _converts(self, time: KernelTime) -> int | None:
+        """The operation that a conversion serves: the reader of a weight, the writer of an activation."""
+        name = TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
+        if CONVERSION.search(name) is None:
+            return None
+        tensor = CONVERSION.sub("", name)
+        if tensor in self._weights:
+            return self._readers.get(tensor)
+        # An activation is made float for who reads it, which is what runs next.
+        return self._producer.get(tensor) if time.op == "QuantizeLinear" else None
 
     def _locate(self, times: Sequence[KernelTime]) -> list[int | None]:
         """The operation each kernel began as; None where its name does not say."""
         found: list[int | None] = [None] * len(times)
         behind: list[tuple[int, int]] = []
         for position, time in enumerate(times):
-            name = time.name.removesuffix(SUFFIXES[0])
+            name = TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
             if name in self._by_name:
                 found[position] = self._by_name[name]
                 continue
             producer = self._producer.get(name.removesuffix(SUFFIXES[1]))
             if producer is None:
+                found[position] = self._main(self._find_fused(time.name))
                 continue
             if time.op.endswith("Conv") and self._nodes[producer].op_type not in WEIGHTED:
                 behind.append((position, producer))
@@ -88,6 +125,24 @@ class OnnxKernelMap:
             claimed.add(main)
         return found
 
+    def _find_fused(self, name: str) -> list[int]:
+        """The operations that TensorRT's name of a layer lists; none for other names."""
+        if name.removesuffix(SUFFIXES[0]) in self._by_name or name.removesuffix(SUFFIXES[1]) in self._producer:
+            return []
+        return sorted(self._by_name[node] for node in find_nodes(name, self._by_name))
+
+    def _main(self, fused: Sequence[int]) -> int | None:
+        weighted = (index for index in fused if self._nodes[index].op_type in WEIGHTED)
+        return next(weighted, fused[0] if fused else None)
+
+    def _cover(self, times: Sequence[KernelTime]) -> dict[int, int]:
+        """The main operation of each operation that a layer's name lists, the first layer's where two do."""
+        owner: dict[int, int] = {}
+        for fused in (self._find_fused(time.name) for time in times):
+            if (main := self._main(fused)) is not None:
+                owner.update({index: main for index in fused if index not in owner})
+        return owner
+
     def _walk_back(self, index: int) -> Iterator[int]:
         """Weighted operations that could have been fused into an operation, nearest first."""
         queue = [index]
@@ -98,9 +153,12 @@ class OnnxKernelMap:
             elif node.op_type in FUSED_BEHIND or node.op_type == "BatchNormalization":
                 queue.extend(self._producer[value] for value in node.input if value in self._producer)
 
-    def _assign(self, mains: list[int]) -> dict[int, int]:
-        """The kernel (by its first operation) that every operation is computed in."""
-        owner = {main: main for main in mains}
+    def _assign(self, mains: list[int], covered: Mapping[int, int]) -> dict[int, int]:
+        """The kernel (by its first operation) that every operation is computed in.
+
+        covered: what the runtime itself says of it.
+        """
+        owner = {**covered, **{main: main for main in mains}}
         if not mains:
             return {}
         for index, node in enumerate(self._nodes):
@@ -121,7 +179,7 @@ class OnnxKernelMap:
         covered = [found for index in chain if (found := self._finder.find(self._nodes[index])) is not None]
         first = self._finder.find(node)
         ops = "+".join(self._nodes[index].op_type for index in chain)
-        kernel_name = name.removesuffix(SUFFIXES[0])
+        kernel_name = TOKEN.sub("", name.removesuffix(SUFFIXES[0]))
         nodes = tuple(dict.fromkeys(found.name for found in covered))
         if first is None:
             return Kernel(name=kernel_name, nodes=nodes, signature=f"{ops} {kernel_name}", out_extent=Extent(fixed=1))
@@ -175,7 +233,7 @@ def expected_kernels(model: ModelProto) -> list[KernelTime]:
     return found
 
 
-class _GraphNodes:
+class GraphNodes:
     """Finds the traced node that an exported operation came from."""
 
     def __init__(self, graph: Graph) -> None:

@@ -10,7 +10,6 @@ is refused, so a resized model is equal to an export of the sliced module or doe
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,23 +19,21 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
-from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
-from edgeprune.formats._units import Array, Mask, UnitSpace, positions, take
+from edgeprune.formats._onnx_quantize import Quantized
+from edgeprune.formats._units import Array, Evidence, Mask, UnitSpace, Unresizable, positions, same, take
 from edgeprune.graphs.slice import slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
+Rewrite = Callable[[ModelProto], Quantized]
+"""Makes a quantised model of a float one."""
 
 SHARED_BYTES = 1024
 """Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
 ALIGNMENT = 4096
 """Offsets that every operating system can map."""
-
-
-class Unresizable(ModelError):
-    """The widths of an exported file cannot be changed in place; export each width instead."""
 
 
 class OnnxResizer(ABC):
@@ -48,6 +45,7 @@ class OnnxResizer(ABC):
         self.dense_bytes = len(data)
         self.base = _normalise(exported)
         self.graph = graph
+        self._float_base = self.base
 
     @abstractmethod
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
@@ -67,7 +65,8 @@ class OnnxResizer(ABC):
 
     def map_kernels(self, times: Sequence[KernelTime] | None) -> OnnxKernelMap:
         """Kernels of the dense artifact from the runtime's own names; None: as the file's structure says."""
-        return OnnxKernelMap(self.base, self.graph, expected_kernels(self.base) if times is None else times)
+        expected = expected_kernels(self._float_base) if times is None else times
+        return OnnxKernelMap(self._float_base, self.graph, expected)
 
     def _first_units(self, widths: Widths) -> dict[str, IntArray]:
         return {name: np.arange(width, dtype=np.int64) for name, width in widths.items()}
@@ -77,7 +76,14 @@ class ExactResizer(OnnxResizer):
     """Rewrites one file in milliseconds. raises: Unresizable when the probes do not explain it."""
 
     def __init__(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto, *, seed: int = 0
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        graph: Graph,
+        to_proto: ToProto,
+        *,
+        rewrite: Rewrite | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(to_proto(slice_model(module, inputs, graph, {}), inputs), graph)
         self.space = UnitSpace(graph)
@@ -90,7 +96,31 @@ class ExactResizer(OnnxResizer):
         self._numbers: dict[str, list[IntArray | None]] = {}
         self._attributes: list[tuple[int, int, int, IntArray]] = []
         _Matcher(self, probes).match()
+        if rewrite is not None:
+            self._restate(rewrite(self.base))
         self._offsets = self._lay_out_weights()
+
+    def _restate(self, quantized: Quantized) -> None:
+        """What was found in the float model, said of the quantised one that was made of it."""
+        axes, numbers, attributes = self._axes, self._numbers, self._attributes
+        names = {node.name: place for place, node in enumerate(quantized.model.graph.node)}
+        old = self.base.graph.node
+        if lost := [old[node].name for node, *_ in attributes if old[node].name not in names]:
+            raise Unresizable(f"{lost[0]} depends on the widths and is no longer there once quantised")
+        self.base = quantized.model
+        data = self.base.SerializeToString()
+        self.dense_sha256, self.dense_bytes = sha256_bytes(data), len(data)
+        self.arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.base.graph.initializer}
+        self._axes, self._numbers = {}, {name: forms for name, forms in numbers.items() if name in self.arrays}
+        for name, array in self.arrays.items():
+            source, own = quantized.origins.get(name, (name, tuple(range(array.ndim))))
+            layouts = axes.get(source, {})
+            mine = {place: layouts[axis] for place, axis in enumerate(own[: array.ndim]) if axis in layouts}
+            if mine:
+                self._axes[name] = mine
+        self._attributes = [
+            (names[old[node].name], attribute, element, form) for node, attribute, element, form in attributes
+        ]
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
@@ -163,7 +193,7 @@ class ExactResizer(OnnxResizer):
         offsets: dict[str, int] = {}
         end = 0
         for name, array in self.arrays.items():
-            if array.dtype.kind == "f" and array.nbytes > SHARED_BYTES:
+            if (array.dtype.kind == "f" or array.dtype == np.int8) and array.nbytes > SHARED_BYTES:
                 offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
                 end = offsets[name] + array.nbytes
         return offsets
@@ -172,13 +202,27 @@ class ExactResizer(OnnxResizer):
 class ExportingResizer(OnnxResizer):
     """Exports every width on its own: seconds each, for models whose files cannot be rewritten."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, to_proto: ToProto) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        graph: Graph,
+        to_proto: ToProto,
+        *,
+        rewrite: Rewrite | None = None,
+    ) -> None:
         self._model = (module, inputs, graph)
-        self._to_proto = to_proto
-        super().__init__(self.resize({}), graph)
+        self._to_proto, self._rewrite = to_proto, rewrite
+        dense = self._export({})
+        super().__init__(dense if rewrite is None else rewrite(dense).model, graph)
+        self._float_base = _normalise(dense)
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
+        model = self._export(keep)
+        return model if self._rewrite is None else self._rewrite(model).model
+
+    def _export(self, keep: Mapping[str, IntArray]) -> ModelProto:
         module, inputs, graph = self._model
         return self._to_proto(slice_model(module, inputs, graph, keep), inputs)
 
@@ -197,7 +241,7 @@ class _Matcher:
     def __init__(self, resizer: ExactResizer, probes: list[tuple[Mask, ModelProto]]) -> None:
         self.resizer = resizer
         self.space = resizer.space
-        self.kept = [kept for kept, _ in probes]
+        self.evidence = Evidence(resizer.space, [kept for kept, _ in probes])
         self.models = [model for _, model in probes]
         self.weights = [{tensor.name: tensor for tensor in model.graph.initializer} for model in self.models]
         self.names: list[dict[str, str]] = [{} for _ in probes]
@@ -244,75 +288,33 @@ class _Matcher:
             raise Unresizable(f"{node.name}: {name} has another rank at other widths")
         if all(probe.shape == dense.shape for probe in probes):
             if dense.dtype.kind in "iu":
-                forms = [
-                    self._form(values, node)
-                    for values in zip(*(a.ravel().tolist() for a in (dense, *probes)), strict=True)
-                ]
+                forms = self.evidence.numbers((dense, *probes), node.name)
                 if any(form is not None for form in forms):
                     self.resizer._numbers[name] = forms
-            elif not all(_same(dense, probe) for probe in probes):
+            elif not all(same(dense, probe) for probe in probes):
                 raise Unresizable(f"{node.name}: the values of {name} depend on the widths")
             return
-        self.resizer._axes[name] = self._axes(node, name, dense, probes)
-
-    def _axes(self, node: NodeProto, name: str, dense: Array, probes: list[Array]) -> dict[int, IntArray]:
-        changed = [axis for axis in range(dense.ndim) if any(p.shape[axis] != dense.shape[axis] for p in probes)]
-        choices = []
-        for axis in changed:
-            named = self.space.layouts.get((name, axis))
-            layouts = ([] if named is None else [named]) + self.space.distinct
-            sizes = [probe.shape[axis] for probe in probes]
-            choices.append(
-                [
-                    layout
-                    for layout in layouts
-                    if len(layout) == dense.shape[axis]
-                    and all(positions(layout, kept).sum() == size for kept, size in zip(self.kept, sizes, strict=True))
-                ]
-            )
-        for chosen in itertools.product(*choices):
-            found = dict(zip(changed, chosen, strict=True))
-            if all(self._explains(dense, probe, found, kept) for probe, kept in zip(probes, self.kept, strict=True)):
-                return found
-        raise Unresizable(f"{node.name}: no channels explain the shape of {name} at other widths")
-
-    @staticmethod
-    def _explains(dense: Array, probe: Array, axes: dict[int, IntArray], kept: Mask) -> bool:
-        for axis, layout in axes.items():
-            dense = take(dense, axis, layout, kept)
-        return _same(dense, probe)
+        self.resizer._axes[name] = self.evidence.axes(
+            dense, probes, f"{node.name}: {name}", lambda axis: self.space.layouts.get((name, axis))
+        )
 
     def _match_attribute(self, position: int, index: int, node: NodeProto, others: list[Any]) -> None:
         values = [helper.get_attribute_value(attribute) for attribute in (node.attribute[index], *others)]
         dense = values[0]
         if isinstance(dense, int):
-            if (form := self._form(tuple(values), node)) is not None:
+            if (form := self.evidence.number(values, node.name)) is not None:
                 self.resizer._attributes.append((position, index, -1, form))
         elif isinstance(dense, list) and all(isinstance(value, int) for value in dense):
             if len({len(value) for value in values}) > 1:
                 raise Unresizable(f"{node.name}: {node.attribute[index].name} has another length at other widths")
             for element, numbers in enumerate(zip(*values, strict=True)):
-                if (form := self._form(numbers, node)) is not None:
+                if (form := self.evidence.number(numbers, node.name)) is not None:
                     self.resizer._attributes.append((position, index, element, form))
         elif isinstance(dense, TensorProto):
-            if not all(_same(numpy_helper.to_array(dense), numpy_helper.to_array(value)) for value in values[1:]):
+            if not all(same(numpy_helper.to_array(dense), numpy_helper.to_array(value)) for value in values[1:]):
                 raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
         elif any(value != dense for value in values[1:]):
             raise Unresizable(f"{node.name}: {node.attribute[index].name} depends on the widths")
-
-    def _form(self, values: tuple[int, ...], node: NodeProto) -> IntArray | None:
-        """By how much a number falls for each removed unit; None where it stays."""
-        dense, *probes = values
-        if all(value == dense for value in probes):
-            return None
-        for form in self.space.number_forms(dense):
-            if all(dense - form[~kept].sum() == value for value, kept in zip(probes, self.kept, strict=True)):
-                return form
-        raise Unresizable(f"{node.name}: no widths explain the constant {dense}, which becomes {probes}")
-
-
-def _same(ours: Array, theirs: Array) -> bool:
-    return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True))
 
 
 def _normalise(model: ModelProto) -> ModelProto:

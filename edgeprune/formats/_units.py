@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 TRIES = 60
 MOST_PROBES = 4
+
+
+class Unresizable(ModelError):
+    """The widths of an exported file cannot be changed in place; export each width instead."""
 
 
 class UnitSpace:
@@ -128,3 +133,69 @@ def positions(layout: IntArray, kept: Mask) -> Mask:
 def take(array: Array, axis: int, layout: IntArray, kept: Mask) -> Array:
     """The positions along an axis whose units are kept."""
     return np.compress(positions(layout, kept), array, axis=axis)
+
+
+def same(ours: Array, theirs: Array) -> bool:
+    """Equal up to what an exporter's folding rounds."""
+    return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+class Evidence:
+    """What a dense file and its probes, files with known units removed, say of each number.
+
+    kept: (units,) mask of each probe.
+    """
+
+    def __init__(self, space: UnitSpace, kept: Sequence[Mask]) -> None:
+        self.space = space
+        self.kept = kept
+
+    def number(self, values: Sequence[int], where: str) -> IntArray | None:
+        """By how much a number falls for each removed unit; None where it stays. raises: Unresizable.
+
+        values: in the dense file, then in each probe.
+        """
+        dense, *probes = values
+        if all(value == dense for value in probes):
+            return None
+        for form in self.space.number_forms(dense):
+            if all(dense - form[~kept].sum() == value for value, kept in zip(probes, self.kept, strict=True)):
+                return form
+        raise Unresizable(f"{where}: no widths explain the constant {dense}, which becomes {probes}")
+
+    def numbers(self, arrays: Sequence[Array], where: str) -> list[IntArray | None]:
+        """`number` of each element."""
+        return [self.number(values, where) for values in zip(*(a.ravel().tolist() for a in arrays), strict=True)]
+
+    def axes(
+        self, dense: Array, probes: Sequence[Array], where: str, named: Callable[[int], IntArray | None] | None = None
+    ) -> dict[int, IntArray]:
+        """Axis -> layout that takes every probe out of the dense array. raises: Unresizable.
+
+        named: the layout that an axis has by its parameter's name, tried first.
+        """
+        changed = [axis for axis in range(dense.ndim) if any(p.shape[axis] != dense.shape[axis] for p in probes)]
+        choices = []
+        for axis in changed:
+            first = None if named is None else named(axis)
+            layouts = ([] if first is None else [first]) + self.space.distinct
+            sizes = [probe.shape[axis] for probe in probes]
+            choices.append(
+                [
+                    layout
+                    for layout in layouts
+                    if len(layout) == dense.shape[axis]
+                    and all(positions(layout, kept).sum() == size for kept, size in zip(self.kept, sizes, strict=True))
+                ]
+            )
+        for chosen in itertools.product(*choices):
+            found = dict(zip(changed, chosen, strict=True))
+            if all(self._explains(dense, probe, found, kept) for probe, kept in zip(probes, self.kept, strict=True)):
+                return found
+        raise Unresizable(f"{where}: no channels explain its shape at other widths")
+
+    @staticmethod
+    def _explains(dense: Array, probe: Array, axes: dict[int, IntArray], kept: Mask) -> bool:
+        for axis, layout in axes.items():
+            dense = take(dense, axis, layout, kept)
+        return same(dense, probe)

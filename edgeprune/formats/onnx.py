@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,35 +19,66 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
 from edgeprune.core.errors import ModelError, RecordError
-from edgeprune.core.records import Artifact, Graph, TensorInfo
+from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
-from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer, Unresizable
+from edgeprune.core.tensors import Calibration, check_calibration, run_in_batches
+from edgeprune.formats._onnx_quantize import (
+    Quantized,
+    find_ranges,
+    float_operations,
+    precision_of,
+    quantize,
+    random_calibration,
+)
+from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer
+from edgeprune.formats._units import Unresizable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NumberArray = npt.NDArray[Any]
 SUFFIX = ".onnx"
+PRECISIONS = (
+    FLOAT32,
+    Precision(dtype="float16"),
+    Precision(dtype="dynamic"),
+    Precision(dtype="int8", activations="uint8"),
+    Precision(dtype="int8", activations="int8"),
+)
 MAX_BYTES = 2**31 - 1
 """A protobuf message cannot be larger."""
 EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError)
 
 
 def export(
-    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, opset: int = 20, graph_sha256: str | None = None
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    precision: Precision = FLOAT32,
+    calibration: Calibration | None = None,
+    graph: Graph | None = None,
+    opset: int = 20,
 ) -> Artifact:
     """Write a module as one ONNX file with the static shapes of its example inputs.
 
     module: run in evaluation mode; left in the mode it came in. opset: 18 or newer.
-    raises: ModelError when it cannot be expressed or the opset cannot be had; UsageError when
-        the file cannot be written.
+    calibration: what int8 takes its ranges from. graph: to find `precision.float_nodes` in.
+    raises: ModelError when it cannot be expressed or the opset cannot be had; DataError for calibration data that
+        are missing, constant or not finite; UsageError when the file cannot be written.
     """
+    if precision.dtype == "int8":
+        calibration = check_calibration(calibration)
     model = to_proto(module, inputs, opset=opset)
+    if precision.dtype != "float32":
+        exclude = float_operations(model, precision, graph)
+        ranges = find_ranges(model, calibration) if precision.dtype == "int8" and calibration else {}
+        model = quantize(model, precision, ranges, exclude).model
     write_proto(model, path)
-    return inspect(path, graph_sha256=graph_sha256)
+    return replace(inspect(path), graph_sha256=None if graph is None else graph.model_sha256)
 
 
-def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
+def inspect(path: Path) -> Artifact:
     """Check a file and say what it holds.
 
     External data must lie beside the file. raises: RecordError when it is missing, too large,
@@ -64,12 +96,11 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
     return Artifact(
         path=str(path),
         format="onnx",
-        dtype=inputs[0].dtype if inputs else "float32",
+        dtype=precision_of(model),
         sha256=sha256_file(path),
         bytes=path.stat().st_size + sum(file.stat().st_size for file in data_files if file is not None),
         inputs=inputs,
         outputs=tuple(_tensor_info(value) for value in model.graph.output),
-        graph_sha256=graph_sha256,
         tools=tools | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(_opset(model))},
     )
 
@@ -78,22 +109,45 @@ def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
     """The file's outputs on this machine, in its order. raises: ModelError when it does not run."""
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        feeds = {value.name: array for value, array in zip(session.get_inputs(), inputs, strict=True)}
-        return list(session.run(None, feeds))
+        names = [value.name for value in session.get_inputs()]
+        batch = next(iter(session.get_inputs()[0].shape), 0)
+
+        def run_batch(arrays: list[NumberArray]) -> list[NumberArray]:
+            return list(session.run(None, dict(zip(names, arrays, strict=True))))
+
+        return run_in_batches(run_batch, inputs, batch if isinstance(batch, int) else 0)
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise ModelError(f"ONNX Runtime cannot run {path.name}: {_first_line(error)}") from error
 
 
-def make_resizer(module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, *, seed: int = 0) -> OnnxResizer:
+def make_resizer(
+    module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, *, precision: Precision = FLOAT32, seed: int = 0
+) -> OnnxResizer:
     """Other widths of a module from three exports of it; exact, or made by an export each.
 
-    raises: ModelError when the module cannot be exported at all.
+    precision: a quantised model is made once, dense, with ranges from random inputs; at other widths it has prefixes
+        of the same integers. raises: ModelError when the module cannot be exported at all.
     """
+
+    def rewrite(model: ModelProto) -> Quantized:
+        ranges = find_ranges(model, random_calibration(model, seed)) if precision.dtype == "int8" else {}
+        return quantize(model, precision, ranges, float_operations(model, precision, graph))
+
+    change = None if precision.dtype == "float32" else rewrite
     try:
-        return ExactResizer(module, inputs, graph, to_proto, seed=seed)
+        return ExactResizer(module, inputs, graph, to_proto, rewrite=change, seed=seed)
     except Unresizable as reason:
         logging.getLogger(__name__).warning("every width is exported on its own (seconds each): %s", reason)
-        return ExportingResizer(module, inputs, graph, to_proto)
+        return ExportingResizer(module, inputs, graph, to_proto, rewrite=change)
+
+
+def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
+    """Write an int8 twin of a float file, to see how fast it would be: ranges come from random inputs.
+
+    raises: ModelError where ONNX Runtime has no quantizer or fails on this model.
+    """
+    model = _read_proto(path)
+    write_proto(quantize(model, precision, find_ranges(model, random_calibration(model))).model, out)
 
 
 def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) -> ModelProto:

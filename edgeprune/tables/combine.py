@@ -202,13 +202,13 @@ def average_rounds(measurements: Sequence[Measurement]) -> list[Configured]:
     return result
 
 
-def measured_latency(measurements: Sequence[Measurement], configuration: str = DENSE) -> Quantity:
-    """Whole-model latency of one configuration at the usual speed of the board.
+def measured_latency(measurements: Sequence[Measurement], configuration: str | None = None) -> Quantity:
+    """Whole-model latency of one configuration at the usual speed of the board; None: of the dense float32 model.
 
     raises: RecordError when it was not measured.
     """
     dense = _dense_latency(measurements)
-    if configuration == DENSE:
+    if configuration is None:
         return dense
     ratios = [turn_ratios(item.samples, item.dense) for item in measurements if item.configuration == configuration]
     if not ratios:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.core.errors import RecordError
-from edgeprune.core.records import Conditions, Graph, Kernel, Measurement, Profile, Table
+from edgeprune.core.records import FLOAT32, Conditions, Graph, Kernel, Measurement, Precision, Profile, Table
 from edgeprune.core.store import read_lines
 from edgeprune.tables.combine import combine
 
@@ -33,6 +33,7 @@ class ProfileHeading:
     job: str
     known: tuple[Table, ...] = ()
     black_box: bool = False
+    precision: Precision = FLOAT32
 
 
 def read_profile(path: Path, graph: Graph | None = None) -> Profile:
@@ -61,7 +62,7 @@ def derive_profile(
         artifact_sha256=heading.artifact_sha256, dense_bytes=heading.dense_bytes, kernels=heading.kernels,
         measurements=tuple(used), tables=combined.tables, overhead_s=combined.overhead_s,
         additivity_gap=combined.additivity_gap, held_out=combined.held_out, memory=combined.memory,
-        energy=combined.energy, folds=combined.folds,
+        energy=combined.energy, folds=combined.folds, precision=heading.precision,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from boards import cache
 from boards.apt import Apt, unpack
 from edgeprune.device.install import platform_tags
-from edgeprune.device.runtimes.onnxruntime import MODULES, REQUIREMENTS
+from edgeprune.device.runtimes import onnxruntime, tflite
 
 PACKAGES = (
     "base-files", "bash", "busybox-static", "coreutils", "dash", "findutils", "grep", "gzip", "hostname", "iproute2",
@@ -50,6 +50,7 @@ PidFile none
 Subsystem sftp internal-sftp
 """,
 }
+REQUIREMENTS = sorted({text for member in (onnxruntime, tflite) for text in member.WHEELS[0]["requirements"]})
 GLIBC = re.compile(rb"GNU C Library \(.*?\) stable release version (\d+)\.(\d+)")
 
 
@@ -104,11 +105,12 @@ def _install_runtime(rootfs: Path) -> None:
 
 
 def _like_here() -> list[str]:
-    """The runtime in the version installed here, so that artifacts made here run there."""
+    """The runtimes in the versions installed here, so that artifacts made here run there."""
     from importlib.metadata import PackageNotFoundError, version
 
     wanted = []
-    for module, requirement in zip(MODULES, REQUIREMENTS, strict=True):
+    for requirement in REQUIREMENTS:
+        module = re.split("[<>=]", requirement)[0]
         try:
             wanted.append(f"{module}=={version(module)}")
         except PackageNotFoundError:

@@ -37,7 +37,10 @@ from edgeprune.core.records.findings import Inspection as Inspection
 from edgeprune.core.records.findings import KernelAdvice as KernelAdvice
 from edgeprune.core.records.findings import Measured as Measured
 from edgeprune.core.records.findings import Operation as Operation
+from edgeprune.core.records.findings import PrecisionChoice as PrecisionChoice
+from edgeprune.core.records.findings import PrecisionTrial as PrecisionTrial
 from edgeprune.core.records.findings import Timing as Timing
+from edgeprune.core.records.model import FLOAT32 as FLOAT32
 from edgeprune.core.records.model import Constant as Constant
 from edgeprune.core.records.model import Extent as Extent
 from edgeprune.core.records.model import Graph as Graph

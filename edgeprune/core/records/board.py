@@ -10,7 +10,7 @@ from typing import Any, Literal
 class Target:
     """One entry of the inventory, from `targets/NAME.toml`.
 
-    board, transport, runtime: names of family members; meter: too, with its options as `NAME:options`.
+    board, transport: names of family members. runtime, meter: too, with their options as `NAME:options`.
     address: what the transport needs (ssh: host, port, user, key, alias ...; adb: serial ...).
     threads: intra-op threads of the runtime.
     workdir: folder on the board that edgeprune may fill. python: interpreter on the board.
@@ -190,3 +190,8 @@ class StepResult:
     process_bytes: int | None = None
     power: PowerSamples | None = None
     conditions: Conditions | None = None
+
+    @property
+    def no_kernels(self) -> bool:
+        """Whether the runtime said that it cannot tell the times of its kernels (kernels)."""
+        return self.error is not None and self.error.startswith("NoKernels:")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from edgeprune.core.records.arrays import FloatArray, IntArray
 from edgeprune.core.records.board import Conditions, PowerSamples, Samples
-from edgeprune.core.records.model import Extent
+from edgeprune.core.records.model import FLOAT32, Extent, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Measurement:
     """One configuration as measured in one round: whole model and, if profiled, each kernel.
 
     note: why something that was asked for is missing.
-    dense, dense_run_s: the dense model in the turns between: whole, and whole while profiled.
+    dense, dense_run_s: the dense float32 model in the turns between: whole, and whole while profiled.
     activation_bytes: growth of the process while running, where it was measured; arena_bytes: what the
         runtime's arena should take for these widths. power: by the board's meter.
     """
@@ -127,7 +127,8 @@ class Profile:
     overhead_s: whole-model time outside any kernel.
     additivity_gap: |sum of kernels - profiled run| / profiled run, median over configurations; None where the
         runtime does not tell kernels.
-    dense_bytes: size of the dense artifact. folds: the tables fitted to parts of the measurements.
+    precision: of the artifacts. dense_bytes: size of the dense one. folds: the tables fitted to parts of the
+        measurements.
     """
 
     target: str
@@ -144,6 +145,7 @@ class Profile:
     memory: MemoryModel | None = None
     energy: EnergyModel | None = None
     folds: tuple[Fold, ...] = ()
+    precision: Precision = FLOAT32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

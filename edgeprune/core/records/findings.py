@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeprune.core.records.board import Conditions, Samples
 from edgeprune.core.records.costs import Quantity
+from edgeprune.core.records.model import Precision
 from edgeprune.core.records.report import TensorInfo
 
 
@@ -46,6 +47,27 @@ class Measured:
     ratio: Quantity | None = None
     verdict: str = ""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionTrial:
+    """How fast the dense model is in a precision. latency_share: over that of float32, in the same turns."""
+
+    precision: Precision
+    latency_share: Quantity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionChoice:
+    """How the precision of a run was chosen.
+
+    trials: of the dense model on the board. candidates: each planned for the same budget, with the accuracy of the
+    artifact before any training, on calibration data. chosen: one of them.
+    """
+
+    trials: tuple[PrecisionTrial, ...]
+    candidates: tuple[tuple[Precision, float | None], ...]
+    chosen: Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

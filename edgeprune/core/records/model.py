@@ -45,6 +45,9 @@ class Precision:
         return f"{kind}-mixed" if self.float_nodes else kind
 
 
+FLOAT32 = Precision()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
     """The size of one tensor axis as a function of the widths: fixed + sum of count x width."""

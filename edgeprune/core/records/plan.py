@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from edgeprune.core.records.arrays import FloatArray, IntArray
 from edgeprune.core.records.costs import Budget, Cost, Quantity
+from edgeprune.core.records.model import FLOAT32, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class Plan:
     """The chosen widths and the units to keep.
 
     keep: per pruned group the kept unit indices, ascending; a group not named keeps all.
+    precision: of the artifact that the costs are of.
     rounds: the closed loop on the board, empty when the plan was made from tables alone.
     """
 
@@ -74,5 +76,6 @@ class Plan:
     loss: float
     alternatives: tuple[SolverResult, ...] = ()
     rounds: tuple[PlanRound, ...] = ()
+    precision: Precision = FLOAT32
     finer_step: str | None = None
     """Why the measured latency may stay below 0.97 of the budget, or None when it does not."""

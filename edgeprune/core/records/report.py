@@ -55,11 +55,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Top-1 in [0, 1]; None where not measured."""
+    """Top-1 in [0, 1]; None where not measured.
+
+    quantised: of the artifact on the host, where it has numbers of 8 bits.
+    """
 
     dense: float | None = None
     before_recovery: float | None = None
     after_recovery: float | None = None
+    quantised: float | None = None
     on_board: float | None = None
 
 

@@ -12,10 +12,17 @@ from typing import Any
 
 FORMAT = "onnx"
 OPTIONS = ()
-REQUIREMENTS = ("onnxruntime>=1.19,<2", "numpy>=1.26,<3")
 MODULES = ("onnxruntime", "numpy")
-ARCHITECTURES = ("x86_64", "aarch64")
-OLDEST_GLIBC = (2, 27)
+BY_HAND: dict[str, str] = {}
+HOLDS_ACTIVATIONS = False
+WHEELS = (
+    {
+        "requirements": ("onnxruntime>=1.19,<2", "numpy>=1.26,<3"),
+        "architectures": ("x86_64", "aarch64"),
+        "pythons": ((3, 9), (3, 14)),
+        "glibc": (2, 27),
+    },
+)
 
 NUMPY_TYPES = {"float": "float32", "double": "float64"}
 KERNEL_SUFFIX = "_kernel_time"
@@ -52,6 +59,13 @@ class Model:
         """Per run made so far: its seconds, and (name, op, seconds) of each kernel in order."""
         path = Path(self._session.end_profiling())
         return parse_profile(json.loads(path.read_text(encoding="utf-8", errors="replace")))
+
+
+def check() -> str:
+    """See that it is there. raises: ImportError."""
+    import onnxruntime  # noqa: F401
+
+    return ""
 
 
 def _numpy_type(text: str) -> str:

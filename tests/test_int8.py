@@ -1,0 +1,203 @@
+"""Fewer bits in ONNX files: what is written, other widths of it, and whose the runtime's kernels are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exactness import random_keep, randomise
+from torch import nn
+from zoo import torchvision_models
+
+from edgeprune.core.errors import DataError, ModelError
+from edgeprune.core.records import KernelTime, Precision
+from edgeprune.device.runtimes.onnxruntime import Model
+from edgeprune.formats import onnx as format
+from edgeprune.formats._onnx_quantize import find_ranges, quantize, random_calibration
+from edgeprune.formats._onnx_resize import ExactResizer
+from edgeprune.graphs.slice import slice_model
+from edgeprune.trace import trace_graph
+
+U8, S8 = Precision(dtype="int8", activations="uint8"), Precision(dtype="int8", activations="int8")
+HALF, DYNAMIC = Precision(dtype="float16"), Precision(dtype="dynamic")
+INPUTS = (torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
+CALIBRATION = [(np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32),)]
+
+
+def _resnet() -> nn.Module:
+    models = torchvision_models()
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def _mobilenet_v2() -> nn.Module:
+    setting = [[1, 16, 1, 1], [4, 24, 2, 2], [4, 32, 1, 2]]
+    return torchvision_models().MobileNetV2(num_classes=10, inverted_residual_setting=setting)
+
+
+def _mobilenet_v3() -> nn.Module:
+    models = torchvision_models()
+    one = models.mobilenetv3.InvertedResidualConfig
+    setting = [one(16, 3, 32, 24, True, "HS", 1, 1, 1), one(24, 3, 64, 24, False, "HS", 1, 1, 1),
+               one(24, 5, 64, 40, True, "RE", 2, 1, 1)]  # fmt: skip
+    return models.MobileNetV3(setting, last_channel=128, num_classes=10)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": _resnet,
+    "mobilenet_v2": _mobilenet_v2,
+    "mobilenet_v3": _mobilenet_v3,
+}
+
+
+def small() -> nn.Module:
+    """Convolutions with a batch norm, an addition and a head."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+            self.inner, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.bn(self.stem(x)))
+            return self.head(torch.relu(x + self.inner(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return randomise(Small())
+
+
+def profile(path: Path, folder: Path, runs: int = 3) -> list[KernelTime]:
+    """Kernels of the last of a few runs by the runtime's own profiler."""
+    model = Model(str(path), 1, str(folder / "profile"))
+    feed = {name: np.ones(shape, kind) for name, (shape, kind) in model.inputs.items()}
+    for _ in range(runs):
+        model.run(feed)
+    _, kernels = model.end_profile()[-1]
+    return [KernelTime(name=name, op=op, time_s=seconds) for name, op, seconds in kernels]
+
+
+def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float((ours * theirs).sum() / np.sqrt((ours**2).sum() * (theirs**2).sum()))
+
+
+@pytest.mark.parametrize("precision", format.PRECISIONS, ids=lambda p: p.name)
+def test_what_is_written(precision: Precision, tmp_path: Path) -> None:
+    """The dtype shows in the file, its size falls, and the outputs stay close."""
+    net = small()
+    artifact = format.export(net, INPUTS, tmp_path / "net.onnx", precision=precision, calibration=CALIBRATION)
+    dense = format.export(net, INPUTS, tmp_path / "float.onnx")
+    assert artifact.dtype == precision.dtype
+    kinds = {t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    stored = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}
+    assert stored.get(precision.dtype, onnx.TensorProto.INT8) in kinds
+    assert (artifact.inputs, artifact.outputs) == (dense.inputs, dense.outputs), "the module's own terms"
+    x = CALIBRATION[0][0][:1]
+    (ours,), (theirs,) = format.run(tmp_path / "net.onnx", [x]), format.run(tmp_path / "float.onnx", [x])
+    assert cosine(ours, theirs) > (0.999999 if precision.dtype in ("float32", "float16") else 0.99)
+
+
+def test_half_weights_cost_nothing_at_run_time(tmp_path: Path) -> None:
+    """The casts are folded when the file is loaded: the kernels are those of float32, the file is half."""
+    net = randomise(_mobilenet_v2())
+    whole = format.export(net, INPUTS, tmp_path / "float.onnx")
+    for precision, share in ((HALF, 0.6), (DYNAMIC, 0.4)):
+        less = format.export(net, INPUTS, tmp_path / f"{precision.name}.onnx", precision=precision)
+        assert less.bytes < share * whole.bytes
+        expected = [time.op for time in profile(tmp_path / "float.onnx", tmp_path)]
+        found = [time.op for time in profile(tmp_path / f"{precision.name}.onnx", tmp_path)]
+        if precision is DYNAMIC:
+            assert "DynamicQuantizeMatMul" in found
+            found = ["Gemm" if op == "DynamicQuantizeMatMul" else op for op in found]
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (None, "there are none"),
+        ([], "there are none"),
+        ([(np.ones((4, 3, 32, 32), np.float32),)], "constant"),
+        ([(np.full((4, 3, 32, 32), np.nan, np.float32),)], "NaN"),
+    ],
+)
+def test_data_that_give_no_range(calibration: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        format.export(small(), INPUTS, tmp_path / "net.onnx", precision=U8, calibration=calibration)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranges_are_of_all_data(tmp_path: Path) -> None:
+    """The extreme of any batch counts, whatever the batch size of file and data."""
+    data = np.zeros((5, 3, 32, 32), np.float32)
+    data[1, 0, 0, 0], data[4, 1, 2, 3] = -3.0, 7.0
+    for size in (1, 2, 4):
+        inputs = (torch.randn(size, 3, 32, 32),)
+        model = format.to_proto(small(), inputs)
+        low, high = find_ranges(model, [(data[:3],), (data[3:],)])[model.graph.input[0].name]
+        assert (low, high) == (-3.0, 7.0)
+
+
+def test_nodes_that_stay_in_float32(tmp_path: Path) -> None:
+    net = small()
+    graph = trace_graph(net, INPUTS)
+    inner = next(node.name for node in graph.nodes if "inner.weight" in node.parameters)
+    mixed = Precision(dtype="int8", activations="uint8", float_nodes=(inner,))
+    format.export(net, INPUTS, tmp_path / "net.onnx", precision=mixed, calibration=CALIBRATION, graph=graph)
+    kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert kinds["inner.weight"] == onnx.TensorProto.FLOAT
+    assert kinds["stem.weight_quantized"] == onnx.TensorProto.INT8
+    ops = [time.op for time in profile(tmp_path / "net.onnx", tmp_path)]
+    assert ops.count("QLinearConv") == 1 and ops.count("Conv") == 1
+    unknown = Precision(dtype="int8", float_nodes=("conv2d_99",))
+    with pytest.raises(ModelError, match="no node 'conv2d_99'"):
+        format.export(net, INPUTS, tmp_path / "x.onnx", precision=unknown, calibration=CALIBRATION, graph=graph)
+    with pytest.raises(ModelError, match="trace the model"):
+        format.export(net, INPUTS, tmp_path / "x.onnx", precision=unknown, calibration=CALIBRATION)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
+def test_other_widths_and_kernels(name: str, tmp_path: Path) -> None:
+    """Other widths are what quantising a true export gives; nearly all time goes to the layer that took it."""
+    net = randomise(NETS[name]())
+    graph = trace_graph(net, INPUTS)
+    keep = random_keep(graph, np.random.default_rng(1))
+    for group in graph.prunable:
+        keep[group.name] = keep[group.name][: max(len(keep[group.name]) // group.step * group.step, group.step)]
+    exported = format.to_proto(slice_model(net, INPUTS, graph, keep), INPUTS)
+    widths = {group: len(kept) for group, kept in keep.items()}
+    for precision in (HALF, DYNAMIC, U8, S8):
+        resizer = format.make_resizer(net, INPUTS, graph, precision=precision)
+        assert isinstance(resizer, ExactResizer)
+        ranges = find_ranges(exported, random_calibration(exported)) if precision.dtype == "int8" else {}
+        path = tmp_path / "exported.onnx"
+        format.write_proto(quantize(exported, precision, ranges).model, path)
+        expected = sorted(time.op for time in profile(path, tmp_path))
+        resizer.write_weights(tmp_path / "weights.bin")
+        began = time.process_time()
+        resizer.write_structure(widths, tmp_path / "structure.onnx", "weights.bin")
+        assert time.process_time() - began < 1
+        resizer.write_model(keep, tmp_path / "whole.onnx")
+        for made in ("structure", "whole"):
+            assert sorted(time.op for time in profile(tmp_path / f"{made}.onnx", tmp_path)) == expected
+        resizer.write_model({}, tmp_path / "dense.onnx")
+        assert format.inspect(tmp_path / "dense.onnx").sha256 == resizer.dense_sha256
+        assert format.inspect(tmp_path / "dense.onnx").dtype == precision.dtype
+        (dense,) = format.run(tmp_path / "dense.onnx", [INPUTS[0].numpy()])
+        with torch.no_grad():
+            assert cosine(dense, net(*INPUTS).numpy()) > 0.9
+        mapped = resizer.map_kernels(profile(tmp_path / "dense.onnx", tmp_path))
+        layers = {node.name for node in graph.nodes if node.op in ("conv2d", "linear")}
+        assert layers <= {node for kernel in mapped.kernels for node in kernel.nodes}
+        for made in ("dense", "structure"):
+            times = profile(tmp_path / f"{made}.onnx", tmp_path)
+            charged = mapped.charge(times)
+            assert sum(charged.values()) == pytest.approx(sum(time.time_s for time in times))
+            placed = [t.time_s for t, owner in zip(times, mapped.place(times), strict=True) if owner is not None]
+            print(name, precision.name, made, sum(placed) / sum(charged.values()))

@@ -1,0 +1,225 @@
+"""Formats and precisions side by side: size, error, agreement, latency, transposes.
+
+    python tools/bench_tflite.py [--quick] [--net NAME ...] [--data DIR] [--board embedded|icount|icount-a76]
+                                 [--legacy PYTHON]
+
+ONNX Runtime and LiteRT run the same nets at every precision their formats can be written in. Latency is in turns with
+the same runtime's float32 file, so that what the machine does from second to second falls out; the milliseconds of the
+two float32 files tell the runtimes apart. Agreement is top-1 against PyTorch, on CIFAR test images for ResNet-20 and
+on noise for the others, which have no trained weights here. `--legacy` is a Python with tflite-runtime and numpy < 2,
+which runs the same .tflite files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cifar
+import numpy as np
+import torch
+from bench_profile import open_board, zoo
+from torch import Tensor, nn
+
+from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.errors import EdgepruneError
+from edgeprune.core.family import load_member
+from edgeprune.core.records import Artifact, Step, Target
+from edgeprune.core.stats import median, quantity, turn_ratios
+from edgeprune.device.session import open_session
+from edgeprune.export import export_model
+
+RUNTIMES = {"onnxruntime": "onnx", "tflite": "tflite"}
+LEGACY = "tflite-runtime"
+CALIBRATION = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """A model with what it is judged on."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    calibration: list[tuple[np.ndarray, ...]]
+    test: Tensor
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One file; None where a cell was not measured, `note` says why."""
+
+    net: str
+    runtime: str
+    precision: str
+    size: int | None = None
+    error: float | None = None
+    agreement: float | None = None
+    transposes: str = ""
+    share: float | None = None
+    latency_s: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+def load_nets(names: Sequence[str], data: Path | None, examples: int) -> list[Net]:
+    """The nets, with real images for ResNet-20 where there are any."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for name in names:
+        if name == "resnet20":
+            if data is None:
+                print("resnet20: no data folder (--data, $EDGEPRUNE_DATA), so left out")
+                continue
+            real = cifar.Cifar(data, train=CALIBRATION, test=examples, calibration=CALIBRATION)
+            images = torch.cat([x for x, _ in real.test])
+            calibration = [(x.numpy(),) for x, _ in real.calibration]
+            found.append(Net(name=name, module=cifar.load_net(name, data).eval(), inputs=(images[:1],),
+                             calibration=calibration, test=images))  # fmt: skip
+            continue
+        torch.manual_seed(0)
+        module = _timm(name) if name == "efficientnet_lite0" else zoo(name)
+        noise = torch.randn(max(CALIBRATION // 4, 8), 3, 224, 224, generator=generator)
+        _settle(module, noise)
+        test = torch.randn(min(examples, 32), 3, 224, 224, generator=generator)
+        found.append(Net(name=name, module=module, inputs=(test[:1],),
+                         calibration=[(x[None].numpy(),) for x in noise], test=test))  # fmt: skip
+    return found
+
+
+def _timm(name: str) -> nn.Module:
+    zoo("resnet18")  # declares the operators without which torchvision, and so timm, cannot be imported
+    import timm
+
+    module: nn.Module = timm.create_model(name, pretrained=False)
+    return module
+
+
+def _settle(module: nn.Module, images: Tensor) -> None:
+    """Random weights need batch-norm statistics, or every activation dies out."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.eval()
+    with torch.no_grad():
+        for _ in range(4):
+            module(images)
+    module.eval()
+
+
+def write_files(net: Net, format: str, folder: Path) -> list[tuple[Row, Artifact | None]]:
+    """The net at every precision of a format, with what the host makes of it."""
+    member = load_member("formats", format)
+    with torch.no_grad():
+        expected = torch.cat([net.module(x) for x in net.test.split(32)]).numpy()
+    made: list[tuple[Row, Artifact | None]] = []
+    for precision in member.PRECISIONS:
+        row = Row(net=net.name, runtime="", precision=precision.name)
+        path = folder / f"{net.name}-{precision.name}{member.SUFFIX}"
+        began = time.monotonic()
+        try:
+            artifact = export_model(
+                net.module, net.inputs, path, format=format, precision=precision, calibration=net.calibration
+            )
+        except EdgepruneError as error:
+            row.note = str(error)
+            made.append((row, None))
+            continue
+        row.seconds = time.monotonic() - began
+        got = np.concatenate([member.run(path, [x.numpy()[None]])[0] for x in net.test])
+        row.size, row.error = artifact.bytes, float(np.abs(got - expected).max() / np.abs(expected).max())
+        row.agreement = float((got.argmax(1) == expected.argmax(1)).mean())
+        row.transposes = artifact.tools.get("transposes", "")
+        made.append((row, artifact))
+    return made
+
+
+def time_files(made: list[tuple[Row, Artifact | None]], target: Target, runtime: str, effort: Effort) -> list[Row]:
+    """Latency of every file in turns with the float32 one of its format."""
+    rows = [replace(row, runtime=runtime) for row, _ in made]
+    paths = {f"{a.sha256[:12]}{Path(a.path).suffix}": Path(a.path) for _, a in made if a is not None}
+    names = [None if a is None else f"{a.sha256[:12]}{Path(a.path).suffix}" for _, a in made]
+    member = "tflite" if runtime == LEGACY else runtime
+    with open_session(replace(target, runtime=member), space=f"bench-{runtime}") as session:
+        session.push(paths)
+        steps = [
+            Step(key=f"{name} {number}", kind="time", artifact=name, against=names[0], seconds=effort.seconds,
+                 precision=effort.precision, min_samples=effort.samples)
+            for number in range(effort.repeats) for name in names if name is not None
+        ]  # fmt: skip
+        results = {result.key: result for result in session.run(steps, job=f"tflite-{time.time_ns():x}")}
+        with suppress(EdgepruneError):
+            session.remove(list(paths))
+    for row, name in zip(rows, names, strict=True):
+        own: list[Any] = [results[f"{name} {number}"] for number in range(effort.repeats)] if name else []
+        failed = next((result.error for result in own if result.error), None)
+        if failed or not own:
+            row.note = row.note or f"does not run: {failed}"
+            continue
+        row.share = quantity(np.concatenate([turn_ratios(r.samples, r.against) for r in own])).median
+        row.latency_s = median([value for r in own for value in r.samples.values])
+    return rows
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table."""
+    print(f"{'net':>20} {'runtime':>15} {'precision':>11} {'KiB':>8} {'error':>9} {'top-1 =':>8} {'T':>3}"
+          f" {'/float32':>9} {'ms':>9} {'export s':>9}  note")  # fmt: skip
+    for row in rows:
+        cells = [
+            "-" if row.size is None else f"{row.size / 1024:.0f}",
+            "-" if row.error is None else f"{row.error:.1e}",
+            "-" if row.agreement is None else f"{row.agreement:.1%}",
+            row.transposes or "-",
+            "-" if row.share is None else f"{row.share:.3f}",
+            "-" if row.latency_s is None else f"{row.latency_s * 1e3:.3f}",
+            "-" if row.seconds is None else f"{row.seconds:.1f}",
+        ]
+        widths = (8, 9, 8, 3, 9, 9, 9)
+        text = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{row.net:>20} {row.runtime:>15} {row.precision:>11} {text}  {row.note[:80]}", flush=True)
+
+
+NETS = ("resnet20", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_lite0")
+
+
+def main() -> None:
+    """Print the table and the result line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds, two nets")
+    parser.add_argument("--net", nargs="+", choices=NETS)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
+    parser.add_argument("--legacy", type=Path, help="a Python with tflite-runtime 2.14 and numpy < 2")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    effort = EFFORTS["quick" if options.quick else "default"]
+    names = options.net or (NETS[0::2] if options.quick else NETS)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
+        for net in load_nets(names, cifar.find_data(options.data), 200 if options.quick else 1000):
+            for runtime, format in RUNTIMES.items():
+                made = write_files(net, format, Path(temporary))
+                rows += time_files(made, target, runtime, effort)
+                if format == "tflite" and options.legacy:
+                    rows += time_files(made, replace(target, python=str(options.legacy)), LEGACY, effort)
+        show(rows)
+    transposes = [int(row.transposes) for row in rows if row.transposes]
+    cells = [row for row in rows if row.runtime in RUNTIMES]
+    told = sum(row.share is not None or bool(row.note) for row in cells)
+    aims = {
+        "transposes_left": {"value": max(transposes, default=None), "aim": "== 0", "met": not any(transposes)},
+        "cells_measured_or_explained": {"value": told / len(cells), "aim": "== 1", "met": told == len(cells)},
+    }
+    print("RESULT", json.dumps({"aims": aims}))
+
+
+if __name__ == "__main__":
+    main()
