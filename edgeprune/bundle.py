@@ -95,7 +95,7 @@ def write_bundle(
         raise RecordError(f"{artifact_path} was pruned from another graph than the plan's; export it again")
     if unknown := sorted(set(kinds) - KINDS.keys()):
         raise UsageError(f"no bundle is made for {', '.join(unknown)}; known: {', '.join(KINDS)}")
-    if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+([ ()]+[A-Za-z0-9.+-]+)*\)*", license):
+    if license is not None and not re.fullmatch(r"\(*[A-Za-z0-9.+-]+([ ()]+[A-Za-z0-9.+-]+)*\)*", license):
         raise UsageError(f"{license!r} is no SPDX license expression, such as MIT or Apache-2.0")
     signer = None if key is None else Signer(key)
     contents = {f"model{artifact_path.suffix}": model}

@@ -26,11 +26,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import bundle as bundle_stage
 from edgeprune.bundle import KINDS, MANIFEST, try_bundle, verify_bundle, write_bundle
+from edgeprune.cli import run_command
 from edgeprune.core.archive import pack, unpack
 from edgeprune.core.errors import AgentError, RecordError, UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.records import Artifact, Bundle, Target, TensorInfo
-from edgeprune.core.store import digest, sha256_bytes, sha256_file
+from edgeprune.core.store import digest, sha256_bytes, sha256_file, write_record
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.session import Session, open_session
 
@@ -471,6 +472,32 @@ def test_bundles_that_a_board_cannot_run(
     (tmp_path / "tflite.zip").write_bytes(remade(contents))
     with pytest.raises(UsageError, match="does not run"):
         try_bundle(tmp_path / "tflite.zip", session)
+
+
+def test_the_command_line(
+    artifact: Artifact, evidence: Evidence, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`bundle MODEL`, options before or after it, and `bundle verify FILE`."""
+    monkeypatch.chdir(tmp_path)
+    write_record(Path("plan.json"), evidence.plan)
+    write_record(Path("report.json"), replace(evidence.report, artifact_sha256=artifact.sha256))
+
+    def edgeprune(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["edgeprune", *arguments])
+        assert run_command() == 0
+        return capsys.readouterr().out
+
+    options = ["--plan", "plan.json", "--report", "report.json", "--sign", str(keys / "key.pem")]
+    edgeprune("bundle", artifact.path, *options, "-o", "a.zip", "--for", "python,cpp")
+    edgeprune("bundle", *options, "-o", "b.zip", "--for", "all", artifact.path)
+    assert "example.py" in verify_bundle(Path("a.zip")).files
+    assert "android/README.md" in verify_bundle(Path("b.zip")).files
+    said = edgeprune("bundle", "verify", "a.zip", "--key", str(keys / "public.pem"), "--on", "embedded")
+    assert "outputs as recorded" in said
+    assert "3x4x4" in edgeprune("inspect", "a.zip").replace("?x", "")
+    with pytest.raises(RecordError, match="not with yours"):
+        edgeprune("bundle", "verify", "a.zip", "--key", str(keys / "other.pem"))
 
 
 # --- examples that are compiled --------------------------------------------------------------------

@@ -51,14 +51,16 @@ def embed_metadata(
         labels is not None,
         normalisation,
     )
-    kept = [entry for entry in model.metadata or [] if entry.name not in (STANDARD, OWN)]
+    model.metadata = list(model.metadata or [])
+    present = {entry.name: entry for entry in model.metadata}
     for name, data in ((STANDARD, standard), (OWN, json.dumps(dict(values), sort_keys=True).encode())):
-        buffer, entry = schema.BufferT(), schema.MetadataT()
-        buffer.data = np.frombuffer(data, np.uint8)
-        entry.name, entry.buffer = name, len(model.buffers)
-        model.buffers.append(buffer)
-        kept.append(entry)
-    model.metadata = kept
+        if name not in present:
+            entry = schema.MetadataT()
+            entry.name, entry.buffer = name, len(model.buffers)
+            model.buffers.append(schema.BufferT())
+            model.metadata.append(entry)
+            present[name] = entry
+        model.buffers[present[name].buffer].data = np.frombuffer(data, np.uint8)
     builder = _AlignedBuilder(path.stat().st_size + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
     content = bytes(builder.Output())
