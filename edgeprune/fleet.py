@@ -23,9 +23,9 @@ from edgeprune.core.records import FLOAT32, Graph, IntArray, KernelTime, Precisi
 from edgeprune.core.stats import median
 from edgeprune.core.store import append_record, replacing
 from edgeprune.formats import KernelMap, Resizer
-from edgeprune.profile import measure_configurations, read_profile
+from edgeprune.profile import choose_batches, measure_configurations, read_profile
 from edgeprune.tables.combine import measured_latency
-from edgeprune.tables.design import Configuration, design_configurations
+from edgeprune.tables.design import DENSE, Configuration
 from edgeprune.tables.stored import read_measured
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def profile_fleet(
     path: Path,
     configurations: int = 40,
     held_out: int = 8,
+    error: float | None = 0.01,
+    around: str | None = None,
     effort: Effort = DEFAULT,
     agreement: float = AGREEMENT,
     progress: Progress = silent,
@@ -71,7 +73,7 @@ def profile_fleet(
     resizer: Resizer | None = None,
     precision: Precision = FLOAT32,
 ) -> FleetProfile:
-    """Measure a model's widths on several boards of a kind and fit one profile.
+    """Measure a model's widths on several boards of a kind and fit one profile; as `profile_target`, in batches.
 
     sessions: open ones, each on another board, with a target name of its own. path: of the merged
     profile; each board's own lies beside it, and what it holds is not measured again. agreement: greatest
@@ -101,13 +103,18 @@ def profile_fleet(
             for finished in [pool.submit(one, session) for session in working]:
                 finished.result()
 
-    dense, *rest = design_configurations(graph, configurations, held_out, seed=seed)
+    dense = Configuration(name=DENSE, widths=graph.units, memory=True)
     measure({name: [dense] for name in names})
     anchors = {name: measured_latency(read_measured(paths[name])[1]) for name in names}
     left_out = find_unlike(anchors, agreement)
     sharing = [name for name in names if name not in left_out]
-    measure({name: [dense, *rest[place :: len(sharing)]] for place, name in enumerate(sharing)})
-    merge_profiles([paths[name] for name in sharing], path, effort.rounds)
+    batches = choose_batches(
+        graph, path, configurations=configurations, held_out=held_out, error=error, around=around, seed=seed
+    )
+    for batch in batches:
+        rest = [entry for entry in batch if entry != dense]
+        measure({name: rest[place :: len(sharing)] for place, name in enumerate(sharing)})
+        merge_profiles([paths[name] for name in sharing], path, effort.rounds)
     return FleetProfile(profile=read_profile(path, graph), anchors=anchors, left_out=left_out)
 
 

@@ -96,25 +96,48 @@ def profile_target(
     """
     if configurations < 2 or effort.rounds < 1 or held_out < 0:
         raise UsageError("a profile needs at least 2 configurations and 1 round")
-    first = min(FEWER_FIRST if known else FIRST, configurations)
-    sweep = list(design_configurations(graph, first, held_out, step=step, seed=seed))
     model = _Model(module, inputs, graph, precision, resizer)
     tables = tuple({table.signature: table for profile in reversed(known) for table in profile.tables}.values())
     with _Run(model, session, path, effort, progress, tables, black_box) as run:
-        batch = sweep
-        while batch:
-            run.measure(_shuffled(batch, effort.rounds, (seed, len(sweep))))
-            # Only of what earlier batches hold: a run that was killed in a batch chooses the same ones again.
-            profile = derive_profile(*read_measured(path), only={item.name for item in sweep})
-            left = configurations - sum(not item.held_out for item in sweep)
-            if not left or not profile.folds or (error is not None and _left_out_error(profile) <= error):
-                break
-            near_s = parse_limit(around, "time").absolute(reference_latency(profile).median) if around else None
-            chosen = choose_next(graph, profile, min(NEXT, left), step=step, budget_s=near_s, seed=seed)
-            start = len(sweep)
-            batch = [Configuration(name=f"next-{start + n:02d}", widths=widths) for n, widths in enumerate(chosen)]
-            sweep += batch
+        batches = choose_batches(
+            graph, path, first=FEWER_FIRST if known else FIRST, configurations=configurations, held_out=held_out,
+            error=error, step=step, around=around, seed=seed,
+        )  # fmt: skip
+        for number, batch in enumerate(batches):
+            run.measure(_shuffled(batch, effort.rounds, (seed, number)))
     return read_profile(path, graph)
+
+
+def choose_batches(
+    graph: Graph,
+    path: Path,
+    *,
+    first: int = FIRST,
+    configurations: int,
+    held_out: int,
+    error: float | None,
+    step: int | None = None,
+    around: str | None = None,
+    seed: int = 0,
+) -> Iterator[list[Configuration]]:
+    """The design, then batch by batch those that the tables are least sure of, until they are as close as asked for.
+
+    path: the profile that holds each batch when the next one is asked for. first: configurations of the design to fit.
+    The others as `profile_target` has them.
+    """
+    batch = list(design_configurations(graph, min(first, configurations), held_out, step=step, seed=seed))
+    sweep: list[Configuration] = []
+    while batch:
+        yield batch
+        sweep += batch
+        # Only of what earlier batches hold: a run that was killed in a batch chooses the same ones again.
+        profile = derive_profile(*read_measured(path), only={item.name for item in sweep})
+        left = configurations - sum(not item.held_out for item in sweep)
+        if not left or not profile.folds or (error is not None and _left_out_error(profile) <= error):
+            return
+        near_s = parse_limit(around, "time").absolute(reference_latency(profile).median) if around else None
+        chosen = choose_next(graph, profile, min(NEXT, left), step=step, budget_s=near_s, seed=seed)
+        batch = [Configuration(name=f"next-{len(sweep) + n:02d}", widths=widths) for n, widths in enumerate(chosen)]
 
 
 def measure_configurations(
@@ -348,7 +371,8 @@ class _Run:
     def _map_kernels(self, resizer: Resizer, job: str) -> KernelMap:
         """Learn the kernels from one profiled run of the dense model; what tells none is profiled as a black box."""
         dense = f"{DENSE}{self.suffix}"
-        step = Step(key="dense-kernels", kind="kernels", artifact=dense, runs=self.effort.profiled_runs)
+        step = Step(key="dense-kernels", kind="kernels", artifact=dense, runs=self.effort.profiled_runs,
+                    steady=self.effort.steady)  # fmt: skip
         (result,) = self.session.run([step], job=job)
         if result.no_kernels:
             self.black_box = True
@@ -408,13 +432,14 @@ class _Slot:
         steps = [
             Step(
                 key=f"{key}-time", kind="time", artifact=ours, against=reference, seconds=effort.seconds,
-                precision=effort.precision, min_samples=effort.samples,
+                precision=effort.precision, min_samples=effort.samples, steady=effort.steady,
             ),
         ]  # fmt: skip
         if kernels:
             steps.append(
-                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=reference, runs=effort.profiled_runs)
-            )
+                Step(key=f"{key}-kernels", kind="kernels", artifact=ours, against=reference, runs=effort.profiled_runs,
+                     steady=effort.steady)
+            )  # fmt: skip
         if self.round == 0 and self.configuration.memory:
             steps.append(Step(key=f"{key}-memory", kind="memory", artifact=ours))
             if metered:
@@ -426,14 +451,14 @@ def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelM
     timed, profiled = results["time"], results.get("kernels")
     memory, energy = results.get("memory"), results.get("energy")
     assert timed.samples is not None and timed.against is not None
-    arch = timed.conditions.arch if timed.conditions is not None else ""
+    machine = (timed.conditions.arch, timed.conditions.threads) if timed.conditions is not None else ("",)
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
         held_out=slot.configuration.held_out, samples=timed.samples, dense=timed.against,
         kernels=mapped.charge(profiled.kernels) if profiled else {}, run_s=profiled.run_s if profiled else None,
         dense_run_s=profiled.against_run_s if profiled else None,
         activation_bytes=memory.activation_bytes if memory else None,
-        arena_bytes=peak_memory_bytes(graph, slot.configuration.widths, arch) if memory else None,
+        arena_bytes=peak_memory_bytes(graph, slot.configuration.widths, *machine) if memory else None,
         power=energy.power if energy else None, note=f"no energy: {energy.error}" if energy and energy.error else "",
         conditions=timed.conditions,
     )  # fmt: skip

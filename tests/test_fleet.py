@@ -5,18 +5,20 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import edgeprune.fleet
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.records import Quantity, Target
 from edgeprune.device.session import open_session
 from edgeprune.fleet import check_alike, find_unlike, merge_profiles, profile_fleet
-from edgeprune.profile import read_profile
+from edgeprune.profile import choose_batches, read_profile
 from edgeprune.tables.stored import read_measured
 from edgeprune.trace import trace_graph
 
@@ -29,8 +31,12 @@ def board(name: str, tmp_path: Path, threads: int = 1) -> Target:
 
 
 @pytest.mark.timeout(300)
-def test_three_boards_share_the_widths(tmp_path: Path) -> None:
-    """Each measures the dense model and a third of the rest; together it is one profile, and a rerun adds nothing."""
+def test_three_boards_share_the_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measures the dense model and a third of every batch; together it is one profile, and a rerun adds nothing.
+
+    The second batch is of widths that the tables were least sure of after the first.
+    """
+    monkeypatch.setattr(edgeprune.fleet, "choose_batches", partial(choose_batches, first=4))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 1)).eval()
     inputs, path = (torch.randn(1, 3, 16, 16),), tmp_path / "profile.jsonl"
@@ -42,7 +48,16 @@ def test_three_boards_share_the_widths(tmp_path: Path) -> None:
             sessions = [stack.enter_context(open_session(board(name, tmp_path))) for name in names]
             # These three share two processors: how far they agree says nothing here.
             fleet = profile_fleet(
-                net, inputs, graph, sessions, path=path, configurations=8, held_out=2, effort=BRIEF, agreement=10.0
+                net,
+                inputs,
+                graph,
+                sessions,
+                path=path,
+                configurations=8,
+                held_out=2,
+                error=None,
+                effort=BRIEF,
+                agreement=10.0,
             )
         assert fleet.left_out == () and set(fleet.anchors) == set(names)
         assert "b: dense" in str(fleet) and "left out" not in str(fleet)
@@ -51,11 +66,13 @@ def test_three_boards_share_the_widths(tmp_path: Path) -> None:
     run()
     own = {name: read_measured(tmp_path / f"profile.{name}.jsonl") for name in names}
     shares = [{item.configuration for item in measurements} - {"dense"} for _, measurements in own.values()]
-    assert sorted(map(len, shares)) == [3, 3, 3] and len(set.union(*shares)) == 9
+    assert sorted(map(len, shares)) == [2, 3, 4] and len(set.union(*shares)) == 9
+    assert sum(name.startswith("next-") for name in set.union(*shares)) == 4
     profile = read_profile(path, graph)
     assert profile.target == "a,b,c"
     places = [(item.round, item.configuration) for item in profile.measurements]
     assert len(places) == len(set(places)) == 2 * (9 + 3)
+    assert len(list(choose_batches(graph, path, first=4, configurations=8, held_out=2, error=10.0))) == 1
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.jsonl")}
     run()
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.jsonl")} == before

@@ -1,6 +1,6 @@
 """How well the peak activation memory of widths never measured is predicted.
 
-    python tools/bench_memory.py [--quick] [--net NAME ...] [--board embedded|icount]
+    python tools/bench_memory.py [--quick] [--net NAME ...] [--board embedded|arm64]
 
 Widths as a profile has them: the dense model and eight more fit the line of `tables.combine.fit_memory`, others,
 as plans have them, are held out. All are measured as in a profile: the growth of a process that runs the model.
@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from bench_profile import NETS, load_net, open_board
+from bench_profile import NETS, load_net
+from boards.icount import IcountBoard
 
 from edgeprune.core.arena import peak_memory_bytes
 from edgeprune.core.cost import live_bytes
 from edgeprune.core.family import load_member
-from edgeprune.core.records import Measurement, MemoryModel, Samples, Step, StepResult
+from edgeprune.core.records import Measurement, MemoryModel, Samples, Step, StepResult, Target
+from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.session import Session, open_session
 from edgeprune.tables.combine import fit_memory
 from edgeprune.tables.design import FITTED_MEMORY, Configuration, design_configurations
@@ -45,9 +48,9 @@ def bench(name: str, session: Session, held_out: int, folder: Path) -> tuple[Mem
     session.push(files)
     steps = [Step(key=entry.name, kind="memory", artifact=f"{name}-{entry.name}.onnx") for entry in sweep]
     results = {result.key: result for result in session.run(steps, job=f"memory-{name}")}
-    arch = session.conditions().arch
+    arch, threads = session.conditions().arch, session.conditions().threads
     measured = [
-        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch)) for entry in sweep
+        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch, threads)) for entry in sweep
     ]  # fmt: skip
     model = fit_memory(measured)
     if model is None or model.error is None:
@@ -70,12 +73,17 @@ def to_measurement(entry: Configuration, result: StepResult, arena: int) -> Meas
     )  # fmt: skip
 
 
+def find_board(name: str) -> AbstractContextManager[Target]:
+    """The board of that name, for as long as the block. Instructions need no counting for memory."""
+    return IcountBoard(name=name, icount=False) if name == "arm64" else EmbeddedBoard()
+
+
 def main() -> None:
     """Print the table and the result line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 widths held out instead of 12")
     parser.add_argument("--net", nargs="+", choices=NETS, default=DEFAULT_NETS)
-    parser.add_argument("--board", choices=["embedded", "icount"], default="embedded")
+    parser.add_argument("--board", choices=["embedded", "arm64"], default="embedded", help="arm64: emulated")
     options = parser.parse_args()
     torch.set_num_threads(1)
     heads = (
@@ -89,7 +97,7 @@ def main() -> None:
     )
     print("".join(f"{head:>{width}}" for head, width in heads))
     aims = {}
-    with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
+    with tempfile.TemporaryDirectory() as temporary, find_board(options.board) as target:
         for name in options.net:
             with open_session(target, space=temporary) as session:
                 model, live = bench(name, session, 4 if options.quick else 12, Path(temporary))

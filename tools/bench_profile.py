@@ -31,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.interpolate import RegularGridInterpolator
 
 from edgeprune.core.cost import kernel_sizes
-from edgeprune.core.effort import EFFORTS, NOISELESS
+from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.records import Graph, Kernel, Node, Profile, Step, Target
 from edgeprune.core.stats import median
 from edgeprune.device.embedded import EmbeddedBoard
@@ -143,7 +143,7 @@ class Layers:
 
 
 def isolated_layers(
-    graph: Graph, profile: Profile, session: Session, side: int | None, timings: int, effort_s: float, folder: Path
+    graph: Graph, profile: Profile, session: Session, side: int | None, timings: int, effort: Effort, folder: Path
 ) -> Layers:
     """Time each kind of layer alone on a grid.
 
@@ -174,7 +174,16 @@ def isolated_layers(
                     isolated_model(nodes[kernel.nodes[0]], graph, int(cin), int(cout)).SerializeToString()
                 )
                 files[name] = folder / name
-                steps.append(Step(key=name, kind="time", artifact=name, seconds=effort_s, min_samples=3))
+                steps.append(
+                    Step(
+                        key=name,
+                        kind="time",
+                        artifact=name,
+                        seconds=effort.seconds,
+                        min_samples=3,
+                        steady=effort.steady,
+                    )
+                )
     session.push(files)
     order = np.random.default_rng(0).permutation(len(steps))
     results = session.run([steps[index] for index in order], job=f"isolated-{folder.name}")
@@ -217,7 +226,7 @@ def bench(name: str, session: Session, options: argparse.Namespace, folder: Path
         return row
     layers = folder / f"{name}-{profile.artifact_sha256[:8]}"
     layers.mkdir(exist_ok=True)
-    grid = isolated_layers(graph, profile, session, options.grid, row["timings"], options.effort.seconds, layers)
+    grid = isolated_layers(graph, profile, session, options.grid, row["timings"], options.effort, layers)
     grid_s = board_seconds(session.target) - profiled
     kept = {"board_s": grid_s, **asdict(grid)}
     (folder / f"{name}-grid.json").write_text(json.dumps(kept, default=np.ndarray.tolist))

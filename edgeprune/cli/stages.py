@@ -76,8 +76,8 @@ def profile(
     """Measure the latency tables of a model on a board, or on several at once; goes on where it was stopped."""
     paths = [file for path in known or () for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])]
     level, names = find_effort(effort), target.split(",")
-    if len(names) > 1 and (paths or around or black_box):
-        raise UsageError("--from, --around and --black-box are for one board; a fleet measures all configurations")
+    if len(names) > 1 and (paths or black_box):
+        raise UsageError("--from and --black-box are for one board, not for a fleet")
     with bars() as progress, ExitStack() as stack:
         boards = [
             stack.enter_context(
@@ -89,8 +89,8 @@ def profile(
         precision = choose_precision(module, inputs, boards[0], dtype, out, level, progress)
         if len(boards) > 1:
             fleet = edgeprune.profile_fleet(
-                module, inputs, graph, boards, path=out, configurations=configurations, held_out=held_out, effort=level,
-                precision=precision, progress=progress,
+                module, inputs, graph, boards, path=out, configurations=configurations, held_out=held_out,
+                error=error or None, around=around, effort=level, precision=precision, progress=progress,
             )  # fmt: skip
             tables = fleet.profile
         else:

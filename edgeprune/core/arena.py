@@ -30,6 +30,10 @@ SPLIT_REST = 128 << 20
 HANDLE_SHARE = 32
 """The arena keeps 8 bytes for each 256 of a region."""
 PAGE = 4096
+COLUMNS = 128 * 128
+"""Numbers of the input that each thread of a convolution without blocks unrolls at once."""
+MACS_PER_THREAD = 1 << 16
+"""A convolution takes one more thread for so many multiply-adds."""
 COPY = " in the other layout"
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
@@ -48,11 +52,15 @@ S = TypeVar("S", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One step of the runtime: the values it reads, the shape it makes, the inputs it may write over."""
+    """One step of the runtime: the values it reads, the shape it makes, the inputs it may write over.
+
+    workspace: numbers it needs besides, while it runs.
+    """
 
     reads: tuple[str, ...]
     shape: Shape
     over: tuple[str, ...] = ()
+    workspace: int = 0
 
 
 @dataclass(slots=True)
@@ -64,18 +72,23 @@ class Buffer(Generic[S]):
     dies: int
 
 
-def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64") -> int:
+def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64", threads: int = 1) -> int:
     """Peak of the runtime's activation memory over several runs, in bytes; without what a process takes anyway.
 
-    arch: the machine, as `Conditions` has it.
+    arch, threads: of the machine, as `Conditions` has them.
     """
-    kernels, outputs = lower(graph, widths, BLOCKS.get(arch, 1))
+    kernels, outputs = lower(graph, widths, BLOCKS.get(arch, 1), threads)
     buffers = place(kernels, outputs, {name: kernel.shape for name, kernel in kernels.items()})
+    workspaces = [
+        Buffer((kernel.workspace,), index, index) for index, kernel in enumerate(kernels.values()) if kernel.workspace
+    ]
     arena = Arena()
     held: dict[int, Chunk] = {}
-    for born, index in _events(buffers):
+    # A workspace is the last to be taken of what a kernel needs.
+    first_run = [*buffers, *workspaces]
+    for born, index in _events(first_run):
         if born:
-            held[index] = arena.take(_bytes(buffers[index]))
+            held[index] = arena.take(_bytes(first_run[index]))
         else:
             arena.give(held.pop(index))
     for chunk in held.values():
@@ -85,13 +98,15 @@ def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64") -> int
     inner = [buffer for buffer in buffers if buffer.dies < end]
     for size in (pattern_bytes(inner), *(_bytes(buffer) for buffer in buffers if buffer.dies == end)):
         arena.take(size)
+    for workspace in workspaces:
+        arena.give(arena.take(_bytes(workspace)))
     return arena.touched_bytes
 
 
 # --- from the graph to kernels and buffers -------------------------------------------------------
 
 
-def lower(graph: Graph, widths: Widths, block: int = 1) -> tuple[dict[str, Kernel], set[str]]:
+def lower(graph: Graph, widths: Widths, block: int = 1, threads: int = 1) -> tuple[dict[str, Kernel], set[str]]:
     """The kernels in the order of execution, by the name of what they make; the names of the model's outputs.
 
     Normalisation is folded into the convolution before it, an addition is done by the convolution that it
@@ -99,13 +114,15 @@ def lower(graph: Graph, widths: Widths, block: int = 1) -> tuple[dict[str, Kerne
     operation reads that, or a convolution reads something else, a copy in the other layout is made,
     named after the value and COPY.
     """
-    return _Lowering(graph, widths, block).run()
+    return _Lowering(graph, widths, block, threads).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, widths: Widths, block: int) -> None:
+    def __init__(self, graph: Graph, widths: Widths, block: int, threads: int) -> None:
         self._graph = graph
         self._block = block
+        self._threads = threads
+        self._weights = {parameter.name: parameter.shape for parameter in graph.parameters}
         units = graph.units
         self._shape = {n.name: tuple(e.size(widths, units) for e in n.out_extents) for n in graph.nodes}
         self._readers: dict[str, int] = dict.fromkeys(self._shape, 0)
@@ -143,7 +160,8 @@ class _Lowering:
         else:
             reads = [self._in_layout(source, blocked, op) for source in node.inputs]
             over = tuple(reads) if op in ELEMENTWISE else ()
-            kernel = Kernel(tuple(reads), shape, over)
+            unrolls = op in CONVOLUTIONS and not blocked
+            kernel = Kernel(tuple(reads), shape, over, self._unrolled(node) if unrolls else 0)
         self._kernels[name] = kernel
         self._value[name] = name
         if blocked:
@@ -184,8 +202,32 @@ class _Lowering:
             same_layout = blocked == (conv in self._blocked) == (other in self._blocked)
             if conv in self._convolutions and conv != other and same_layout and self._kernels[other].shape == shape:
                 self._convolutions.discard(conv)
-                return Kernel((*self._kernels.pop(conv).reads, other), shape, (other,))
+                done = self._kernels.pop(conv)
+                return Kernel((*done.reads, other), shape, (other,), done.workspace)
         return None
+
+    def _unrolled(self, node: Node) -> int:
+        """Numbers that a convolution without blocks unrolls its input into, so that it becomes a matrix product."""
+        if not node.parameters:
+            return 0  # weights that are computed: how large the kernel is nobody says
+        _, filters, *out = self._shape[node.name]
+        _, channels, *into = self._shape[node.inputs[0]]
+        _, of_group, *kernel = self._weights[node.parameters[0]]
+        groups = node.attributes.get("groups", 1)
+        if groups > 1 and of_group == 1:
+            groups = channels  # of a depthwise one a group goes with its channel
+        pixels, per_filter = prod(out), channels // groups * prod(kernel)
+        filters //= groups
+        if prod(kernel) == 1 and into == out:
+            return 0  # it is a matrix product already
+        if self._block == 1 and groups == channels > 1 and filters == 1 and kernel == [3, 3] and into == out:
+            return into[-1] + 2  # has an algorithm of its own there
+        if filters > pixels:
+            return pixels * per_filter
+        if groups > 1:
+            at_once = max(pixels * per_filter, filters * pixels, COLUMNS)
+            return at_once * min(self._threads, groups)
+        return COLUMNS * min(self._threads, filters * pixels * per_filter // MACS_PER_THREAD + 1)
 
     def _in_layout(self, source: str, blocked: bool, op: str) -> str:
         """The value itself, or its copy in the layout that the reader needs, made when it is first asked for."""

@@ -358,7 +358,8 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
     if profile is not None:
         latency = latency_interval(graph, widths, profile)
         size = artifact_bytes(graph, widths, profile.dense_bytes, profile.precision.dtype)
-    memory = peak_memory_bytes(graph, widths, *([profile.conditions.arch] if profile is not None else []))
+    machine = (profile.conditions.arch, profile.conditions.threads) if profile is not None else ()
+    memory = peak_memory_bytes(graph, widths, *machine)
     if profile is not None and profile.memory is not None:
         memory = round(profile.memory.base_bytes + profile.memory.scale * memory)
     return Cost(

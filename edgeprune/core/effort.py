@@ -17,7 +17,8 @@ class Effort:
         interval of its median, or of the ratio to what it is compared with, is +- this share.
     energy_s: of the loop in which power is sampled. samples: fewest of one timing that does not reach the precision:
     models so slow that few turns fit into `seconds` get more.
-    profiled_runs: of which a kernel's typical time is made.
+    profiled_runs: of which a kernel's typical time is made. steady: a run takes the same time every time, so that
+    one turn behind the first runs says all.
     """
 
     rounds: int
@@ -27,6 +28,7 @@ class Effort:
     energy_s: float = 10.0
     samples: int = 15
     profiled_runs: int = 12
+    steady: bool = False
 
 
 DEFAULT = Effort(rounds=3, repeats=6, seconds=0.6, precision=0.01)
@@ -35,7 +37,7 @@ EFFORTS = {
     "default": DEFAULT,
     "thorough": Effort(rounds=5, repeats=12, seconds=2.0, precision=0.005, energy_s=30.0),
 }
-NOISELESS = Effort(rounds=1, repeats=1, seconds=0.0, precision=None, samples=5, profiled_runs=6)
+NOISELESS = Effort(rounds=1, repeats=1, seconds=0.0, precision=None, samples=1, profiled_runs=2, steady=True)
 """For boards on which a run takes the same time every time, such as an emulator that counts instructions."""
 
 

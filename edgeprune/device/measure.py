@@ -29,11 +29,11 @@ import numpy as np
 if TYPE_CHECKING:
     from edgeprune.device import energy
     from edgeprune.device.runtimes import onnxruntime as runtime
-    from edgeprune.device.warm_up import warm_up
+    from edgeprune.device.warm_up import WARM_UP_LIMIT_S, warm_up
 else:
     import energy
     import runtime
-    from warm_up import warm_up
+    from warm_up import WARM_UP_LIMIT_S, warm_up
 
 MARK = "@@edgeprune@@"
 CLOCK_MULTIPLE = 1000
@@ -99,9 +99,10 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """
     threads = step["threads"] or spec["threads"]
     most = max(threads, spec["threads"])
-    timers = [Timer(*open_step(step, spec, threads=threads), most)]
+    warm_up_s = WARM_UP_LIMIT_S if not step["steady"] else 0.0
+    timers = [Timer(*open_step(step, spec, threads=threads), most, warm_up_s)]
     if step["against"]:
-        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec), most))
+        timers.append(Timer(*open_step({**step, "artifact": step["against"]}, spec), most, warm_up_s))
     longest = max(timer.turn_s for timer in timers)
     for timer in timers:
         # The same time for both: a disturbance must be as likely to fall into the one's turn as the other's.
@@ -137,9 +138,9 @@ def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
 class Timer:
     """One model and the turns it had: `samples` samples of `loops` runs each."""
 
-    def __init__(self, model: runtime.Model, feed: dict[str, Any], threads: int) -> None:
+    def __init__(self, model: runtime.Model, feed: dict[str, Any], threads: int, warm_up_s: float) -> None:
         self.run = functools.partial(model.run, feed)
-        self.warm = warm_up(self.run)
+        self.warm = warm_up(self.run, limit_s=warm_up_s)
         self.run_s = self.warm.run_s
         self.loops = max(1, math.ceil(CLOCK_MULTIPLE * clock_tick_s() / self.run_s))
         self.samples = 1
@@ -181,6 +182,8 @@ def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> 
     # Processor time is that of undisturbed turns in any case.
     disturbed = {place for timer in timers if not timer.at_work for place in timer.interrupted}
     clean = turns - len(disturbed)
+    if step["steady"] and clean and turns * first >= step["min_samples"]:
+        return "steady board"
     if turns < MIN_TURNS or (clean < MIN_TURNS and turns < MOST_TURNS_FOR_CLEAN):
         return ""
     # Looking costs time too: now and then is often enough.
@@ -257,19 +260,21 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
             for number, artifact in enumerate(artifacts)
         ]
         for model, feed in models:
-            warm_up(functools.partial(model.run, feed), limit_s=WARM_AGAIN_LIMIT_S)
-        bursts = math.ceil(step["runs"] / BURST)
+            warm_up(functools.partial(model.run, feed), limit_s=WARM_AGAIN_LIMIT_S if not step["steady"] else 0.0)
+        burst = min(BURST, step["runs"])
+        bursts = math.ceil(step["runs"] / burst)
         whole: list[list[bool]] = [[] for _ in models]
         for _ in range(bursts):
             for number, (model, feed) in enumerate(models):
-                for _ in range(1 + BURST):
+                for _ in range(1 + burst):
                     began, at_work = time.perf_counter_ns(), time.thread_time_ns()
                     model.run(feed)
                     whole[number].append(not was_interrupted(began, at_work))
-        ends = [model.end_profile()[-bursts * (1 + BURST) :] for model, _ in models]
-    if len(ends[0]) < bursts * (1 + BURST) or not ends[0][0][1]:
-        raise ValueError(f"the runtime's profile holds {len(ends[0])} runs of {bursts * (1 + BURST)}")
-    runs, others = pick_runs(ends[0], whole[0]), pick_runs(ends[-1], whole[-1])
+        ends = [model.end_profile()[-bursts * (1 + burst) :] for model, _ in models]
+    if len(ends[0]) < bursts * (1 + burst) or not ends[0][0][1]:
+        raise ValueError(f"the runtime's profile holds {len(ends[0])} runs of {bursts * (1 + burst)}")
+    enough = MIN_TURNS if not step["steady"] else 1
+    runs, others = (pick_runs(ends[place], whole[place], burst, enough) for place in (0, -1))
     orders = [[(name, op) for name, op, _ in kernels] for _, kernels in runs]
     if any(order != orders[0] for order in orders):
         raise ValueError("the runtime executed its kernels in different orders")
@@ -285,14 +290,14 @@ def measure_kernels(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any
     }
 
 
-def pick_runs(runs: list[Any], whole: list[bool]) -> list[Any]:
-    """The profiled runs that count: those that nothing interrupted, of all where they are too few.
+def pick_runs(runs: list[Any], whole: list[bool], burst: int, enough: int) -> list[Any]:
+    """The profiled runs that count: those that nothing interrupted, of all where these are not enough.
 
-    The first run of a burst finds the caches as the other model left them.
+    burst: runs in a row that count; the one before them finds the caches as the other model left them.
     """
-    places = [place for place in range(len(runs)) if place % (1 + BURST)]
+    places = [place for place in range(len(runs)) if place % (1 + burst)]
     clean = [place for place in places if whole[place]]
-    return [runs[place] for place in (clean if len(clean) >= MIN_TURNS else places)]
+    return [runs[place] for place in (clean if len(clean) >= enough else places)]
 
 
 def was_interrupted(began_ns: int, at_work_ns: int) -> bool:

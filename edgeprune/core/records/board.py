@@ -127,6 +127,7 @@ class Step:
     seconds: time to spend sampling. precision: stop before that once the median, or the ratio to
         `against`, is known to this relative half-width of its 95 % interval. runs: profiled (`kernels`).
     threads: of this artifact alone (`time`); None: as the target says.
+    steady: on this board a run takes the same time every time: do not wait until it has settled, do not repeat.
     """
 
     key: str
@@ -139,6 +140,7 @@ class Step:
     min_samples: int = 7
     runs: int = 10
     threads: int | None = None
+    steady: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
