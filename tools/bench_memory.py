@@ -50,7 +50,8 @@ def bench(name: str, session: Session, held_out: int, folder: Path) -> tuple[Mem
     results = {result.key: result for result in session.run(steps, job=f"memory-{name}")}
     arch, threads = session.conditions().arch, session.conditions().threads
     measured = [
-        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch, threads)) for entry in sweep
+        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch, threads))
+        for entry in sweep
     ]  # fmt: skip
     model = fit_memory(measured)
     if model is None or model.error is None:

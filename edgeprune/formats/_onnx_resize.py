@@ -177,7 +177,7 @@ class ExactResizer(OnnxResizer):
             for position, form in enumerate(self._numbers[name]):
                 if form is not None:
                     array.flat[position] -= form[~kept].sum()
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
 
     def _shared(self, dense: TensorProto, kept: Mask, weights: str) -> TensorProto:
         shape = list(self.arrays[dense.name].shape)
