@@ -635,7 +635,7 @@ def test_kotlin_compiles_and_prepares_inputs(
     if format == "onnx":
         made = make(artifact, evidence, tmp_path / "bundle.zip", kinds=["android"])
     else:
-            write_classifier(tmp_path / "model.tflite", "int8")
+        write_classifier(tmp_path / "model.tflite", "int8")
         small = load_member("formats", "tflite").inspect(tmp_path / "model.tflite")
         made = make(small, evidence, tmp_path / "bundle.zip", kinds=["android"])
     with zipfile.ZipFile(made.path) as archive:
