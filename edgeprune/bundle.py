@@ -25,6 +25,7 @@ from edgeprune.core.records import Artifact, Bundle, Check, Plan, Report, Tensor
 from edgeprune.core.signing import Signer, read_public_key, signature_fits
 from edgeprune.core.store import digest, sha256_bytes, sha256_file, to_builtins, write_atomic
 from edgeprune.core.tensors import Array, encode
+from edgeprune.device.targets import runtime_format
 
 if TYPE_CHECKING:
     from edgeprune.device.session import Session
@@ -174,8 +175,7 @@ def try_bundle(path: Path, session: Session, *, key: Path | None = None) -> Chec
     """
     bundle = verify_bundle(path, key=key)
     manifest, target = bundle.manifest, session.target
-    runtime = load_member("device.runtimes", target.runtime.partition(":")[0])
-    if manifest["format"] != runtime.FORMAT:
+    if runtime_format(target.runtime) != manifest["format"]:
         raise UsageError(f"{path} holds {manifest['format']}, which {target.runtime} on {target.name} does not run")
     if "example.py" not in bundle.files:
         raise UsageError(f"{path} has no Python example to run on {target.name}; make it --for python as well")

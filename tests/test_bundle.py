@@ -23,13 +23,14 @@ import onnxruntime
 import pytest
 from evidence import Evidence, make_evidence
 from onnx import TensorProto, helper, numpy_helper
+from tflite_nets import write_classifier
 
 from edgeprune import bundle as bundle_stage
 from edgeprune.bundle import KINDS, MANIFEST, try_bundle, verify_bundle, write_bundle
 from edgeprune.cli import run_command
 from edgeprune.core.archive import pack, unpack
 from edgeprune.core.errors import AgentError, RecordError, UsageError
-from edgeprune.core.family import list_members, load_member
+from edgeprune.core.family import load_member
 from edgeprune.core.records import Artifact, Bundle, Target, TensorInfo
 from edgeprune.core.store import digest, sha256_bytes, sha256_file, write_record
 from edgeprune.device.embedded import EmbeddedBoard
@@ -436,6 +437,17 @@ def test_a_board_gives_the_recorded_outputs(bundle: Bundle, session: Session) ->
     assert not list(Path(session.target.workdir).rglob("try-*"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_board_gives_the_recorded_outputs_of_tflite(dtype: str, evidence: Evidence, tmp_path: Path) -> None:
+    write_classifier(tmp_path / "model.tflite", dtype)
+    artifact = load_member("formats", "tflite").inspect(tmp_path / "model.tflite")
+    made = make(artifact, evidence, tmp_path / "bundle.zip")
+    target = Target(name="host", board="linux", transport="local", python=sys.executable, workdir=str(tmp_path / "w"))
+    with open_session(replace(target, runtime="tflite")) as session:
+        check = try_bundle(Path(made.path), session)
+    assert (check.passed, check.measured) == (True, 0)
+
+
 def test_other_outputs_on_a_board(artifact: Artifact, evidence: Evidence, session: Session, tmp_path: Path) -> None:
     """The recorded outputs are of other weights, as if the board computed something else."""
     made = make(artifact, evidence, tmp_path / "bundle.zip")
@@ -551,14 +563,9 @@ def test_cpp_example_equals_onnxruntime(artifact: Artifact, unpacked: Path) -> N
     assert run_built(unpacked).returncode == 1
 
 
-needs_tflite = pytest.mark.skipif("tflite" not in list_members("formats"), reason="this version writes no TFLite")
-
-
 @pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def tflite_app(request: pytest.FixtureRequest, evidence: Evidence, tmp_path: Path) -> Path:
     """An unpacked bundle of a TFLite model in NHWC."""
-    from tflite_nets import write_classifier
-
     write_classifier(tmp_path / "model.tflite", request.param)
     artifact = load_member("formats", "tflite").inspect(tmp_path / "model.tflite")
     made = make(artifact, evidence, tmp_path / "bundle.zip", kinds=list(KINDS))
@@ -569,7 +576,6 @@ def tflite_app(request: pytest.FixtureRequest, evidence: Evidence, tmp_path: Pat
     return tmp_path / "app"
 
 
-@needs_tflite
 def test_python_example_runs_tflite(tflite_app: Path) -> None:
     done = run_example(tflite_app)
     assert done.returncode == 0, done.stderr
@@ -588,7 +594,6 @@ def test_python_example_runs_tflite(tflite_app: Path) -> None:
         np.testing.assert_allclose(mine["arr_0"], theirs["arr_0"], rtol=1e-5)
 
 
-@needs_tflite
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake: apt-get install cmake")
 def test_cpp_example_runs_litert(tflite_app: Path) -> None:
     import ai_edge_litert
@@ -622,7 +627,7 @@ def test_android_folder_is_complete(artifact: Artifact, evidence: Evidence, tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("kotlinc") is None, reason="needs kotlinc: npm install -g kotlin-compiler, and Java")
-@pytest.mark.parametrize("format", ["onnx", pytest.param("tflite", marks=needs_tflite)])
+@pytest.mark.parametrize("format", ["onnx", "tflite"])
 def test_kotlin_compiles_and_prepares_inputs(
     format: str, artifact: Artifact, evidence: Evidence, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -630,8 +635,6 @@ def test_kotlin_compiles_and_prepares_inputs(
     if format == "onnx":
         made = make(artifact, evidence, tmp_path / "bundle.zip", kinds=["android"])
     else:
-        from tflite_nets import write_classifier
-
         write_classifier(tmp_path / "model.tflite", "int8")
         small = load_member("formats", "tflite").inspect(tmp_path / "model.tflite")
         made = make(small, evidence, tmp_path / "bundle.zip", kinds=["android"])

@@ -325,7 +325,7 @@ def verify(
     print(f"{file}: {len(made.files)} files unaltered, {signed}{checked}")
     if target is None:
         return
-    runtime = {"onnx": "onnxruntime"}.get(manifest["format"], manifest["format"])
+    runtime = edgeprune.choose_runtime(target, None, manifest["format"])
     with bars() as progress, edgeprune.connect(target, runtime=runtime, progress=progress) as session:
         check = edgeprune.try_bundle(file, session, key=key)
     print(check.note)
