@@ -56,7 +56,8 @@ TRACED_WORDS = {
     "STRIDED_SLICE": ("slice", "narrow", "chunk", "split"), "SLICE": ("slice", "narrow", "chunk", "split"),
     "SPLIT": ("split", "chunk", "unbind"), "CONCATENATION": ("cat", "concat"), "TRANSPOSE": ("permute", "transpose"),
     "RESHAPE": ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    "BATCH_MATMUL": ("matmul", "bmm", "scaled_dot_product_attention"), "SOFTMAX": ("softmax", "scaled_dot_product_attention"),
+    "BATCH_MATMUL": ("matmul", "bmm", "scaled_dot_product_attention"),
+    "SOFTMAX": ("softmax", "scaled_dot_product_attention"),
     "RESIZE_BILINEAR": ("upsample_bilinear2d", "interpolate"),
     "RESIZE_NEAREST_NEIGHBOR": ("upsample_nearest2d", "interpolate"),
 }
@@ -245,8 +246,9 @@ class TfliteKernelMap:
         places = range(len(self._file.operations))
         # Paddings and conversions go with what reads them, last first; all else with what it reads.
         for place in reversed(places):
-            if place not in owner and self._file.operations[place].kind in PADS | CONVERSIONS:
-                owner.update({place: owner[reader] for reader in self._file.behind(place)[:1] if reader in owner})
+            reader = next((reader for reader in self._file.behind(place) if reader in owner), None)
+            if place not in owner and reader is not None and self._file.operations[place].kind in PADS | CONVERSIONS:
+                owner[place] = owner[reader]
         for place in places:
             if place not in owner and (before := [owner[p] for p in self._file.before(place) if p in owner]):
                 owner[place] = max(before)
