@@ -23,7 +23,7 @@ import onnxruntime
 import pytest
 from evidence import Evidence, make_evidence
 from onnx import TensorProto, helper, numpy_helper
-from tflite_nets import write_classifier
+from tflite_files import write_classifier
 
 from edgeprune import bundle as bundle_stage
 from edgeprune.bundle import KINDS, MANIFEST, try_bundle, verify_bundle, write_bundle

@@ -17,7 +17,7 @@ import pytest
 import torch
 from evidence import make_evidence
 from onnx import TensorProto, helper, numpy_helper
-from tflite_nets import write_classifier
+from tflite_files import write_classifier
 from torch import nn
 
 from edgeprune.bundle import write_bundle

@@ -246,8 +246,8 @@ class TfliteKernelMap:
         places = range(len(self._file.operations))
         # Paddings and conversions go with what reads them, last first; all else with what it reads.
         for place in reversed(places):
-            reader = next(iter(self._file.behind(place)), None)
-            if place not in owner and reader in owner and self._file.operations[place].kind in PADS | CONVERSIONS:
+            reader = next((reader for reader in self._file.behind(place) if reader in owner), None)
+            if place not in owner and reader is not None and self._file.operations[place].kind in PADS | CONVERSIONS:
                 owner[place] = owner[reader]
         for place in places:
             if place not in owner and (before := [owner[p] for p in self._file.before(place) if p in owner]):
