@@ -563,7 +563,7 @@ def test_cpp_example_equals_onnxruntime(artifact: Artifact, unpacked: Path) -> N
     assert run_built(unpacked).returncode == 1
 
 
-@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "int8"])
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.long), "int8"])
 def tflite_app(request: pytest.FixtureRequest, evidence: Evidence, tmp_path: Path) -> Path:
     """An unpacked bundle of a TFLite model in NHWC."""
     write_classifier(tmp_path / "model.tflite", request.param)
@@ -625,7 +625,7 @@ def test_android_folder_is_complete(artifact: Artifact, evidence: Evidence, tmp_
     assert {"inputs", "outputs", "example", "dtype", "zero_point", "tolerance", "threads"} <= keys
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("kotlinc") is None, reason="needs kotlinc: npm install -g kotlin-compiler, and Java")
 @pytest.mark.parametrize("format", ["onnx", "tflite"])
 def test_kotlin_compiles_and_prepares_inputs(

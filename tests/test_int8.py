@@ -165,7 +165,7 @@ def test_nodes_that_stay_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", [HALF, DYNAMIC, U8, S8], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_widths_and_kernels(name: str, precision: Precision, tmp_path: Path) -> None:
     """Other widths are what quantising a true export gives; nearly all time goes to the layer that took it."""
     net = randomise(NETS[name]())

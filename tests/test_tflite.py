@@ -207,7 +207,7 @@ def test_a_converter_that_fails(fault: str, tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unsupported_operation_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With the module it stands in; nothing is printed and nothing written."""
 
@@ -223,7 +223,7 @@ def test_unsupported_operation_is_named(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_int8_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     net = randomise(Small())
     path = tmp_path / "model.tflite"
@@ -248,7 +248,7 @@ TRANSPOSED = {"squeeze_excite"}
 """Their heads read every position of an image in the module's order, which takes a transpose."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_resized_equals_converted(name: str, tmp_path: Path) -> None:
     """Same outputs and same operations as a true conversion of the sliced module, at every precision."""
@@ -283,7 +283,7 @@ def test_resized_equals_converted(name: str, tmp_path: Path) -> None:
         assert operator_names(unpack(path.read_bytes())) == operator_names(unpack(expected))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_values_that_depend_on_widths_are_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Group normalisation divides by a number of channels: such files are converted, and it is said."""
     make, size = MODELS["group_norm"]

@@ -199,7 +199,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["", "-int8", "-dynamic"])
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_what_the_installed_converter_writes(converted: Path, name: str, kind: str) -> None:
