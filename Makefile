@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on built-in data and an embedded SSH board
 # make test    the whole test suite
 # make board-test  the tests on emulated boards: made of Debian packages, kept in ~/.cache/edgeprune/boards
+# make long-test   the tests that take minutes, most of them converting to TFLite
 # make lint    style, types, layers
 # make bench   the benchmarks, quick versions (QUICK= for the long ones)
 # Each sets up .venv by itself; what is already there is not installed again.
@@ -13,7 +14,7 @@ TORCH  := torch==2.13.0
 QUICK  ?= --quick
 BOARD_TESTS ?= board
 
-.PHONY: demo test board-test lint bench clean
+.PHONY: demo test long-test board-test lint bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,6 +23,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+long-test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long --timeout 1800
 
 board-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "$(BOARD_TESTS)" --timeout 1800

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeprune.advise import advise_pruning as advise_pruning
+    from edgeprune.bundle import try_bundle as try_bundle
     from edgeprune.bundle import verify_bundle as verify_bundle
     from edgeprune.bundle import write_bundle as write_bundle
     from edgeprune.compact import compact_model as compact_model
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from edgeprune.device.targets import setup_target as setup_target
     from edgeprune.export import export_model as export_model
     from edgeprune.fleet import profile_fleet as profile_fleet
+    from edgeprune.inspect import inspect_file as inspect_file
+    from edgeprune.inspect import read_any_record as read_any_record
     from edgeprune.load import example_inputs as example_inputs
     from edgeprune.load import load_data as load_data
     from edgeprune.load import load_model as load_model
@@ -50,13 +53,14 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "advise": ("advise_pruning",),
-    "bundle": ("verify_bundle", "write_bundle"),
+    "bundle": ("try_bundle", "verify_bundle", "write_bundle"),
     "compact": ("compact_model", "save_compact"),
     "core.store": ("read_record", "write_record"),
     "device.session": ("open_session",),
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
     "export": ("export_model",),
     "fleet": ("profile_fleet",),
+    "inspect": ("inspect_file", "read_any_record"),
     "load": ("example_inputs", "load_data", "load_model"),
     "measure": ("measure_files",),
     "on_board": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.family import load_member
-from edgeprune.core.records import Artifact, Graph
+from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision
 from edgeprune.core.store import replacing
+from edgeprune.core.tensors import Calibration
+
+Array = npt.NDArray[Any]
+Check = Callable[[Array, Array], str | None]
+"""Of an artifact's output and the module's: what is wrong, or None."""
+HALF_TOLERANCE = 5e-3
+"""float16 rounds each weight by up to 2^-11 = 5e-4 relative; the errors of some layers add up to a few of these."""
+LEAST_COSINE = 0.8
+"""int8 that works stays above 0.99; what lies below this has no more to do with the model."""
 
 
 def export_model(
@@ -29,22 +39,34 @@ def export_model(
     format: str = "onnx",
     graph: Graph | None = None,
     tolerance: float = 1e-4,
+    precision: Precision = FLOAT32,
+    calibration: Calibration | None = None,
 ) -> Artifact:
-    """Write a module as an artifact whose outputs on the host equal the module's.
+    """Write a module as an artifact whose outputs on the host equal the module's, or nearly where it has fewer bits.
 
     inputs: example inputs, batch first; the check runs on them and on random inputs of their kind.
     path: written at the end in one rename, or not at all.
     format: member of `formats`. graph: what the module was pruned from, recorded by its digest.
-    tolerance: largest |artifact - module| / max |module| allowed, over all outputs.
+    tolerance: largest |artifact - module| / max |module| allowed, over all outputs, of float32.
+    precision: of the artifact; calibration: what int8 takes its ranges from, and is then checked on.
     returns: the artifact, with the versions of the tools that made it.
     raises: ModelError when it cannot be exported, or computes something else; UsageError when the
         folder cannot be written.
     """
     member = load_member("formats", format)
     with _evaluating(module), replacing(path) as temporary:
-        artifact: Artifact = member.export(module, inputs, temporary)
-        for kind, given in (("example", inputs), ("random", _random_like(inputs))):
-            _check_outputs(module, given, member, temporary, kind=kind, tolerance=tolerance)
+        artifact: Artifact = member.export(
+            module, inputs, temporary, precision=precision, calibration=calibration, graph=graph
+        )
+        check = _within(HALF_TOLERANCE if precision.dtype == "float16" else tolerance)
+        given = {"example": inputs, "random": _random_like(inputs)}
+        if precision.dtype in ("int8", "dynamic"):
+            check = _alike
+        if precision.dtype == "int8" and calibration:
+            # Outside of the calibrated ranges int8 clips, as it should.
+            given = {"calibration": _like(inputs, calibration)}
+        for kind, tensors in given.items():
+            _check_outputs(module, tensors, member, temporary, kind=kind, check=check)
     tools = {"edgeprune": version("edgeprune"), "python": platform.python_version(), "torch": str(torch.__version__)}
     return replace(
         artifact,
@@ -55,7 +77,7 @@ def export_model(
 
 
 def _check_outputs(
-    module: nn.Module, inputs: tuple[Tensor, ...], member: Any, path: Path, *, kind: str, tolerance: float
+    module: nn.Module, inputs: tuple[Tensor, ...], member: Any, path: Path, *, kind: str, check: Check
 ) -> None:
     with torch.no_grad():
         expected = [leaf.numpy(force=True) for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor)]
@@ -68,13 +90,47 @@ def _check_outputs(
     for number, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         if not np.isfinite(theirs).all():
             raise ModelError(f"output {number} of the module holds NaN or infinity on {kind} inputs; check its weights")
+        if (reason := check(mine, theirs)) is not None:
+            raise ModelError(f"output {number} of the export {reason} on {kind} inputs; nothing was written")
+
+
+def _within(tolerance: float) -> Check:
+    """A check that nothing differs by more than a share of the largest output."""
+
+    def check(mine: Array, theirs: Array) -> str | None:
         error = float(np.abs(mine - theirs).max(initial=0.0) / max(float(np.abs(theirs).max(initial=0.0)), 1e-12))
-        if not error <= tolerance:
-            raise ModelError(
-                f"output {number} of the export differs from the module by {error:.2g} relative on {kind} inputs "
-                f"(allowed {tolerance:.0e}); nothing was written. The model may use an operator that its format "
-                "computes otherwise"
-            )
+        if error <= tolerance:
+            return None
+        return (
+            f"differs from the module by {error:.2g} relative (allowed {tolerance:.0e}): the model may use an operator "
+            "that its format computes otherwise, or numbers that its precision does not hold;"
+        )
+
+    return check
+
+
+def _alike(mine: Array, theirs: Array) -> str | None:
+    """Whether quantised outputs still point where the module's do."""
+    ours, wanted = mine.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
+    size = float(np.linalg.norm(ours) * np.linalg.norm(wanted))
+    if not np.isfinite(ours).all():
+        return "holds NaN or infinity"
+    similarity = float(ours @ wanted) / size if size else float(not ours.any() and not wanted.any())
+    if similarity >= LEAST_COSINE:
+        return None
+    return (
+        f"is destroyed by quantisation (cosine similarity {similarity:.2f} to the module's, least {LEAST_COSINE}); "
+        "leave the layers that break in float32, or train for int8; seen"
+    )
+
+
+def _like(inputs: tuple[Tensor, ...], calibration: Calibration) -> tuple[Tensor, ...]:
+    """The first calibration examples, as many as the artifact takes at once."""
+    made = []
+    for tensor, array in zip(inputs, calibration[0], strict=True):
+        rows = np.arange(len(tensor)) % len(array) if tensor.ndim else ...
+        made.append(torch.from_numpy(np.asarray(array)[rows]).to(tensor.dtype).to(tensor.device))
+    return tuple(made)
 
 
 def _random_like(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

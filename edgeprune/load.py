@@ -55,6 +55,12 @@ class Data:
             raise DataError(f"the data source has no .{split}; add it: batches of (inputs, targets)")
         return batches
 
+    def example(self) -> list[Any] | None:
+        """The first example of the test split, an array (1, ...) an input; None without that split."""
+        for inputs, _ in self.test or ():
+            return [tensor[:1].numpy(force=True) for tensor in _tensors(inputs)]
+        return None
+
 
 class ArrayBatches:
     """Batches of arrays in memory; shuffled anew by torch's global generator in each pass if asked to."""

@@ -82,7 +82,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
-        stages = Stages(run, folder, sources, model, inputs, data, progress)
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         importance = stages.score(graph)
@@ -104,6 +104,7 @@ class Stages:
     """
 
     run: RunFile
+    base: Path
     folder: RunFolder
     sources: tuple[str, ...]
     model: nn.Module
@@ -400,7 +401,10 @@ class Stages:
 
     def bundle(self, plan: Plan, artifact: Artifact, report: Report) -> None:
         """What an app embeds, and the page with the evidence."""
+        settings = self.run.bundle
         made_from = [artifact.sha256, digest(report), digest(plan), self.data.labels, self.data.preprocessing]
+        made_from.append(msgspec.to_builtins(settings))
+        example = as_arrays(first(self.data.require("test"), 1))[0]
         bundle, page = self.folder / "bundle.zip", self.folder / "report.html"
         self.folder.stage(
             "bundle",
@@ -414,6 +418,10 @@ class Stages:
                 bundle,
                 labels=self.data.labels,
                 preprocessing=self.data.preprocessing,
+                kinds=settings.kinds,
+                license=settings.license,
+                key=None if settings.key is None else self.base / settings.key,
+                examples=[array[:1] for array in example],
             ),
         )
         self.folder.stage("page", made_from, [page.name], lambda: report_run(self.folder.path, page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,9 @@ from torch.nn import functional
 
 from edgeprune.core.errors import DataError, RecordError
 from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import Precision
 from edgeprune.core.store import write_atomic
+from edgeprune.graphs.fake_quantize import simulate_int8
 
 Batches = Iterable[tuple[Any, Tensor]]
 JUDGING_STEPS = 8
@@ -31,6 +34,9 @@ DIVERGED = 1.5
 """An end loss this many times that of the start means that the training did harm."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
+
+RANGE_BATCHES = 4
+"""Training batches from which the ranges of int8 start."""
 
 
 class Data(Protocol):
@@ -53,6 +59,7 @@ class Settings:
     distil_weight: float
     temperature: float
     seed: int
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +116,7 @@ def recover_accuracy(
     checkpoint: Path | None = None,
     progress: Progress = silent,
     seed: int = 0,
+    precision: Precision | None = None,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -120,6 +128,8 @@ def recover_accuracy(
     checkpoint:    file written after each epoch; training goes on from it, with the same outcome as
                    if it had never stopped (batches drawn with the global generators, or with a
                    `set_epoch` method, are drawn again alike).
+    precision:     int8 trains through simulated rounding (`graphs/fake_quantize.py`) in float32, for `module` to lose
+                   less when it is quantised; both accuracies are then of the simulated model. None: float32.
     returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or one that ends
                    far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint.
@@ -129,8 +139,13 @@ def recover_accuracy(
     settings = Settings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
+        precision=precision,
     )  # fmt: skip
-    trainer = _Trainer(module, data, teacher, settings, autocast, checkpoint)
+    trained = module
+    if precision is not None and precision.dtype == "int8":
+        # bfloat16 rounds as coarsely as what is simulated.
+        trained, autocast = _simulate(module, data.train, precision, seed), False
+    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
     resumed = trainer.resume()
     if not resumed:
         trainer.begin()
@@ -139,7 +154,18 @@ def recover_accuracy(
             break
         trainer.train_epoch(epoch, progress)
         trainer.save()
-    return trainer.finish()
+    result = trainer.finish()
+    module.eval()
+    return result
+
+
+def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int) -> nn.Module:
+    device = _device(module)
+    with _seeded(seed):
+        batches = [_inputs(inputs, device) for inputs, _ in itertools.islice(train, RANGE_BATCHES)]
+    if not batches:
+        raise DataError("the training data gave no batches to take the ranges of int8 from")
+    return simulate_int8(module, tuple(tensor[:2] for tensor in batches[0]), precision, batches)
 
 
 class _Trainer:
@@ -310,7 +336,7 @@ class _Trainer:
             with safetensors.safe_open(self.checkpoint, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["recover"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if facts["settings"] != asdict(self.settings):
+            if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
                 return False
             parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}}
             for key, value in tensors.items():

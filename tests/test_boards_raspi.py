@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,39 @@ def test_its_runtime_computes_what_ours_does(raspi: tuple[RaspiBoard, Target], m
     (ours,) = onnxruntime.InferenceSession(model).run(None, {"x": inputs})
     with np.load(tmp_path / "outputs.npz") as theirs:
         np.testing.assert_allclose(theirs["y"], ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_tflite_computes_and_tells_its_kernels(raspi: tuple[RaspiBoard, Target], tmp_path: Path) -> None:
+    """The arm64 build of LiteRT, its profiler behind the C interface too."""
+    runtime = pytest.importorskip("edgeprune.device.runtimes.tflite")
+    from loopback.tflite import write_tflite
+
+    model = write_tflite(tmp_path / "net.tflite")
+    inputs = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    np.savez(tmp_path / "inputs.npz", x=inputs)
+    target = replace(raspi[1], runtime="tflite")
+    assert check_target(target).missing == ()
+    with open_session(target, space="tflite") as session:
+        session.push({"net.tflite": model, "inputs.npz": tmp_path / "inputs.npz"})
+        steps = [
+            Step(key="outputs", kind="outputs", artifact="net.tflite", inputs="inputs.npz"),
+            Step(key="time", kind="time", artifact="net.tflite", seconds=0.1, min_samples=3),
+            Step(key="kernels", kind="kernels", artifact="net.tflite", runs=3),
+            Step(key="memory", kind="memory", artifact="net.tflite"),
+        ]
+        results = session.run(steps, job="tflite")
+        assert [result.error for result in results] == [None] * 4
+        outputs, timed, kernels, memory = results
+        assert outputs.outputs is not None
+        session.fetch(outputs.outputs, tmp_path / "outputs.npz")
+    ours = runtime.Model(str(model), 1)
+    with np.load(tmp_path / "outputs.npz") as theirs:
+        for x, y in zip(inputs, theirs["y"], strict=True):
+            np.testing.assert_allclose(y, ours.run({"x": x[None]})[0][0], rtol=1e-4, atol=1e-4)
+    assert timed.samples is not None
+    assert [kernel.name for kernel in kernels.kernels] == ["delegate:0", "delegate:1"]
+    assert memory.activation_bytes is not None and memory.activation_bytes >= 16 * 32 * 32 * 4
 
 
 @pytest.mark.slow

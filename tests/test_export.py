@@ -13,6 +13,7 @@ from evidence import make_graph
 from torch import Tensor, nn
 
 from edgeprune.core.errors import ModelError, UnknownMember, UsageError
+from edgeprune.core.records import Precision
 from edgeprune.core.store import sha256_file
 from edgeprune.export import export_model
 
@@ -130,3 +131,27 @@ def test_unknown_format_and_folder_that_cannot_be_written(tmp_path: Path) -> Non
         tmp_path.chmod(0o500)
         with pytest.raises(UsageError, match="cannot write"):
             export_model(net, INPUTS, tmp_path / "net.onnx")
+
+
+CALIBRATION = [(np.random.default_rng(0).standard_normal((8, 3, 8, 8)).astype(np.float32),)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "dynamic", "int8"])
+def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
+    artifact = export_model(
+        in_evaluation(Net()), INPUTS, tmp_path / "net.onnx", precision=Precision(dtype=dtype), calibration=CALIBRATION
+    )
+    assert artifact.dtype == dtype
+
+
+def test_quantisation_that_destroys_the_output_is_not_written(tmp_path: Path) -> None:
+    """One channel so large that nothing is left of the others, and nothing reads it."""
+    net = in_evaluation(Net())
+    with torch.no_grad():
+        net.body[1].weight[0] = 1e6
+        net.head.weight[:, 0] = 0
+        net.head.bias.zero_()
+    precision = Precision(dtype="int8", activations="uint8")
+    with pytest.raises(ModelError, match="destroyed by quantisation"):
+        export_model(net, INPUTS, tmp_path / "net.onnx", precision=precision, calibration=CALIBRATION)
+    assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.core.errors import DataError, RecordError
+from edgeprune.core.errors import DataError, ModelError, RecordError
+from edgeprune.core.records import Precision
+from edgeprune.formats import onnx
 from edgeprune.load import ArrayBatches
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 
@@ -185,3 +188,62 @@ def test_data_that_cannot_train_says_why(train: Any, message: str) -> None:
 def test_accuracy_of_nothing_is_an_error() -> None:
     with pytest.raises(DataError, match="no test examples"):
         evaluate_accuracy(net(), [])
+
+
+INT8 = Precision(dtype="int8", activations="uint8")
+
+
+def broken_net(splits: Splits) -> nn.Module:
+    """Right in float32; in int8 one channel 100 times the others takes the range of an activation for itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    recover_accuracy(model, splits, epochs=10, lr=0.1, autocast=False)
+    with torch.no_grad():
+        for tensor in (model[1].weight, model[1].bias):
+            tensor[0] *= 100
+        model[3].weight[0] /= 100
+    return model
+
+
+def accuracy_of_int8(model: nn.Module, splits: Splits, path: Path) -> float:
+    inputs, targets = splits.test.inputs.numpy(), splits.test.targets.numpy()
+    calibration = [(splits.train.inputs.numpy(),)]
+    example = (splits.test.inputs[:50],)
+    onnx.export(model, example, path, precision=INT8, calibration=calibration)
+    outputs = [onnx.run(path, [inputs[at : at + 50]])[0] for at in range(0, len(inputs), 50)]
+    return float((np.concatenate(outputs).argmax(1) == targets).mean())
+
+
+def test_training_for_int8_raises_the_accuracy_of_the_artifact(splits: Splits, tmp_path: Path) -> None:
+    model = broken_net(splits)
+    before = accuracy_of_int8(model, splits, tmp_path / "before.onnx")
+    keys, kinds = list(model.state_dict()), [type(part) for part in model.modules()]
+    statistics = model[1].running_mean.clone()
+    result = recover_accuracy(model, splits, epochs=4, lr=0.02, precision=INT8)
+    assert list(model.state_dict()) == keys and [type(part) for part in model.modules()] == kinds
+    assert torch.equal(model[1].running_mean, statistics) and not model.training
+    assert result.accuracy_before is not None and result.accuracy_after is not None
+    assert result.accuracy_after > result.accuracy_before
+    assert accuracy_of_int8(model, splits, tmp_path / "after.onnx") > before + 0.03
+
+
+def test_training_for_int8_resumes_to_the_same_weights(splits: Splits, tmp_path: Path) -> None:
+    whole, resumed, path = net(), net(), tmp_path / "recover.safetensors"
+    result = recover_accuracy(whole, splits, epochs=2, lr=0.1, precision=INT8)
+    # Twelve batches an epoch, and four from which the ranges start.
+    cut = Splits(StopAfter(splits.train, 20), None, splits.test)
+    with pytest.raises(KeyboardInterrupt):
+        recover_accuracy(net(), cut, epochs=2, lr=0.1, checkpoint=path, precision=INT8)
+    assert path.exists()
+    assert recover_accuracy(resumed, splits, epochs=2, lr=0.1, checkpoint=path, precision=INT8) == result
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_int8_training_refuses_nodes_it_does_not_know(splits: Splits) -> None:
+    with pytest.raises(ModelError, match="no node 'conv2d_99'"):
+        recover_accuracy(net(), splits, epochs=1, precision=Precision(dtype="int8", float_nodes=("conv2d_99",)))

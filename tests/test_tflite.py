@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from edgeprune.core.records import Graph, Precision
 from edgeprune.graphs.slice import slice_model
 from edgeprune.trace import trace_graph
 
-pytest.importorskip("litert_torch", reason="pip install 'edgeprune[tflite]'", exc_type=ImportError)
+if importlib.util.find_spec("litert_torch") is None:  # importing it takes 14 s
+    pytest.skip("pip install 'edgeprune[tflite]'", allow_module_level=True)
 
 from edgeprune.formats import tflite as format
 from edgeprune.formats._tflite_convert import convert
@@ -27,7 +29,7 @@ from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer
 
 Inputs = tuple[torch.Tensor, ...]
-TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "dynamic": 0.1, "int8": 0.15}
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "dynamic": 0.05, "int8": 0.05}
 """Of the largest output, for nets with random weights."""
 
 
@@ -205,7 +207,7 @@ def test_a_converter_that_fails(fault: str, tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unsupported_operation_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With the module it stands in; nothing is printed and nothing written."""
 
@@ -221,7 +223,7 @@ def test_unsupported_operation_is_named(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_int8_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     net = randomise(Small())
     path = tmp_path / "model.tflite"
@@ -246,7 +248,7 @@ TRANSPOSED = {"squeeze_excite"}
 """Their heads read every position of an image in the module's order, which takes a transpose."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_resized_equals_converted(name: str, tmp_path: Path) -> None:
     """Same outputs and same operations as a true conversion of the sliced module, at every precision."""
@@ -281,7 +283,7 @@ def test_resized_equals_converted(name: str, tmp_path: Path) -> None:
         assert operator_names(unpack(path.read_bytes())) == operator_names(unpack(expected))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_values_that_depend_on_widths_are_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Group normalisation divides by a number of channels: such files are converted, and it is said."""
     make, size = MODELS["group_norm"]

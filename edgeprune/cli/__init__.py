@@ -20,6 +20,7 @@ app = typer.Typer(help=edgeprune.__doc__, no_args_is_help=True, add_completion=F
 for part in (runs, boards, stages):
     for command in part.COMMANDS:
         app.command()(command)
+app.add_typer(stages.bundle_app, name="bundle")
 app.add_typer(boards.targets_app, name="targets")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import edgeprune
 from edgeprune.cli.common import (
@@ -32,7 +33,7 @@ from edgeprune.cli.common import (
     show,
 )
 from edgeprune.core.effort import Effort, find_effort
-from edgeprune.core.errors import UsageError
+from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
 
 if TYPE_CHECKING:
@@ -271,14 +272,32 @@ def validate(
     raise_unmet(report)
 
 
+class _BundleCommands(TyperGroup):
+    """`edgeprune bundle MODEL ...` is `edgeprune bundle make MODEL ...`, as most of its uses are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+bundle_app = typer.Typer(
+    cls=_BundleCommands, no_args_is_help=True, help="What an app embeds: made of an artifact (bundle MODEL), verified."
+)
+
+
+@bundle_app.command("make")
 def bundle(
     artifact: Annotated[Path, typer.Argument(help="the exported file")],
     plan: Annotated[Path, typer.Option(help="from `edgeprune plan`")],
     report: Annotated[Path, typer.Option(help="from `edgeprune validate`")],
     out: Out = Path("bundle.zip"),
-    data: Annotated[str | None, typer.Option(help="takes labels and preprocessing from it")] = None,
+    data: Annotated[str | None, typer.Option(help="takes labels, preprocessing and an example from it")] = None,
+    kinds: Annotated[str, typer.Option("--for", help="python, cpp, android, several with commas, or all")] = "all",
+    license: Annotated[str | None, typer.Option(help="SPDX identifier of the model's license")] = None,
+    sign: Annotated[Path | None, typer.Option(help="PEM file of an Ed25519 private key")] = None,
 ) -> None:
-    """Zip the artifact with its manifest, evidence and runnable examples."""
+    """Zip the artifact with its manifest, evidence, a recorded run and runnable examples."""
     from edgeprune.core.records import Plan, Report
 
     source = edgeprune.load_data(data, Path.cwd()) if data else None
@@ -286,8 +305,46 @@ def bundle(
         artifact, load_member("formats", artifact.suffix.lstrip(".")).inspect(artifact),
         edgeprune.read_record(Plan, plan), edgeprune.read_record(Report, report), out,
         labels=source.labels if source else None, preprocessing=source.preprocessing if source else None,
+        kinds=("python", "cpp", "android") if kinds == "all" else kinds.split(","), license=license, key=sign,
+        examples=source.example() if source else None,
     )  # fmt: skip
     print(f"{len(made.files)} files: {out}")
+
+
+@bundle_app.command("verify")
+def verify(
+    file: Annotated[Path, typer.Argument(help="the bundle")],
+    key: Annotated[Path | None, typer.Option(help="PEM file of the public key that it must be signed with")] = None,
+    target: Annotated[str | None, typer.Option("--on", help="also run its example on this board")] = None,
+) -> None:
+    """Check every byte of a bundle, its signature, and what its example gives on a board."""
+    made = edgeprune.verify_bundle(file, key=key)
+    manifest = made.manifest
+    signed = f"signed by {manifest['signer']}" if manifest["signer"] else "not signed"
+    checked = "" if key or not manifest["signer"] else ", a key that you did not ask for (--key)"
+    print(f"{file}: {len(made.files)} files unaltered, {signed}{checked}")
+    if target is None:
+        return
+    runtime = edgeprune.choose_runtime(target, None, manifest["format"])
+    with bars() as progress, edgeprune.connect(target, runtime=runtime, progress=progress) as session:
+        check = edgeprune.try_bundle(file, session, key=key)
+    print(check.note)
+    if not check.passed:
+        raise Unmet(f"{check.name}: outputs are {check.measured:.2g} off, relative; allowed {check.limit:g}")
+    print(f"{check.name}: outputs as recorded ({check.measured:.2g} off, relative; allowed {check.limit:g})")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a model (.onnx, .tflite), a bundle (.zip) or a record (.json)")],
+    as_json: AsJson = False,
+) -> None:
+    """Operations, shapes, types, sizes and MACs of a model or bundle, and what was measured; or a record as JSON."""
+    if file.suffix == ".json":
+        show(edgeprune.read_any_record(file), True, "")
+        return
+    if file.suffix == ".zip":
+        edgeprune.verify_bundle(file)
+    show(edgeprune.inspect_file(file), as_json, "describe_inspection")
 
 
 def report(
@@ -298,4 +355,4 @@ def report(
     print(edgeprune.report_run(directory, out or directory / "report.html"))
 
 
-COMMANDS = (trace, profile, score, plan, compact, recover, export, validate, bundle, report)
+COMMANDS = (trace, profile, score, plan, compact, recover, export, validate, inspect, report)

@@ -79,7 +79,7 @@ def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64", thread
     """
     kernels, outputs = lower(graph, widths, BLOCKS.get(arch, 1), threads)
     buffers = place(kernels, outputs, {name: kernel.shape for name, kernel in kernels.items()})
-    workspaces = [
+    workspaces: list[Buffer[Shape]] = [
         Buffer((kernel.workspace,), index, index) for index, kernel in enumerate(kernels.values()) if kernel.workspace
     ]
     arena = Arena()
@@ -213,7 +213,7 @@ class _Lowering:
         _, filters, *out = self._shape[node.name]
         _, channels, *into = self._shape[node.inputs[0]]
         _, of_group, *kernel = self._weights[node.parameters[0]]
-        groups = node.attributes.get("groups", 1)
+        groups = int(node.attributes.get("groups", 1))
         if groups > 1 and of_group == 1:
             groups = channels  # of a depthwise one a group goes with its channel
         pixels, per_filter = prod(out), channels // groups * prod(kernel)

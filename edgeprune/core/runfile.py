@@ -90,6 +90,14 @@ class ExportSection(_Section, frozen=True, kw_only=True):
     epochs: int = 2
 
 
+class BundleSection(_Section, frozen=True, kw_only=True):
+    """What kinds of apps the bundle is for, its SPDX licence, and the private key (PEM) that it is signed with."""
+
+    kinds: tuple[Literal["python", "cpp", "android"], ...] = ("python", "cpp")
+    license: str | None = None
+    key: str | None = None
+
+
 class OutputSection(_Section, frozen=True, kw_only=True):
     """Where everything is written."""
 
@@ -108,6 +116,7 @@ class RunFile(_Section, frozen=True, kw_only=True):
     prune: PruneSection = PruneSection()
     recover: RecoverSection = RecoverSection()
     export: ExportSection = ExportSection()
+    bundle: BundleSection = BundleSection()
     seed: int = 0
 
     @property

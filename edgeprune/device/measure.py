@@ -55,6 +55,7 @@ MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
 MMAP_THRESHOLD_BYTES = 131072
 """glibc's default (mallopt(3)), which setting it keeps from growing."""
+CHILD_LIMIT_S = 300
 BURST = 3
 """Profiled runs that count in a row, of each of two models in turns."""
 
@@ -382,15 +383,17 @@ def memory(argument: str) -> int:
 def written_bytes(run: Callable[[], Any]) -> int | None:
     """Memory that a run writes: the pages that a child which runs it no longer shares with this process.
 
-    Exact to the page, on every Linux; None where the kernel does not tell (before 4.14).
+    About 0.1 MiB of it is Python's. None where the kernel does not tell (before 4.14), or the child does not end.
     """
     receiver, sender = os.pipe()
     if (child := os.fork()) == 0:
         try:
+            signal.alarm(CHILD_LIMIT_S)  # a delegate's driver may not survive the fork
+            private_bytes()  # what reading it writes is not the run's
             before = private_bytes()
             for _ in range(3):
                 run()
-            os.write(sender, str(private_bytes() - before).encode())
+            os.write(sender, str(max(0, private_bytes() - before)).encode())
         finally:
             os._exit(0)
     os.close(sender)

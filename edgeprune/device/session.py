@@ -19,8 +19,9 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +39,7 @@ from edgeprune.device.procfs import parse_disk_free
 from edgeprune.device.results import Momentary, read_result
 from edgeprune.device.runtimes import open_runtime, runtime_name
 from edgeprune.device.targets import connect_target, runtime_format
-from edgeprune.device.transports import Transport
+from edgeprune.device.transports import Finished, Transport
 
 HERE = Path(__file__).parent
 DISK_MARGIN_BYTES = 16 * 1024 * 1024
@@ -250,6 +251,33 @@ class Session:
             raise DeviceError(f"target {self.target.name} has no file {name}") from error
         except OSError as error:
             raise DeviceError(f"cannot copy {name} of target {self.target.name} to {path}: {error}") from error
+
+    def try_program(self, folder: Path, arguments: Sequence[str], made: Path, *, timeout: float) -> Finished:
+        """Run a program of this machine with the board's Python, in a temporary folder there, and leave nothing.
+
+        folder: copied there, with its subfolders, and where the program runs. arguments: the program's file and what
+            it is given. made: a file that it may leave, copied to here under the same name.
+        raises: DeviceError when it takes longer than `timeout` seconds, or cannot be copied.
+        """
+        self._open_root()
+        there = f"{self._root}/try-{uuid.uuid4().hex}"
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        self._check_disk(sum(map(_local_size, files.values())))
+        try:
+            folders = sorted({str(PurePosixPath(there, name).parent) for name in files})
+            self._command("mkdir", "-p", "--", there, *folders)
+            for name, path in files.items():
+                self._transport.put(path, f"{there}/{name}", lambda count: None)  # noqa: ARG005
+            script = 'cd "$1" && shift && exec "$@"'
+            done = self._transport.run(["sh", "-c", script, "sh", there, self._python, *arguments], timeout=timeout)
+            if made.name in self._transport.sizes(there):
+                self._transport.get(f"{there}/{made.name}", made)
+        except OSError as error:
+            raise DeviceError(f"target {self.target.name}: cannot copy to or from {there}: {error}") from error
+        finally:
+            with suppress(DeviceError):
+                self._command("rm", "-rf", "--", there)
+        return done
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files on the board; those that are not there are gone already."""

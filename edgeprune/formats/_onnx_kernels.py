@@ -28,7 +28,7 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUFFIXES = ("_kernel_time", "_nchwc")
 TOKEN = re.compile(r"_token_\d+$")
 """What the runtime puts behind the name of a kernel that it fused from quantised ones."""
-CONVERSION = re.compile(r"(_QuantizeLinear|_DequantizeLinear)(/duplicated.*|_\d+)?$")
+CONVERSION = re.compile(r"(_QuantizeLinear|_DequantizeLinear|_Max)(/duplicated.*|_\d+)?$")
 LAYOUT = frozenset({"ReorderInput", "Transpose", "DequantizeLinear"})
 """What the runtime puts before an operation that wants its input otherwise."""
 FX_NODE = "pkg.torch.onnx.fx_node"
@@ -42,7 +42,6 @@ class OnnxKernelMap:
         self._nodes = list(model.graph.node)
         self._by_name = {node.name: index for index, node in enumerate(self._nodes)}
         self._producer = {value: index for index, node in enumerate(self._nodes) for value in node.output}
-        self._weights = {tensor.name for tensor in model.graph.initializer}
         self._readers: dict[str, int] = {}
         for index, node in enumerate(self._nodes):
             for value in node.input:
@@ -89,15 +88,14 @@ class OnnxKernelMap:
         return [None if index is None else self._name.get(self._owner.get(index, -1)) for index in found]
 
     def _converts(self, time: KernelTime) -> int | None:
-        """The operation that a conversion serves: the reader of a weight, the writer of an activation."""
+        """The operation that a conversion serves: the first reader of what is made float, else the writer."""
         name = TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
         if CONVERSION.search(name) is None:
             return None
         tensor = CONVERSION.sub("", name)
-        if tensor in self._weights:
-            return self._readers.get(tensor)
-        # An activation is made float for who reads it, which is what runs next.
-        return self._producer.get(tensor) if time.op == "QuantizeLinear" else None
+        writer, reader = self._producer.get(tensor), self._readers.get(tensor)
+        first, second = (reader, writer) if time.op == "DequantizeLinear" else (writer, reader)
+        return second if first is None else first
 
     def _locate(self, times: Sequence[KernelTime]) -> list[int | None]:
         """The operation each kernel began as; None where its name does not say."""

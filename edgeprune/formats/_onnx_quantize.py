@@ -169,6 +169,7 @@ def _quantize_all(model: ModelProto, activations: str, ranges: Ranges, exclude: 
                 sorted({*QDQRegistry, *QLinearOpsRegistry}), {},
             )  # fmt: skip
             quantizer.quantize_model()
+            _keep_float(quantizer.model.model, exclude)
             quantizer.model.topological_sort()
     except Exception as error:  # the quantizer's errors share no base class
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -185,6 +186,25 @@ def _quantize_all(model: ModelProto, activations: str, ranges: Ranges, exclude: 
             for beside in node.input[1:]:
                 origins[beside] = (name, (axis,))
     return Quantized(result, origins)
+
+
+def _keep_float(model: ModelProto, exclude: Collection[str]) -> None:
+    """Put something that does nothing between a float operation and the quantisation of what it gives.
+
+    Without it, ONNX Runtime takes the float operation between two conversions for one to be quantised, weights and
+    all, when it loads the model. It drops an Identity before that, a Max of one tensor it does not.
+    """
+    producer = {value: node for node in model.graph.node for value in node.output}
+    for node in list(model.graph.node):
+        if node.op_type != "QuantizeLinear":
+            continue
+        before = producer.get(node.input[0])
+        while before is not None and before.op_type in ("Relu", "Clip"):
+            before = producer.get(before.input[0])
+        if before is not None and before.name in exclude:
+            kept = f"{node.input[0]}_float"
+            model.graph.node.append(helper.make_node("Max", [node.input[0]], [kept], f"{node.input[0]}_Max"))
+            node.input[0] = kept
 
 
 @contextmanager

@@ -115,7 +115,12 @@ class ExactResizer(OnnxResizer):
         for name, array in self.arrays.items():
             source, own = quantized.origins.get(name, (name, tuple(range(array.ndim))))
             layouts = axes.get(source, {})
-            mine = {place: layouts[axis] for place, axis in enumerate(own[: array.ndim]) if axis in layouts}
+            mine = {
+                place: layouts[axis]
+                for place, axis in enumerate(own[: array.ndim])
+                # One scale for a whole tensor has no channels.
+                if axis in layouts and len(layouts[axis]) == array.shape[place]
+            }
             if mine:
                 self._axes[name] = mine
         self._attributes = [
@@ -177,7 +182,7 @@ class ExactResizer(OnnxResizer):
             for position, form in enumerate(self._numbers[name]):
                 if form is not None:
                     array.flat[position] -= form[~kept].sum()
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
 
     def _shared(self, dense: TensorProto, kept: Mask, weights: str) -> TensorProto:
         shape = list(self.arrays[dense.name].shape)

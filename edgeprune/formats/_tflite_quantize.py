@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,9 +49,15 @@ def calibrate(data: bytes, precision: Precision, calibration: Calibration) -> Ra
     calibration: as the module has it; cut into batches of the model's size, what is left over is not used.
     """
     with _mapped(precision):
-        result: Ranges = _quantizer(data, precision).calibrate(
-            {_signature(data)[0]: _feeds(data, calibration)}, num_threads=THREADS
-        )
+        from ai_edge_quantizer import calibrator, recipe_manager
+        from ai_edge_quantizer.utils import qsv_utils
+
+        recipe = recipe_manager.RecipeManager()
+        recipe.load_quantization_recipe(_quantizer(data, precision).get_quantization_recipe())
+        # The quantizer's own choice, a moving average, cuts off what only a few examples reach.
+        ranges = calibrator.Calibrator(bytearray(data), num_threads=THREADS, qsv_update_func=qsv_utils.min_max_update)
+        ranges.calibrate({_signature(data)[0]: list(_feeds(data, calibration))}, recipe)
+        result: Ranges = ranges.get_model_qsvs()
         return result
 
 
@@ -138,7 +145,12 @@ def _mapped(precision: Precision) -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             yield
     except ModelError:
         raise

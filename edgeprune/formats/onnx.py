@@ -21,7 +21,7 @@ from onnx import ModelProto
 from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
-from edgeprune.core.tensors import Calibration, check_calibration
+from edgeprune.core.tensors import Calibration, check_calibration, run_in_batches
 from edgeprune.formats._onnx_quantize import (
     Quantized,
     find_ranges,

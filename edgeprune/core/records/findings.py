@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgeprune.core.records.board import Conditions, Samples
 from edgeprune.core.records.costs import Quantity
 from edgeprune.core.records.model import Precision
+from edgeprune.core.records.report import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,3 +108,46 @@ class Advice:
     verdict: str
     dtypes: tuple[tuple[str, Quantity], ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One operation of a model file.
+
+    shape, dtype: of its first output; shape None where the file does not tell.
+    macs: multiplications that are added up, batch 1 where it is free; 0 of an operation without, None where its
+        shapes are not known. weight_bytes: constants that it reads.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    macs: int | None
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a model file, or the model of a bundle, holds.
+
+    weights: data type -> (numbers, bytes) of all constants. metadata: what the file says of itself.
+    measured: target, conditions and costs from the bundle's manifest or the report beside the file; {} without.
+    """
+
+    path: str
+    format: str
+    sha256: str
+    bytes: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    operations: tuple[Operation, ...]
+    weights: dict[str, tuple[int, int]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> int | None:
+        """Of all operations; None where those of one are not known."""
+        known = [operation.macs for operation in self.operations if operation.macs is not None]
+        return sum(known) if len(known) == len(self.operations) else None

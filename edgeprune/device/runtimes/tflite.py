@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -104,36 +104,33 @@ class Model:
         self, path: str, threads: int, profile: str | None = None, *, delegate: str = "", benchmark: str = ""
     ) -> None:
         package, library = find_library()
-        self._interpreter = open_interpreter(library, path, threads, delegate)
+        interpreter = open_interpreter(library, path, threads, delegate)
         import numpy as np
 
-        inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
         self.inputs: dict[str, tuple[list[int], str]] = {
             entry["name"]: ([int(size) for size in entry["shape"]], np.dtype(entry["dtype"]).name) for entry in inputs
         }
         self.outputs: list[str] = [entry["name"] for entry in outputs]
-        self._set, self._invoke = self._interpreter.set_tensor, self._interpreter.invoke
-        self._get = self._interpreter.get_tensor
+        self._benchmark: list[str] = []
+        self._runs = 0
+        if profile is not None and not benchmark:
+            self._profiler = open_profiler(package, path, threads, delegate)
+            self.run: Callable[[Mapping[str, Any]], list[Any]] = self._profiler.run
+            return
+        if profile is not None:
+            self._benchmark = benchmark_command(benchmark, path, threads, delegate)
+        self._set, self._invoke, self._get = interpreter.set_tensor, interpreter.invoke, interpreter.get_tensor
         self._inputs = [(entry["name"], entry["index"]) for entry in inputs]
         self._outputs = [entry["index"] for entry in outputs]
-        self._runs = 0
-        self._benchmark: list[str] = []
-        self._profiler: LiteRtProfiler | None = None
-        if profile is not None and benchmark:
-            self._benchmark = benchmark_command(benchmark, path, threads, delegate)
-        elif profile is not None:
-            self._profiler = open_profiler(package, path, threads, delegate)
+        self.run = self._run
 
-    def run(self, feed: Mapping[str, Any]) -> list[Any]:
-        """One run; arrays in the order of `outputs`."""
+    def _run(self, feed: Mapping[str, Any]) -> list[Any]:
         # The interpreter may use an input's memory again while it runs: every run needs it anew, as in an app.
         for name, index in self._inputs:
             self._set(index, feed[name])
-        if self._profiler is not None:
-            self._profiler.run(feed)
-            return []
-        self._runs += 1
         self._invoke()
+        self._runs += 1
         return [self._get(index) for index in self._outputs]
 
     def end_profile(self) -> list[tuple[float, Kernels]]:
@@ -142,7 +139,7 @@ class Model:
         A kernel's name is `node:N`, N the operation's place in the file, or, inside a delegate,
         `delegate:N`, counted from 0 in each of its partitions.
         """
-        if self._profiler is not None:
+        if not self._benchmark:
             return [read_events(events) for events in self._profiler.runs]
         # benchmark_model tells means over its runs: each of ours is such a one.
         done = subprocess.run(
@@ -260,8 +257,8 @@ class LiteRtProfiler:
         self._inputs = self._make_buffers(graph, "Input")
         self._outputs = self._make_buffers(graph, "Output")
 
-    def run(self, feed: Mapping[str, Any]) -> None:
-        """One run with the profiler on; its events are added to `runs`."""
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
+        """One run with the profiler on; its events are added to `runs`. returns: no outputs."""
         for name, buffer in self._inputs.items():
             array = feed[name]
             memory = ctypes.c_void_p()
@@ -286,6 +283,7 @@ class LiteRtProfiler:
                 for event in events[: count.value]
             ]
         )
+        return []
 
     def _call(self, name: str, *arguments: Any) -> None:
         _call(self._library, name, *arguments)
