@@ -160,7 +160,8 @@ class _Lowering:
         else:
             reads = [self._in_layout(source, blocked, op) for source in node.inputs]
             over = tuple(reads) if op in ELEMENTWISE else ()
-            unrolls = op in CONVOLUTIONS and not blocked
+            # Where there are blocks, what is left without them was measured to take no more than its values.
+            unrolls = op in CONVOLUTIONS and self._block == 1
             kernel = Kernel(tuple(reads), shape, over, self._unrolled(node) if unrolls else 0)
         self._kernels[name] = kernel
         self._value[name] = name
@@ -220,7 +221,7 @@ class _Lowering:
         filters //= groups
         if prod(kernel) == 1 and into == out:
             return 0  # it is a matrix product already
-        if self._block == 1 and groups == channels > 1 and filters == 1 and kernel == [3, 3] and into == out:
+        if groups == channels > 1 and filters == 1 and kernel == [3, 3] and into == out:
             return into[-1] + 2  # has an algorithm of its own there
         if filters > pixels:
             return pixels * per_filter
