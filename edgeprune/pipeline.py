@@ -204,7 +204,7 @@ class Stages:
             try:
                 plan = self._plan(graph, importance, dense, precision)
             except InfeasibleBudget:
-                if len(candidates) == 1 or (precision == candidates[-1] and not found):
+                if precision == candidates[-1] and not found:
                     raise
                 continue  # what another precision may reach
             found.append((precision, self._judge(graph, plan) if len(candidates) > 1 else None))
