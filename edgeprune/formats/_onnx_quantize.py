@@ -229,9 +229,10 @@ def _store_half(model: ModelProto, exclude: Collection[str]) -> Quantized:
 def _quantize_weights(model: ModelProto, exclude: Collection[str]) -> Quantized:
     """Weights as int8 per channel; products quantise their activations as they come, convolutions do not.
 
-    ONNX Runtime has a `ConvInteger`, but only per tensor and without an optimised kernel: it was 3 times as slow as
-    float32 on MobileNetV2 (and 0.7 of it on ResNet-18; one profile of each). So a convolution's weights are made float32 again when the model is loaded. They are cast
-    and multiplied for that, which is folded, where a DequantizeLinear would be run again at every inference.
+    ONNX Runtime has a `ConvInteger`, but only per tensor: in one profile of each it was 3 times as slow as float32 on
+    MobileNetV2, and took 0.7 of its time on ResNet-18. So a convolution's weights are made float32 again when the
+    model is loaded. They are cast and multiplied for that, which is folded, where a DequantizeLinear would be run
+    again at every inference.
     """
     return _rewrite(model, exclude, _eight_bits)
 
