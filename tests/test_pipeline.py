@@ -116,7 +116,7 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 180.0)
 @pytest.mark.device
 def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path) -> None:
     run = project / "run"
-    for awaited in ("profile.jsonl", "importance.json", "compact.pt2"):
+    for awaited in ("profile-float32.jsonl", "importance.json", "compact.pt2"):
         process = start(project)
         wait_for(run / awaited, process)
         os.killpg(process.pid, signal.SIGKILL)

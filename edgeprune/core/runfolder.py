@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.store import read_record, sha256_bytes, sha256_file, write_atomic, write_record
 
 LEDGER = "stages.json"
+LEFTOVER = re.compile(r"\.\w+[\w-]*\.\w+\.[a-z0-9_]{8}")
+"""A temporary file of `store.replacing`."""
 
 R = TypeVar("R")
 
@@ -44,7 +47,14 @@ class RunFolder:
                 raise UsageError(
                     f"another edgeprune is running in {self.path}; wait for it or choose another output directory"
                 ) from error
+            self._clear_leftovers()
             yield
+
+    def _clear_leftovers(self) -> None:
+        """Delete what a killed run was writing: with the lock held nobody is."""
+        for file in self.path.iterdir():
+            if LEFTOVER.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
     def _open_lock(self) -> IO[str]:
         try:
