@@ -21,6 +21,7 @@ from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
+from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._onnx_quantize import (
     Quantized,
@@ -163,9 +164,31 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) 
         module.train(training)
     assert program is not None
     model: ModelProto = program.model_proto
+    _forget_sources(model)
     if (found := _opset(model)) != opset:
         raise ModelError(f"the model cannot be exported at opset {opset}, only at {found}; ask for opset={found}")
     return model
+
+
+def _forget_sources(model: ModelProto) -> None:
+    """Drop the exporter's notes but those that lead back to the graph: they hold source lines and paths."""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for node in _all_nodes(model.graph):
+        kept = {note.key: note.value for note in node.metadata_props if note.key in (FX_NODE, SCOPES)}
+        if FX_NODE in kept:
+            kept[FX_NODE] = kept[FX_NODE].partition(" ")[0]
+        del node.metadata_props[:]
+        for key, text in kept.items():
+            node.metadata_props.add(key=key, value=text)
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(inner)
 
 
 def write_proto(model: ModelProto, path: Path) -> None:

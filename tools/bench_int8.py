@@ -1,0 +1,201 @@
+"""Pruning and 8 bits together on real images: accuracy at the same measured latency.
+
+    python tools/bench_int8.py [--quick] [--data DIR] [--net resnet20] [--format onnx|tflite] [--epochs N]
+
+Half of the dense float32 latency, as measured on the loopback board, is reached twice: by pruning alone, and with
+widths planned for int8, which leaves more of them. Beside them stand the dense model in int8, and the net that was
+pruned to half and then stored in 8 bits: as it is, after further training in float32 (the control), and after as
+much training with 8 bits simulated. Every pruned net is trained alike before. Latencies are in turns with the dense
+float32 artifact; accuracies are of the artifacts, on test images that decide nothing.
+Needs `pip install .[bench]`, and `.[tflite]` for that format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_cifar import INPUTS, aim, log, show
+from cifar import Cifar, find_data, load_net
+from torch import nn
+
+from edgeprune.core.budget import make_budget
+from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.family import load_member
+from edgeprune.core.records import FLOAT32, Graph, Importance, Precision, Quantity, Step
+from edgeprune.core.stats import quantity, turn_ratios
+from edgeprune.device.session import Session
+from edgeprune.export import export_model
+from edgeprune.load import as_arrays
+from edgeprune.on_board import choose_runtime, compact_and_compensate, connect, dense_cost, plan_on_board
+from edgeprune.precisions import Judge, leave_in_float, try_precisions
+from edgeprune.profile import profile_target
+from edgeprune.recover import recover_accuracy
+from edgeprune.score import score_groups
+from edgeprune.trace import trace_graph
+
+LIMIT = 0.5
+"""Of the dense float32 latency."""
+SPREAD = 1.03
+"""A measured latency this much over its limit still counts as equal to it: the timer's own spread."""
+LOST_AIM = 0.01
+"""Accuracy that pruning and 8 bits together may cost against pruning alone at the same latency."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One artifact: share of the dense float32 latency, top-1 in [0, 1]."""
+
+    name: str
+    precision: Precision
+    share: Quantity
+    accuracy: float
+    size_bytes: int
+    seconds: float = 0.0
+
+
+class Bench:
+    """One net on one board, and what its variants are judged by."""
+
+    def __init__(self, net: nn.Module, data: Cifar, session: Session, effort: Effort, configurations: int) -> None:
+        self.net, self.data, self.session, self.effort, self.configurations = net, data, session, effort, configurations
+        self.graph: Graph = trace_graph(net, INPUTS)
+        calibration = as_arrays(list(data.calibration))
+        self.judge = Judge(
+            inputs=INPUTS, graph=self.graph, format=session.format, calibration=calibration, batches=data.calibration
+        )
+        self.folder = tempfile.TemporaryDirectory()
+        self.suffix = load_member("formats", session.format).SUFFIX
+        self.dense = self._file(net, FLOAT32, "dense")
+        session.push({self.dense.name: self.dense})
+        self.count = 0
+
+    def _file(self, model: nn.Module, precision: Precision, name: str) -> Path:
+        path = Path(self.folder.name) / f"{name}{self.suffix}"
+        export_model(
+            model, INPUTS, path, format=self.session.format, precision=precision, calibration=self.judge.calibration,
+            graph=self.graph,
+        )  # fmt: skip
+        return path
+
+    def row(self, name: str, model: nn.Module, precision: Precision, seconds: float = 0.0) -> Row:
+        """Measure an artifact of the model, and its accuracy on the test images."""
+        self.count += 1
+        path = self._file(model, precision, f"candidate{self.count}")
+        self.session.push({path.name: path})
+        steps = [
+            Step(key=str(number), kind="time", artifact=path.name, against=self.dense.name, seconds=self.effort.seconds,
+                 precision=self.effort.precision, min_samples=self.effort.samples)
+            for number in range(2 * self.effort.repeats)
+        ]  # fmt: skip
+        results = list(self.session.run(steps, job=f"int8-{time.time_ns():x}"))
+        self.session.remove([path.name])
+        ratios = [turn_ratios(r.samples, r.against) for r in results if r.samples is not None and r.against is not None]
+        made = Row(
+            name=name, precision=precision, share=quantity(np.concatenate(ratios)), size_bytes=path.stat().st_size,
+            accuracy=self.judge.accuracy(model, precision, self.data.test), seconds=seconds,
+        )  # fmt: skip
+        log(f"  {made.name}: {made.share.median:.3f} of dense, {made.accuracy:.2%}")
+        return made
+
+    def prune(self, importance: Importance, precision: Precision) -> tuple[nn.Module, str]:
+        """The net with widths planned for LIMIT of the float32 latency in a precision, refitted, not trained."""
+        resizer = load_member("formats", self.session.format).make_resizer(
+            self.net, INPUTS, self.graph, precision=precision
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "profile.jsonl"
+            profile = profile_target(
+                self.net, INPUTS, self.graph, self.session, path=path, configurations=self.configurations, held_out=4,
+                effort=self.effort, resizer=resizer, precision=precision, progress=show,
+            )  # fmt: skip
+            budget = make_budget(dense_cost(self.graph, profile), latency=f"{LIMIT}x")
+            plan = plan_on_board(
+                self.net, INPUTS, self.graph, profile, importance, budget, self.session, path, effort=self.effort,
+                resizer=resizer, progress=show,
+            )  # fmt: skip
+        kept = " ".join(f"{width}/{self.graph.units[name]}" for name, width in plan.widths.items())
+        model = compact_and_compensate(self.net, INPUTS, self.graph, plan, self.data.calibration, progress=show)
+        return model, kept
+
+
+def bench_net(net: nn.Module, data: Cifar, session: Session, effort: Effort, epochs: int, quick: bool) -> list[Row]:
+    """Every row of one net."""
+    bench = Bench(net, data, session, effort, 12 if quick else 24)
+    rows = [bench.row("dense", net, FLOAT32)]
+    trial = try_precisions(net, INPUTS, session, "int8", effort=effort)[0]
+    resizer = load_member("formats", session.format).make_resizer(net, INPUTS, bench.graph, precision=trial.precision)
+    precision = leave_in_float(
+        net, INPUTS, bench.graph, session, trial, resizer, bench.judge, tolerance=0.01, effort=effort
+    ).precision
+    log(f"  int8 on this board: {precision.name} {precision.float_nodes}")
+    rows.append(bench.row("dense, 8 bits", net, precision))
+    importance = score_groups(net, INPUTS, bench.graph, data.calibration, examples=128 if quick else 512, progress=show)
+    trained: dict[Precision, nn.Module] = {}
+    for planned, name in ((FLOAT32, "pruned"), (precision, "pruned for 8 bits")):
+        model, kept = bench.prune(importance, planned)
+        start = time.monotonic()
+        recover_accuracy(model, data, teacher=net, epochs=epochs, lr=0.02, progress=show)
+        trained[planned] = model
+        rows.append(bench.row(name, model, planned, time.monotonic() - start))
+        log(f"    kept {kept}")
+    half = trained[FLOAT32]
+    rows.append(bench.row("pruned, then 8 bits", half, precision))
+    for name, simulated in (("  trained on in float32", None), ("  trained on in 8 bits", precision)):
+        model, start = copy.deepcopy(half), time.monotonic()
+        recover_accuracy(model, data, teacher=net, epochs=max(epochs // 2, 1), lr=0.002, precision=simulated)
+        rows.append(bench.row(name, model, precision, time.monotonic() - start))
+    return rows
+
+
+def main() -> None:
+    """Print the table and the RESULT line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="folder with cifar10-*.npz (default: $EDGEPRUNE_DATA, ../shared/data)"
+    )
+    parser.add_argument("--net", choices=("resnet20", "wrn16_2"), default="resnet20")
+    parser.add_argument("--format", choices=("onnx", "tflite"), default="onnx")
+    parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements")
+    parser.add_argument("--epochs", type=int, help="epochs of recovery (default 4, quick 1)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of training on this machine")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = find_data(options.data)
+    if folder is None:
+        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
+        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
+        return
+    data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
+    with connect("embedded", runtime=choose_runtime("embedded", None, options.format)) as session:
+        rows = bench_net(
+            load_net(options.net, folder), data, session, EFFORTS["quick" if options.quick else "default"],
+            options.epochs or (1 if options.quick else 4), options.quick,
+        )  # fmt: skip
+    print(f"\n{options.net}, {options.format}: {len(data.test.y)} test images; limit {LIMIT} of the dense latency")
+    print(f"{'':26} {'precision':>16} {'latency/dense':>22} {'top-1':>8} {'KiB':>7} {'training s':>10}")
+    for row in rows:
+        share = f"{row.share.median:.3f} [{row.share.low:.3f}, {row.share.high:.3f}]"
+        print(f"{row.name:26} {row.precision.name:>16} {share:>22} {row.accuracy:8.2%} {row.size_bytes / 1024:7.0f}"
+              f" {row.seconds:10.0f}")  # fmt: skip
+    found = {row.name.strip(): row for row in rows}
+    planned, alone = found["pruned for 8 bits"], found["pruned"]
+    aims = {
+        "latency": aim(planned.share.median, "<=", LIMIT * SPREAD),
+        "together against pruning alone": aim(planned.accuracy, ">=", alone.accuracy - LOST_AIM),
+        "training in 8 bits against the control": aim(
+            found["trained on in 8 bits"].accuracy, ">=", found["trained on in float32"].accuracy
+        ),
+    }
+    print("RESULT " + json.dumps({"aims": aims}))
+
+
+if __name__ == "__main__":
+    main()
