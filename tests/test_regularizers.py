@@ -17,9 +17,11 @@ from edgeprune.core.errors import DataError, ModelError, RecordError, UnknownMem
 from edgeprune.core.family import configure, list_members, load_member
 from edgeprune.core.records import Graph, Precision
 from edgeprune.load import ArrayBatches
+from edgeprune.plan import keep_units
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.regularizers._ranks import Ranking, Schedule, rise
 from edgeprune.regularizers._units import UnitGroup, live_units, unit_groups
+from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -117,6 +119,16 @@ class TestEveryRegularizer:
         with torch.no_grad():
             assert torch.allclose(smaller(x), model(x), rtol=1e-4, atol=1e-4)
         assert evaluate_accuracy(smaller, digits().test) == result.accuracy_after
+
+    def test_a_plan_of_as_many_units_keeps_the_live_ones(self, name: str) -> None:
+        _, graph = trained()
+        model, _ = regularized(name)
+        keep = live_units(model, graph)
+        for criterion in ("magnitude", "lamp"):
+            importance = score_groups(model, INPUTS, graph, None, criterion=criterion, curves=False)
+            planned = keep_units(importance, {group: len(units) for group, units in keep.items()}, graph)
+            assert planned.keys() == keep.keys()
+            assert all(np.array_equal(planned[group], units) for group, units in keep.items())
 
     def test_a_killed_training_resumes_to_the_same_weights(self, name: str, tmp_path: Path) -> None:
         net, graph = trained()

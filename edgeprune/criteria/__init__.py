@@ -46,9 +46,11 @@ class GroupView:
     op: the ATen name of the operation that reads it. weight: (units, k).
 
     The rest is None where the criterion does not need it, or where it cannot be had:
-    gradient: (units, k) of a batch's mean loss, or of one example's. curvature: (units, k), diagonal of
-    the loss' Hessian. activation, activation_gradient: (units, examples, places), of what the layer
-    that holds an "in" parameter reads; gradient of each example's own loss.
+    gradient: (units, k) of a batch's mean loss, or of one example's.
+    curvature: (units, k), diagonal of the loss' Hessian by relative changes of the weights.
+    activation, activation_gradient: (units, examples, places), of what the layer that holds an "in"
+    parameter reads; gradient of each example's own loss.
+    layer: of convolutions and linear layers.
     """
 
     parameter: str

@@ -14,16 +14,18 @@ from edgeprune.statistics._layers import rows
 from edgeprune.statistics._losses import cross_entropy, finite
 
 LABELS = True
-BATCH = 64
-PROBES = 32
-"""Random vectors per batch. With a few in all, the noise hides the order of the units."""
+BATCH = 8
+"""Small, for many probes: the noise falls with their number in all, the cost rises with probes x examples."""
+PROBES = 4
+"""Random vectors per batch; a few dozen in all are too few, their noise hides the order of the units."""
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch], *, probes: int = PROBES) -> Iterator[Fill]:
-    """curvature: (units, k), mean of z ⊙ Hz over random signs z, H of the mean loss of all examples; once.
+    """curvature: (units, k), diagonal of the Hessian of all examples' mean loss by relative changes of weights; once.
 
-    It is exact where H is diagonal; the error of an entry falls with 1/sqrt(probes x batches) and
-    is as large as the rest of its row.
+    That is w² times the usual diagonal: the mean of v ⊙ Hv over v = w ⊙ random signs, in place of the signs
+    alone (ours: it takes fewer probes). It is exact where H is diagonal; the error of an entry falls
+    with 1/sqrt(probes x batches) and is as large as the rest of its row.
 
     raises: ModelError when an operation of the model has no second derivative.
     """
@@ -37,18 +39,21 @@ def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch], *, probes:
         examples += len(targets)
         slopes = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
         for _ in range(probes):
-            signs = [torch.randint(0, 2, s.shape, generator=generator).to(s) * 2 - 1 for s in slopes]
+            changes = [
+                (torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1) * value.detach()
+                for value in parameters.values()
+            ]
             try:
                 products = torch.autograd.grad(
-                    slopes, list(parameters.values()), signs, retain_graph=True, materialize_grads=True
+                    slopes, list(parameters.values()), changes, retain_graph=True, materialize_grads=True
                 )
             except RuntimeError as error:
                 raise ModelError(
                     f"an operation of the model has no second derivative ({error}); "
                     "use another criterion, such as taylor"
                 ) from error
-            for total, sign, product in zip(sums.values(), signs, products, strict=True):
-                total += sign * product / probes
+            for total, change, product in zip(sums.values(), changes, products, strict=True):
+                total += change * product / probes
 
     def fill(member: Member) -> dict[str, Tensor]:
         return {"curvature": rows(sums[member.parameter] / examples, member.axis, member.index)}
