@@ -274,7 +274,7 @@ class _Bench:
         def hook(layer: Layer, inputs: tuple[Tensor, ...]) -> None:
             gram = collect_gram(layer, inputs[0])
             if gram is not None:
-                self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+                self.grams[name] = self.grams.get(name, 0) + gram[0]
 
         return hook
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_nets import Chain, SqueezeExcite
+from small_nets import NETS, Chain
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.core.errors import DataError, EdgepruneError, ModelError, UnknownMember, UsageError
+from edgeprune.core.errors import DataError, ModelError, UnknownMember, UsageError
 from edgeprune.core.family import configure, list_members, load_member
 from edgeprune.core.records import Graph, Group, Member
 from edgeprune.criteria import GroupView, LayerView
@@ -533,6 +533,17 @@ def test_reconstruction_goes_greedily_by_the_error_of_a_refit() -> None:
     assert pairs[tuple(sorted(order[:2]))] <= 1.5 * min(pairs.values())
 
 
+def test_reconstruction_adds_up_the_groups_of_a_convolution() -> None:
+    """A unit is one column in each of two groups, which have weights and inputs of their own."""
+    weight = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = torch.stack([random_moments(4, seed) for seed in (1, 2)])
+    layer = LayerView(weight=weight, inputs=moments, outputs=None, positions=torch.arange(4)[:, None])
+    scores = score_of("reconstruction")([view(torch.zeros(4, 1), role="in", layer=layer)], damping=1e-13)
+    energy = float((weight @ moments * weight).sum())
+    alone = [sum(refit_error(weight[g], moments[g], [unit]) for g in (0, 1)) / energy for unit in range(4)]
+    assert int(scores.argmin()) == int(np.argmin(alone)) and float(scores.min()) == pytest.approx(min(alone))
+
+
 def test_reconstruction_spares_nothing_that_another_unit_repeats() -> None:
     """Of two equal inputs one is free; once it is gone the other is not."""
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -556,16 +567,23 @@ def test_fewer_examples_than_channels_need_the_damping(name: str, dampings: int)
         score_of(name)(given, damping=0.0)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
-def test_gates_and_flattened_maps_are_scored_too(name: str) -> None:
-    net = Chain(6, nn.Sequential(nn.BatchNorm2d(6), SqueezeExcite(6), nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4),
-                                 nn.ReLU()), 4).eval()  # fmt: skip
-    graph = trace_graph(net, INPUTS)
-    names = {group.name for group in graph.prunable}
-    if name == "bn_scale":
-        with pytest.raises(EdgepruneError, match="no batch norm"):  # of the gate's own hidden layer
-            score_groups(net, INPUTS, graph, None, criterion=name, curves=False)
-        return
-    scores = score_groups(net, INPUTS, graph, [examples(16)], criterion=name, curves=False).scores
-    assert scores.keys() == names and len(names) == 3
-    assert all(math.isfinite(value) and value >= 0 for each in scores.values() for value in each)
+@pytest.mark.parametrize("net", ["squeeze_excite", "heads", "grouped", "channel_shuffle", "pixel_shuffle"])
+def test_groups_of_every_shape_are_scored(net: str) -> None:
+    """Gates, attention heads, grouped readers, units of several channels, maps that are flattened."""
+    torch.manual_seed(0)
+    model = NETS[net]().eval()
+    graph = trace_graph(model, INPUTS)
+    for name in set(MEMBERS) - {"bn_scale"}:
+        scores = score_groups(model, INPUTS, graph, [examples(16)], criterion=name, curves=False).scores
+        assert scores.keys() == {group.name for group in graph.prunable}
+        assert all(math.isfinite(value) and value >= 0 for each in scores.values() for value in each), name
+
+
+def test_a_group_that_no_watched_layer_reads_is_named() -> None:
+    """Transposed convolutions are no matrix products of unfolded inputs."""
+    torch.manual_seed(0)
+    model = NETS["transposed"]().eval()
+    graph = trace_graph(model, INPUTS)
+    with pytest.raises(DataError, match=r"'stem\.weight'.*use another criterion"):
+        score_groups(model, INPUTS, graph, [examples(4)], criterion="reconstruction", curves=False)
+    score_groups(model, INPUTS, graph, [examples(4)], criterion="fisher", curves=False)

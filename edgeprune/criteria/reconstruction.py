@@ -50,26 +50,26 @@ def score(views: Sequence[GroupView], *, damping: float = 1e-2) -> Tensor:
 
 
 class _Reader:
-    """A layer that loses inputs: its weight (o, d), refitted each time, and H⁻¹ over what is left."""
+    """A layer that loses inputs: its weight (G, o, d), refitted each time, and H⁻¹ (G, d, d) over what is left."""
 
     def __init__(self, layer: LayerView, damping: float) -> None:
-        self.weight, self.positions = layer.weight[0].clone(), layer.positions
-        self.inverse = damped_inverse(layer.inputs, damping)[0]
-        energy = float((self.weight @ layer.inputs[0] * self.weight).sum())
+        self.weight, self.positions = layer.weight.clone(), layer.positions
+        self.inverse = damped_inverse(layer.inputs, damping)
+        energy = float((self.weight @ layer.inputs * self.weight).sum())
         self.scale = 1 / energy if energy > 0 else 0.0
 
     def errors(self, units: Tensor) -> Tensor:
         """(units,): tr(W_u ([H⁻¹]_uu)⁻¹ W_uᵀ), the damped error of removing one more."""
         where = self.positions[units]
-        stiffness = torch.linalg.inv(blocks(self.inverse[None], where)[0])
-        columns = self.weight[:, where].movedim(0, 1)  # (units, o, r)
-        errors: Tensor = (columns @ stiffness * columns).sum(dim=(1, 2))
+        stiffness = torch.linalg.inv(blocks(self.inverse, where))
+        columns = self.weight[:, :, where].movedim(2, 1)  # (G, units, o, r)
+        errors: Tensor = (columns @ stiffness * columns).sum(dim=(0, 2, 3))
         return errors.clamp_min(0.0) * self.scale
 
     def remove(self, unit: int) -> None:
         """Refit the rest, and take the unit's columns out of H⁻¹ (block elimination)."""
         where = self.positions[unit]
-        rows = self.inverse[where]
-        stiff = torch.linalg.solve(rows[:, where], rows)  # ([H⁻¹]_uu)⁻¹ [H⁻¹]_u:
-        self.weight -= self.weight[:, where] @ stiff
-        self.inverse -= rows.T @ stiff
+        rows = self.inverse[:, where]
+        stiff = torch.linalg.solve(rows[:, :, where], rows)  # ([H⁻¹]_uu)⁻¹ [H⁻¹]_u:
+        self.weight -= self.weight[:, :, where] @ stiff
+        self.inverse -= rows.transpose(1, 2) @ stiff

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, Member
@@ -35,7 +36,8 @@ def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch], *, probes:
     generator, examples = torch.Generator().manual_seed(0), 0
     for inputs, targets in batches:
         assert targets is not None
-        loss = finite(cross_entropy(model, inputs, targets, "sum"))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused forms of attention have no second derivative
+            loss = finite(cross_entropy(model, inputs, targets, "sum"))
         examples += len(targets)
         slopes = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
         for _ in range(probes):

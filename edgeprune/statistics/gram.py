@@ -20,19 +20,15 @@ BATCH = 32
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
-    """layer: LayerView without outputs, of "in" members whose layer is not grouped and ran; once.
-
-    Positions are thinned out per layer, so only ratios within a layer mean something.
-    """
+    """layer: LayerView without outputs, of "in" members whose layer is a matrix product and ran; once."""
     layers = product_layers(model, graph, ("in",))
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear) or layer.groups == 1}
     grams: dict[str, Tensor] = {}
 
     def attach(name: str) -> RemovableHandle:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             gram = collect_gram(layers[name], arguments[0])
             assert gram is not None
-            grams[name] = grams[name] + gram if name in grams else gram
+            grams[name] = grams.get(name, 0) + gram
 
         return layers[name].register_forward_pre_hook(hook)
 
@@ -45,7 +41,7 @@ def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterato
         if member.role == "out" or name not in grams:
             return {}
         layer = layers[name]
-        return {"layer": LayerView(weight=weight_matrix(layer), inputs=grams[name][None], outputs=None,
+        return {"layer": LayerView(weight=weight_matrix(layer), inputs=grams[name], outputs=None,
                                    positions=unit_positions(layer, member))}  # fmt: skip
 
     yield fill

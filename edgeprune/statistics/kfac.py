@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compensation._rows import by_group, unfold
+from edgeprune.compensation._rows import by_group, count_positions
+from edgeprune.compensation.obs import collect_gram
 from edgeprune.core.records import Graph, Member
 from edgeprune.criteria import LayerView
 from edgeprune.statistics import Batch, Fill
@@ -25,8 +26,6 @@ from edgeprune.statistics._losses import sampled_loss
 
 LABELS = False
 BATCH = 16
-ROWS_PER_FEATURE = 16
-"""Positions of a batch are thinned out to this many per input feature; more tell little."""
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
@@ -38,7 +37,11 @@ def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterato
         layer, sums = layers[name], factors[name]
 
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            sums.add_inputs(unfold(layer, arguments[0].detach()), has_bias=layer.bias is not None)
+            x = arguments[0].detach()
+            gram = collect_gram(layer, x)
+            assert gram is not None
+            sums.inputs = sums.inputs + gram
+            sums.positions += count_positions(layer, x)
             output.register_hook(lambda gradient: sums.add_outputs(by_group(layer, gradient)))
 
         return layer.register_forward_hook(hook)
@@ -69,16 +72,6 @@ class _Factors:
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     outputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     positions: int = 0
-
-    def add_inputs(self, x: Tensor, *, has_bias: bool) -> None:
-        """x: (G, positions, d)."""
-        positions = x.shape[1]
-        # An odd stride shares no factor with the usual widths of images, and so meets all columns.
-        x = x[:, torch.arange(0, positions, (positions // (ROWS_PER_FEATURE * x.shape[2])) | 1)]
-        if has_bias:
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-        self.inputs = self.inputs + (x.transpose(1, 2) @ x).double() * (positions / x.shape[1])
-        self.positions += positions
 
     def add_outputs(self, gradient: Tensor) -> None:
         """gradient: (G, positions, o), of the summed loss."""
