@@ -21,20 +21,21 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.errors import DataError, RecordError, UsageError
-from edgeprune.core.family import configure, load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Precision
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.fake_quantize import simulate_int8
-from edgeprune.regularizers import Regularizer
-from edgeprune.regularizers._units import unit_groups
+from edgeprune.regularizers import Regularizer, load_regularizer
 
 Batches = Iterable[tuple[Any, Tensor]]
 JUDGING_STEPS = 8
 """Steps whose mean loss stands for the start, and for the end of an epoch."""
 DIVERGED = 1.5
 """An end loss this many times that of the start means that the training did harm."""
+SETTLING_BATCHES = 64
+"""Training batches from which the statistics of batch norms are taken when training has ended."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
 
@@ -141,8 +142,8 @@ def recover_accuracy(
     regularizer:   member of `regularizers` and its options (`increg:ratio=0.6`): drives whole units of `graph`'s
                    prunable groups, traced from `module`, to zero, for a plan to remove. Its last epoch counts,
                    though the loss may have risen.
-    returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or one that ends
-                   far above where it began, keeps the best epoch and says so.
+    returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
+                   not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
                    another model; UsageError for a regularizer together with int8, or without a graph.
     """
@@ -213,15 +214,14 @@ class _Trainer:
         self.before: float | None = None
         self.judged: list[float] = []
         self.best: dict[str, Tensor] = {}
-        self.regularizer: Regularizer | None = None
+        self.regularizer = Regularizer(())
 
     def regularize(self, chosen: str, graph: Graph) -> None:
         """Use a regularizer, which has to know how long the training is."""
         if not isinstance(self.train, Sized):
             raise DataError("a regularizer needs training batches with a length")
-        name, _, options = chosen.partition(":")
-        make = configure(load_member("regularizers", name).make, options)
-        self.regularizer = make(unit_groups(self.module, graph), len(self.train) * self.settings.epochs)
+        steps = len(self.train) * self.settings.epochs
+        self.regularizer = load_regularizer(chosen, self.module, graph, steps)
 
     def begin(self) -> None:
         self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
@@ -256,11 +256,12 @@ class _Trainer:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
             self._judge(losses)
+            if self.epoch == settings.epochs and settings.precision is None:
+                self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
         tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
-        if self.regularizer is not None:
-            self.regularizer.before_forward()
+        self.regularizer.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
         _check_targets(logits, targets)
@@ -277,11 +278,9 @@ class _Trainer:
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if self.regularizer is not None:
-                self.regularizer.after_backward()
+            self.regularizer.after_backward()
             self.optimizer.step()
-            if self.regularizer is not None:
-                self.regularizer.after_step(self.optimizer.param_groups[0]["lr"])
+            self.regularizer.after_step(self.optimizer.param_groups[0]["lr"])
         return value
 
     def _set_rate(self, epoch: int, step: int) -> None:
@@ -323,12 +322,16 @@ class _Trainer:
         if not self.judged:
             self.judged.append(float(np.mean(losses[:JUDGING_STEPS])))
         self.judged.append(float(np.mean(losses[-JUDGING_STEPS:])))
-        if (self.judged[-1] <= min(self.judged[1:]) or self.regularizer is not None) and not self._diverged():
+        if (self.judged[-1] <= min(self.judged[1:]) or self.settings.regularizer is not None) and not self._diverged():
             self.best = self._state()
 
     def _diverged(self) -> bool:
         # What a regularizer takes away may cost more than the training gives.
-        return self.regularizer is None and len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
+        return (
+            self.settings.regularizer is None
+            and len(self.judged) > 1
+            and not self.judged[-1] <= DIVERGED * self.judged[0]
+        )
 
     def _state(self) -> dict[str, Tensor]:
         return {key: value.detach().clone() for key, value in self.module.state_dict().items()}
@@ -343,12 +346,16 @@ class _Trainer:
         after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
                              epochs=self.epoch, autocast=self.autocast, note=self.note,
-                             zeroed=self._zeroed())  # fmt: skip
+                             zeroed=self.regularizer.zeroed())  # fmt: skip
 
-    def _zeroed(self) -> dict[str, int]:
-        groups = [] if self.regularizer is None else self.regularizer.groups
-        counts = {group.name: int((group.norms() == 0).sum()) for group in groups}
-        return {name: count for name, count in counts.items() if count}
+    def _settle(self) -> None:
+        """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
+
+        After few steps that alone can cost several points of accuracy.
+        """
+        with _seeded(self.settings.seed):
+            few = itertools.islice(self.train, SETTLING_BATCHES)
+            reestimate_batch_norm(self.module, ((_inputs(inputs, self.device), targets) for inputs, targets in few))
 
     # --- checkpoint: tensors and JSON in one safetensors file, no code ---
 
@@ -360,8 +367,7 @@ class _Trainer:
         for name, parameter in self.parameters.items():
             if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
-        if self.regularizer is not None:
-            tensors |= {f"regularizer/{name}": value for name, value in self.regularizer.held.items()}
+        tensors |= {f"regularizer/{name}": value for name, value in self.regularizer.held.items()}
         facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
                  "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
                  "autocast": self.autocast}  # fmt: skip
@@ -388,8 +394,7 @@ class _Trainer:
             self.module.load_state_dict(parts["model"])
             for name, value in parts["momentum"].items():
                 self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
-            if self.regularizer is not None:
-                self.regularizer.load(parts["regularizer"])
+            self.regularizer.load(parts["regularizer"])
             self.best = parts["best"]
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]

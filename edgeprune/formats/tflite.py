@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_bytes, write_atomic
-from edgeprune.core.tensors import Calibration, check_calibration, decode, encode, run_in_batches
+from edgeprune.core.tensors import Array, Calibration, check_calibration, decode, encode, run_in_batches
 from edgeprune.formats._tflite_convert import convert
+from edgeprune.formats._tflite_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._tflite_model import DTYPES, name_of, operator_names, precision_of, read, shape_of, unpack
 from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer, TfliteResizer
@@ -25,7 +25,6 @@ from edgeprune.formats._units import Unresizable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NumberArray = npt.NDArray[Any]
 SUFFIX = ".tflite"
 PRECISIONS = (Precision(), Precision(dtype="float16"), Precision(dtype="dynamic"), Precision(dtype="int8"))
 
@@ -85,7 +84,7 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
     )
 
 
-def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
+def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
     """The file's outputs on this machine, in its order, in the module's terms. raises: ModelError; MissingLibrary."""
     try:
         from ai_edge_litert.interpreter import Interpreter
@@ -99,7 +98,7 @@ def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
         interpreter.allocate_tensors()
         given, asked = interpreter.get_input_details(), interpreter.get_output_details()
 
-        def run_batch(arrays: list[NumberArray]) -> list[NumberArray]:
+        def run_batch(arrays: list[Array]) -> list[Array]:
             for info, place, array in zip(artifact.inputs, given, arrays, strict=True):
                 interpreter.set_tensor(place["index"], encode(np.asarray(array), info))
             interpreter.invoke()

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgeprune.regularizers._units import UnitGroup
+from edgeprune.core.family import configure, load_member
+from edgeprune.core.records import Graph
+from edgeprune.regularizers._units import UnitGroup, unit_groups
 
 
 class Regularizer:
@@ -36,7 +38,22 @@ class Regularizer:
     def after_step(self, rate: float) -> None:
         """When the optimiser has moved the parameters, at this learning rate."""
 
+    def zeroed(self) -> dict[str, int]:
+        """Units that are zero now, per group that has any."""
+        counts = {group.name: int((group.norms() == 0).sum()) for group in self.groups}
+        return {name: count for name, count in counts.items() if count}
+
     def load(self, held: Mapping[str, Tensor]) -> None:
         """Go on from the state of a checkpoint. raises: KeyError when a part of it is missing."""
         for name, value in self.held.items():
             value.copy_(held[name])
+
+
+def load_regularizer(chosen: str, module: nn.Module, graph: Graph, steps: int) -> Regularizer:
+    """The member of `name:option=value,...`, for the prunable groups of a model that is about to be trained.
+
+    raises: UsageError; RecordError when the graph is of another model.
+    """
+    name, _, options = chosen.partition(":")
+    made: Regularizer = configure(load_member("regularizers", name).make, options)(unit_groups(module, graph), steps)
+    return made
