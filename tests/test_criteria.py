@@ -587,3 +587,18 @@ def test_a_group_that_no_watched_layer_reads_is_named() -> None:
     with pytest.raises(DataError, match=r"'stem\.weight'.*use another criterion"):
         score_groups(model, INPUTS, graph, [examples(4)], criterion="reconstruction", curves=False)
     score_groups(model, INPUTS, graph, [examples(4)], criterion="fisher", curves=False)
+
+
+@pytest.mark.parametrize("name", list_members("statistics"))
+def test_every_statistic_is_read_by_a_criterion_and_fills_views(name: str) -> None:
+    net, graph = coupled()
+    member = load_member("statistics", name)
+    assert name in {load_member("criteria", criterion).NEEDS for criterion in MEMBERS}
+    (x,), y = examples(4)
+    batches: list[Batch] = [((x[:2],), y[:2] if member.LABELS else None), ((x[2:],), y[2:] if member.LABELS else None)]
+    fills = list(member.collect(copy.deepcopy(net), graph, batches))
+    assert len(fills) in (1, len(batches)) and member.BATCH >= 1
+    trained = dict(net.named_parameters())
+    members = [each for group in graph.prunable for each in group.members if each.parameter in trained]
+    fields = {field for each in members for field in fills[-1](each)}
+    assert fields and fields <= set(GroupView.__dataclass_fields__)
