@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
-from edgeprune.core.errors import DataError, RecordError
+from edgeprune.core.errors import DataError, RecordError, UsageError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Precision
+from edgeprune.core.records import Graph, Precision
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.fake_quantize import simulate_int8
+from edgeprune.regularizers import Regularizer, load_regularizer
 
 Batches = Iterable[tuple[Any, Tensor]]
 JUDGING_STEPS = 8
@@ -63,6 +64,7 @@ class Settings:
     temperature: float
     seed: int
     precision: Precision | None = None
+    regularizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ class RecoverResult:
     accuracy_before, accuracy_after: top-1 on the test batches, None without them.
     losses: mean training loss of each epoch. epochs: how many were trained.
     note: why training stopped early or was undone, or "".
+    zeroed: units that a regularizer has brought to zero, per group that has any.
     """
 
     accuracy_before: float | None
@@ -80,6 +83,7 @@ class RecoverResult:
     epochs: int
     autocast: bool
     note: str = ""
+    zeroed: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -120,6 +124,8 @@ def recover_accuracy(
     progress: Progress = silent,
     seed: int = 0,
     precision: Precision | None = None,
+    regularizer: str | None = None,
+    graph: Graph | None = None,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -133,22 +139,30 @@ def recover_accuracy(
                    `set_epoch` method, are drawn again alike).
     precision:     int8 trains through simulated rounding (`graphs/fake_quantize.py`) in float32, for `module` to lose
                    less when it is quantised; both accuracies are then of the simulated model. None: float32.
+    regularizer:   member of `regularizers` and its options (`increg:ratio=0.6`): drives whole units of `graph`'s
+                   prunable groups, traced from `module`, to zero, for a plan to remove. Its last epoch counts,
+                   though the loss may have risen.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
-    raises:        DataError without training data or labels; RecordError for a damaged checkpoint.
+    raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
+                   another model; UsageError for a regularizer together with int8, or without a graph.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
     settings = Settings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
-        precision=precision,
+        precision=precision, regularizer=regularizer,
     )  # fmt: skip
+    if regularizer is not None and (graph is None or (precision is not None and precision.dtype == "int8")):
+        raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
     trained = module
     if precision is not None and precision.dtype == "int8":
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
     trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
+    if regularizer is not None and graph is not None:
+        trainer.regularize(regularizer, graph)
     resumed = trainer.resume()
     if not resumed:
         trainer.begin()
@@ -200,6 +214,14 @@ class _Trainer:
         self.before: float | None = None
         self.judged: list[float] = []
         self.best: dict[str, Tensor] = {}
+        self.regularizer = Regularizer(())
+
+    def regularize(self, chosen: str, graph: Graph) -> None:
+        """Use a regularizer, which has to know how long the training is."""
+        if not isinstance(self.train, Sized):
+            raise DataError("a regularizer needs training batches with a length")
+        steps = len(self.train) * self.settings.epochs
+        self.regularizer = load_regularizer(chosen, self.module, graph, steps)
 
     def begin(self) -> None:
         self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
@@ -239,6 +261,7 @@ class _Trainer:
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
         tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
+        self.regularizer.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
         _check_targets(logits, targets)
@@ -255,7 +278,9 @@ class _Trainer:
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            self.regularizer.after_backward()
             self.optimizer.step()
+            self.regularizer.after_step(self.optimizer.param_groups[0]["lr"])
         return value
 
     def _set_rate(self, epoch: int, step: int) -> None:
@@ -297,11 +322,16 @@ class _Trainer:
         if not self.judged:
             self.judged.append(float(np.mean(losses[:JUDGING_STEPS])))
         self.judged.append(float(np.mean(losses[-JUDGING_STEPS:])))
-        if self.judged[-1] <= min(self.judged[1:]) and not self._diverged():
+        if (self.judged[-1] <= min(self.judged[1:]) or self.settings.regularizer is not None) and not self._diverged():
             self.best = self._state()
 
     def _diverged(self) -> bool:
-        return len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
+        # What a regularizer takes away may cost more than the training gives.
+        return (
+            self.settings.regularizer is None
+            and len(self.judged) > 1
+            and not self.judged[-1] <= DIVERGED * self.judged[0]
+        )
 
     def _state(self) -> dict[str, Tensor]:
         return {key: value.detach().clone() for key, value in self.module.state_dict().items()}
@@ -315,7 +345,8 @@ class _Trainer:
         self.module.zero_grad(set_to_none=True)
         after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
-                             epochs=self.epoch, autocast=self.autocast, note=self.note)  # fmt: skip
+                             epochs=self.epoch, autocast=self.autocast, note=self.note,
+                             zeroed=self.regularizer.zeroed())  # fmt: skip
 
     def _settle(self) -> None:
         """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
@@ -336,6 +367,7 @@ class _Trainer:
         for name, parameter in self.parameters.items():
             if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
+        tensors |= {f"regularizer/{name}": value for name, value in self.regularizer.held.items()}
         facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
                  "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
                  "autocast": self.autocast}  # fmt: skip
@@ -352,7 +384,7 @@ class _Trainer:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
                 return False
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}}
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}, "regularizer": {}}
             for key, value in tensors.items():
                 part, name = key.split("/", 1)
                 parts[part][name] = value.to(self.device)
@@ -362,6 +394,7 @@ class _Trainer:
             self.module.load_state_dict(parts["model"])
             for name, value in parts["momentum"].items():
                 self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
+            self.regularizer.load(parts["regularizer"])
             self.best = parts["best"]
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]

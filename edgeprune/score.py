@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from edgeprune.compensation._rows import Layer, is_plain
 from edgeprune.compensation.obs import collect_gram, explain_removed
@@ -22,10 +21,11 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import FloatArray, Graph, Group, Importance, IntArray, LossCurve
 from edgeprune.core.store import append_record, read_lines
 from edgeprune.criteria import GroupView
+from edgeprune.statistics import Batch, Fill
+from edgeprune.statistics._layers import rows
+from edgeprune.statistics._losses import cross_entropy
 
-Batches = Iterable[tuple[Any, Tensor]]
-GRADIENT_EXAMPLES = 16
-"""Examples per gradient: squared means of small batches stay apart from noise at a trained minimum."""
+Batches = Iterable[tuple[Any, Any]]
 EVALUATION_EXAMPLES = 128
 
 
@@ -51,7 +51,8 @@ def score_groups(
     group removed and the layers that read them refitted by least squares, all else dense.
 
     inputs:      example inputs; calibration inputs must have their shape behind the batch axis.
-    calibration: (inputs, labels); may be None for a criterion without gradients and curves=False.
+    calibration: (inputs, labels). Without curves, labels may be anything for a criterion that does
+        not use them, and calibration None for one that reads nothing but weights.
     criterion, options: a member of `criteria/` and its configuration (`p=1`).
     levels:      widths per curve besides the narrowest: even parts of the group, on its step.
     compensate:  refit consumers. examples: calibration examples for the curves (all for the scores).
@@ -60,14 +61,18 @@ def score_groups(
     """
     member = load_member("criteria", criterion)
     score = configure(member.score, options)
-    needs_gradient = "grad" in member.NEEDS
-    examples_ = _read_examples(calibration, inputs) if needs_gradient or curves else None
+    statistic = None if member.NEEDS is None else load_member("statistics", member.NEEDS)
     model = copy.deepcopy(module).eval()
-    if examples_ is None:
-        scores = _average(score, model, graph, [None])
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # what the user froze for training matters as well
+    examples_ = None
+    if statistic is not None or curves:
+        examples_ = _read_examples(calibration, inputs, labels=curves or (statistic is not None and statistic.LABELS))
+    if statistic is None or examples_ is None:
+        scores = _average(score, model, graph, [lambda _: {}])
     else:
-        batches = examples_.batches(GRADIENT_EXAMPLES) if needs_gradient else [None]
-        scores = _average(score, model, graph, batches, progress)
+        batches = _counted(examples_.batches(statistic.BATCH), progress)
+        scores = _average(score, model, graph, statistic.collect(model, graph, batches))
     name = f"{criterion}:{options}" if options else criterion
     if not curves:
         return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores)
@@ -113,95 +118,98 @@ def _finished(checkpoint: Path | None, now: Importance) -> dict[str, LossCurve]:
 class _Examples:
     """Calibration examples, all in memory, re-batched at will."""
 
-    def __init__(self, inputs: Sequence[Tensor], targets: Tensor) -> None:
+    def __init__(self, inputs: Sequence[Tensor], targets: Tensor | None) -> None:
         self.inputs, self.targets = tuple(inputs), targets
 
     def first(self, count: int) -> _Examples:
-        return _Examples([tensor[:count] for tensor in self.inputs], self.targets[:count])
+        return _Examples([tensor[:count] for tensor in self.inputs], self._targets(slice(count)))
 
-    def batches(self, size: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-        starts = range(0, len(self.targets), size)
-        return [(tuple(x[s : s + size] for x in self.inputs), self.targets[s : s + size]) for s in starts]
+    def batches(self, size: int) -> list[Batch]:
+        parts = [slice(start, start + size) for start in range(0, len(self.inputs[0]), size)]
+        return [(tuple(x[part] for x in self.inputs), self._targets(part)) for part in parts]
+
+    def _targets(self, part: slice) -> Tensor | None:
+        return None if self.targets is None else self.targets[part]
 
 
-def _read_examples(calibration: Batches | None, inputs: tuple[Tensor, ...]) -> _Examples:
-    """raises: DataError when there are none, or they lack labels or the model's input shape."""
+def _read_examples(calibration: Batches | None, inputs: tuple[Tensor, ...], *, labels: bool) -> _Examples:
+    """raises: DataError when there are none, or they lack the model's input shape, or labels that are needed."""
     if calibration is None:
-        raise DataError("scoring needs calibration data with labels; give the data source a .calibration, "
-                        "or use criterion magnitude without loss curves")  # fmt: skip
-    kept: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    for given, targets in calibration:
+        raise DataError(
+            f"scoring needs calibration data{' with labels' if labels else ''}; give the data source a .calibration, "
+            "or use criterion magnitude without loss curves"
+        )
+    kept: list[tuple[Tensor, ...]] = []
+    targets: list[Tensor] = []
+    for given, label in calibration:
         tensors = tuple(given) if isinstance(given, tuple | list) else (given,)
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
-            shown = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-            raise DataError(f"scoring needs a whole-number label per calibration example; the targets are {shown}")
+        if labels:
+            targets.append(_check_label(label))
         shapes = [list(tensor.shape[1:]) for tensor in tensors]
         wanted = [list(tensor.shape[1:]) for tensor in inputs]
         if shapes != wanted:
             raise DataError(f"calibration inputs have shape {shapes} behind the batch axis, the model's are {wanted}")
-        kept.append((tensors, targets))
+        kept.append(tensors)
     if not kept:
         raise DataError("the calibration data is empty")
-    columns = zip(*(tensors for tensors, _ in kept), strict=True)
-    return _Examples([torch.cat(column) for column in columns], torch.cat([targets for _, targets in kept]))
+    columns = zip(*kept, strict=True)
+    return _Examples([torch.cat(column) for column in columns], torch.cat(targets) if labels else None)
 
 
-def _loss(model: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor, reduction: str = "mean") -> Tensor:
-    logits = model(*inputs)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise DataError("scoring needs a classifier with outputs (n, classes)")
-    if int(targets.max()) >= logits.shape[1] or int(targets.min()) < 0:
-        raise DataError(f"the data has the label {int(targets.max())}, the model only {logits.shape[1]} classes")
-    return functional.cross_entropy(logits, targets, reduction=reduction)
+def _check_label(label: Any) -> Tensor:
+    if isinstance(label, Tensor) and not label.is_floating_point() and label.ndim == 1:
+        return label
+    shown = label.dtype if isinstance(label, Tensor) else type(label).__name__
+    raise DataError(
+        f"scoring needs a whole-number label per calibration example; the targets are {shown}. Without labels, use a "
+        "criterion such as reconstruction and no loss curves"
+    )
+
+
+def _counted(batches: Sequence[Batch], progress: Progress) -> Iterator[Batch]:
+    for done, batch in enumerate(batches):
+        progress("score: units", done, len(batches))
+        yield batch
+    progress("score: units", len(batches), len(batches))
 
 
 # --- scores --------------------------------------------------------------------------------------
 
 
 def _average(
-    score: Any, model: nn.Module, graph: Graph, batches: Sequence[Any], progress: Progress = silent
+    score: Callable[[Sequence[GroupView]], Tensor], model: nn.Module, graph: Graph, collected: Iterable[Fill]
 ) -> dict[str, FloatArray]:
-    """Mean over batches of each group's scores; a batch of None asks for no gradient."""
+    """Mean of each group's scores over what a statistic has collected."""
     totals: dict[str, Tensor] = {}
-    tensors = dict(model.named_parameters())
-    for done, batch in enumerate(batches):
-        progress("score: gradients", done, len(batches))
-        if batch is not None:
-            model.zero_grad(set_to_none=True)
-            loss = _loss(model, *batch)
-            if not math.isfinite(float(loss.detach())):
-                raise DataError(f"the model's calibration loss is {float(loss.detach())}; check weights and data")
-            loss.backward()
+    tensors, count = dict(model.named_parameters()), 0
+    for fill in collected:
+        count += 1
         for group in graph.prunable:
-            views = _views(group, graph, tensors, with_gradient=batch is not None)
+            views = group_views(group, graph, tensors, fill)
             with torch.no_grad():
                 value = score(views).double() if views else torch.zeros(group.units, dtype=torch.float64)
-            totals[group.name] = totals.get(group.name, 0) + value / len(batches)
+            totals[group.name] = totals.get(group.name, 0) + value
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise DataError(f"the scores of group '{name}' are not finite; check weights and calibration data")
-    return {name: total.numpy() for name, total in totals.items()}
+    return {name: (total / count).numpy() for name, total in totals.items()}
 
 
-def _views(group: Group, graph: Graph, tensors: dict[str, nn.Parameter], *, with_gradient: bool) -> list[GroupView]:
+def group_views(group: Group, graph: Graph, tensors: Mapping[str, Tensor], fill: Fill) -> list[GroupView]:
+    """What a criterion sees of a group: its parameters, and what a statistic says of them."""
     extents = {parameter.name: parameter.extents for parameter in graph.parameters}
+    ops = {parameter: node.op for node in graph.nodes for parameter in node.parameters}
     views = []
     for member in group.members:
         tensor = tensors.get(member.parameter)
         if tensor is None or not tensor.is_floating_point():
             continue  # a running statistic says nothing about importance
-        gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
         views.append(GroupView(
-            parameter=member.parameter, axis=member.axis, role=member.role,
-            extents=extents.get(member.parameter, ()), weight=_rows(tensor.detach(), member.axis, member.index),
-            gradient=_rows(gradient, member.axis, member.index) if with_gradient else None,
+            parameter=member.parameter, axis=member.axis, role=member.role, op=ops.get(member.parameter, ""),
+            extents=extents.get(member.parameter, ()), weight=rows(tensor.detach(), member.axis, member.index),
+            **fill(member),
         ))  # fmt: skip
     return views
-
-
-def _rows(tensor: Tensor, axis: int, index: IntArray) -> Tensor:
-    """(units, everything of a unit in this tensor)."""
-    return tensor.movedim(axis, 0)[torch.from_numpy(index)].reshape(len(index), -1)
 
 
 # --- loss curves ---------------------------------------------------------------------------------
@@ -236,8 +244,12 @@ class _Bench:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean cross-entropy over the examples."""
-        total = sum(float(_loss(self.model, *batch, reduction="sum")) for batch in self.batches)
-        return total / sum(len(targets) for _, targets in self.batches)
+        total, count = 0.0, 0
+        for inputs, targets in self.batches:
+            assert targets is not None
+            total += float(cross_entropy(self.model, inputs, targets, "sum"))
+            count += len(targets)
+        return total / count
 
     @torch.no_grad()
     def watch(self, group: Group) -> None:
@@ -262,7 +274,7 @@ class _Bench:
         def hook(layer: Layer, inputs: tuple[Tensor, ...]) -> None:
             gram = collect_gram(layer, inputs[0])
             if gram is not None:
-                self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+                self.grams[name] = self.grams.get(name, 0) + gram[0]
 
         return hook
 

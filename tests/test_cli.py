@@ -159,6 +159,21 @@ def test_an_altered_record_is_refused(project: Path) -> None:
     assert not (project / "plan.json").exists()
 
 
+def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path) -> None:
+    from edgeprune.core.records import Importance
+    from edgeprune.core.store import read_record
+
+    recover = ["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "sparse", "--epochs", "2"]
+    done = edgeprune(*recover, "--regularizer", "greg:ratio=0.5", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "20 units in 2 groups are zero" in done.stdout
+    score = ["score", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "i.json", "--no-curves"]
+    done = edgeprune(*score, "--criterion", "lamp", "--weights", "sparse/recovered.safetensors", cwd=project)
+    assert done.returncode == 0, done.stderr
+    scores = read_record(Importance, project / "i.json").scores
+    assert sorted(int((values == 0).sum()) for values in scores.values()) == [8, 12]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")
 @pytest.mark.parametrize("command", ["trace", "export"])
 def test_full_output_disk(project: Path, command: str) -> None:

@@ -192,8 +192,8 @@ def test_one_layer_stands_in_for_its_removed_inputs() -> None:
     with torch.no_grad():
         wanted = layer(x)
         gram = collect_gram(layer, x)
-        assert gram is not None and gram.shape == (37, 37)
-        explain_removed(layer, gram, torch.tensor([3]), 1e-9)
+        assert gram is not None and gram.shape == (1, 37, 37)
+        explain_removed(layer, gram[0], torch.tensor([3]), 1e-9)
         layer.weight[:, 3] = 0
         assert torch.allclose(layer(x), wanted, atol=1e-4)
 

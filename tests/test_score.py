@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.core.errors import DataError, UnknownMember, UsageError
+from edgeprune.core.family import list_members, load_member
 from edgeprune.core.records import Graph, Importance
 from edgeprune.core.store import read_record, write_record
 from edgeprune.graphs.slice import mask_model
@@ -139,6 +140,21 @@ def test_taylor_is_the_mean_over_batches_of_the_squared_change(net: nn.Module, g
     assert importance.dense_loss is None and not importance.curves
     assert group.units == 16
     assert np.allclose(importance.scores["inner"], torch.stack(squares).mean(0).detach().numpy(), rtol=1e-3)
+
+
+MEASURING = [name for name in list_members("criteria") if load_member("criteria", name).NEEDS is not None]
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_losing_what_a_criterion_ranks_lowest_beats_losing_the_highest(
+    name: str, net: nn.Module, graph: Graph, digits: Digits
+) -> None:
+    scores = score_groups(net, INPUTS, graph, digits.calibration, criterion=name, curves=False).scores
+    lost = {}
+    for sign in (1, -1):
+        keep = {g.name: np.sort(np.argsort(sign * scores[g.name])[g.units // 3 :]) for g in graph.prunable}
+        lost[sign] = loss_of(mask_model(net, graph, keep), digits)
+    assert lost[1] < 0.8 * lost[-1]
 
 
 def test_magnitude_needs_no_data(net: nn.Module, graph: Graph) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edgeprune.core.errors import UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.problem import Choice, Problem, Row, Sum, costs_of, excess_of, is_feasible, losses_of
-from edgeprune.solvers import Solution, Solver, brute_force, dp, greedy, milp
+from edgeprune.solvers import Solution, Solver, bandit, brute_force, dp, greedy, knapsack, milp
 
 EXACT = ("brute_force", "dp", "milp")
 
@@ -159,6 +159,115 @@ def test_greedy_steps_over_a_flat_stair() -> None:
     choice = Choice(name="g", widths=np.array([8, 12, 16]), loss=np.array([2.0, 1.0, 0.0]))
     stairs = Row(quantity="latency_s", limit=1.5, unary={0: np.array([1.0, 2.0, 2.0])})
     assert greedy.solve(Problem(choices=(choice,), rows=(stairs,))).levels == (0,)
+
+
+def chain(width: int, latency: list[float], limit: float, losses: list[list[float]]) -> Problem:
+    """Groups of `width` levels of 1, 2, ... units; the cost of neighbours is their product."""
+    choices = tuple(
+        Choice(name=f"g{v}", widths=np.arange(1, width + 1), loss=np.array(loss)) for v, loss in enumerate(losses)
+    )
+    pairs = {(v, v + 1): factor * np.outer(*[np.arange(1.0, width + 1)] * 2) for v, factor in enumerate(latency)}
+    return Problem(choices=choices, rows=(Row(quantity="latency_s", limit=limit, pairs=pairs),))
+
+
+def test_one_round_of_the_knapsack_is_exact_where_costs_add_up() -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        choices = tuple(
+            Choice(name=f"g{v}", widths=np.arange(1, 6), loss=np.sort(rng.uniform(0, 1, 5))[::-1] - 1e-3)
+            for v in range(5)
+        )
+        unary = {v: np.cumsum(rng.integers(1, 20, 5)).astype(float) for v in range(5)}
+        limit = float(0.5 * sum(term[-1] for term in unary.values()))
+        problem = Problem(choices=choices, rows=(Row(quantity="latency_s", limit=limit, unary=unary),))
+        found, best = knapsack.solve(problem, rounds=1), brute_force.solve(problem)
+        assert found.status == "feasible" and found.loss == pytest.approx(best.loss)
+
+
+def test_knapsack_rounds_see_that_neighbours_shrink_together() -> None:
+    """Half the cost of a pair: one side halved saves all that is needed, and two halved sides save more than that."""
+    problem = chain(4, [1.0], 8.0, [[9.0, 4.0, 1.0, 0.0], [9.0, 4.1, 1.1, 0.0]])
+    once, often = knapsack.solve(problem, rounds=1), knapsack.solve(problem, rounds=8)
+    assert once.levels is not None and often.levels is not None
+    assert float(costs_of(problem, often.levels)[0]) <= 8.0 * (1 + 1e-9)
+    assert often.loss <= once.loss
+    assert brute_force.solve(problem).loss <= often.loss
+
+
+def test_knapsack_never_widens_and_gives_up_where_nothing_saves() -> None:
+    flat = Row(quantity="latency_s", limit=1.0, unary={0: np.array([2.0, 2.0, 2.0])})
+    choice = Choice(name="g", widths=np.array([1, 2, 3]), loss=np.array([2.0, 1.0, 0.0]))
+    assert knapsack.solve(Problem(choices=(choice,), rows=(flat,))).status == "unknown"
+
+
+def random_search(problem: Problem, plays: int, seed: int) -> float:
+    """The least loss within the limits of so many configurations drawn at random."""
+    rng = np.random.default_rng(seed)
+    levels = np.stack([rng.integers(0, len(choice.widths), plays) for choice in problem.choices], axis=1)
+    return float(np.where(is_feasible(problem, levels), losses_of(problem, levels), np.inf).min())
+
+
+def test_bandit_plays_better_than_random_search() -> None:
+    """With as many configurations, on ten groups; the optimum from milp is the scale."""
+    ours, theirs = [], []
+    for seed in range(5):
+        problem = random_problem(seed, groups=10, tightness=0.4)
+        best = milp.solve(problem).loss
+        if not np.isfinite(best):
+            continue
+        played: list[int] = []
+        largest = sum(float(choice.loss.max()) for choice in problem.choices)
+
+        def reward(
+            levels: np.ndarray, problem: Problem = problem, largest: float = largest, played: list[int] = played
+        ) -> np.ndarray:
+            played.append(len(levels))
+            return 1 - losses_of(problem, levels) / largest
+
+        found = bandit.solve(problem, reward=reward)
+        assert found.levels is not None and is_feasible(problem, found.levels)
+        ours.append(found.loss / best)
+        theirs.append(min(random_search(problem, sum(played), seed), 10 * best) / best)
+    assert len(ours) >= 3 and np.mean(ours) < np.mean(theirs)
+    assert np.mean(ours) < 1.25
+
+
+def test_bandit_finds_the_optimum_of_small_problems() -> None:
+    right = 0
+    for seed in range(10):
+        problem = random_problem(seed, groups=4, tightness=0.5)
+        best = brute_force.solve(problem)
+        found = bandit.solve(problem)
+        right += (found.levels is None) == (best.levels is None) and found.loss <= best.loss * (1 + 1e-9)
+    assert right >= 8
+
+
+def test_bandit_follows_a_reward_that_is_not_the_predicted_loss() -> None:
+    """The reward likes the narrowest first group, whatever the losses say; noise does not hide it."""
+    problem = chain(4, [1.0, 1.0], 20.0, [[3.0, 2.0, 1.0, 0.0]] * 3)
+    rng = np.random.default_rng(0)
+
+    def reward(levels: np.ndarray) -> np.ndarray:
+        liked = 0.5 * (levels[:, 0] == 0) + 0.1 * levels[:, 1:].sum(axis=1) / 6
+        return liked + rng.uniform(0, 0.02, len(levels))
+
+    found = bandit.solve(problem, reward=reward)
+    assert found.levels is not None and found.levels[0] == 0
+    assert found.loss == pytest.approx(float(losses_of(problem, found.levels)))
+    assert bandit.solve(problem).levels == bandit.solve(problem).levels, "not the same twice"
+
+
+def test_a_factor_leaves_out_the_worse_arms_and_deals_every_active_one() -> None:
+    rng = np.random.default_rng(0)
+    factor = bandit._Factor(3, confidence=0.01)
+    assert factor.activate(1) == [0, 1, 2]
+    for played in range(1, 30):
+        arms = factor.deal(factor.activate(played), 5, rng)
+        assert len(arms) == 5 and set(factor.activate(played)) <= set(arms.tolist())
+        factor.learn(arms, np.array([0.2, 0.9, 0.5])[arms])
+    assert factor.activate(30) == [1] and factor.favourite() == 1
+    assert factor.deal([1], 4, rng).tolist() == [1, 1, 1, 1]
+    assert (factor.differences == -factor.differences.T).all() and (factor.counts == factor.counts.T).all()
 
 
 def test_brute_force_refuses_too_many() -> None:

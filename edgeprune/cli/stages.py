@@ -198,17 +198,23 @@ def recover(
     model: Model, data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, epochs: int = 5,
     lr: float = 0.02, teacher: Annotated[str | None, typer.Option(help="distil from this model as well")] = None,
     teacher_weights: Weights = None,
+    regularizer: Annotated[str | None, typer.Option(
+        help="drive whole units of the model to zero, for a plan to remove: a name, or name:option=value,..."
+    )] = None,
 ) -> None:  # fmt: skip
-    """Train a compact model; goes on where it was stopped. Writes recovered.pt2 in the folder --out."""
+    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out."""
     module, inputs = load(model, weights, shapes)
+    graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
     guide = load(teacher, teacher_weights, shapes)[0] if teacher else None
     with bars() as progress:
         result = edgeprune.recover_accuracy(
             module, edgeprune.load_data(data, Path.cwd()), teacher=guide, epochs=epochs, lr=lr,
-            checkpoint=out / "recover.checkpoint", progress=progress,
+            checkpoint=out / "recover.checkpoint", progress=progress, regularizer=regularizer, graph=graph,
         )  # fmt: skip
     edgeprune.save_compact(module, inputs, out, name="recovered")
     accuracies = [UNMEASURED if a is None else f"{a:.2%}" for a in (result.accuracy_before, result.accuracy_after)]
+    if regularizer is not None:
+        print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
     print(f"accuracy {' -> '.join(accuracies)}: {out}/recovered.pt2{result.note and '; ' + result.note}")
 
 

@@ -7,32 +7,33 @@ Needs only the layer's inputs, so the Gram matrix is collected once and serves e
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeprune.compensation._rows import CHUNK_BYTES, MAX_FEATURES, Layer, count_positions, unfold
 
 
 def collect_gram(layer: Layer, x: Tensor) -> Tensor | None:
-    """XᵀX (d, d) in float64 of an ungrouped layer's unfolded inputs, with a column of ones for its bias.
+    """XᵀX per convolution group (G, d, d), in float64, of a layer's unfolded inputs; a column of ones for a bias.
 
-    Positions are thinned out evenly to 16 a feature, more tell little. None when it would be larger
-    than MAX_FEATURES on a side.
+    Positions are thinned out evenly to 16 a feature, more tell little; the sums are scaled up accordingly.
+    None when it would be larger than MAX_FEATURES on a side.
     """
-    features = layer.weight[0].numel()
+    features, groups = layer.weight[0].numel(), 1 if isinstance(layer, nn.Linear) else layer.groups
     if features > MAX_FEATURES:
         return None
     size = features + (layer.bias is not None)
-    gram = torch.zeros(size, size, dtype=torch.float64)
+    gram = torch.zeros(groups, size, size, dtype=torch.float64)
     per_example = count_positions(layer, x[:1])
     stride = max(1, len(x) * per_example // (16 * features))
-    step = max(1, CHUNK_BYTES // max(1, per_example * features * 4))
+    step = max(1, CHUNK_BYTES // max(1, per_example * features * groups * 4))
     for start in range(0, len(x), step):
-        rows = unfold(layer, x[start : start + step])[0]
+        rows = unfold(layer, x[start : start + step])
+        positions = rows.shape[1]
         # A stride that shares a factor with the image's width would always meet the same columns.
-        rows = rows[torch.arange(0, len(rows), stride | 1)]
+        rows = rows[:, torch.arange(0, positions, stride | 1)]
         if layer.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        gram += (rows.T @ rows).double()
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
+        gram += (rows.transpose(1, 2) @ rows).double() * (positions / rows.shape[1])
     return gram
 
 
@@ -42,7 +43,8 @@ def explain_removed(layer: Layer, gram: Tensor, removed: Tensor, damping: float)
     With X = [X_k X_r] the change of the kept weights is (X_kᵀX_k + λ)⁻¹ X_kᵀX_r W_r; a system that
     cannot be solved changes nothing. The removed weights are left for the caller to clear.
 
-    gram: from `collect_gram`, summed over batches. removed: positions along weight axis 1.
+    gram: (d, d) of a layer without groups, from `collect_gram`, summed over batches.
+    removed: positions along weight axis 1.
     """
     taps = layer.weight[0, 0].numel()
     gone = torch.zeros(len(gram), dtype=torch.bool)

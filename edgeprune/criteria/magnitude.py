@@ -10,7 +10,7 @@ from torch import Tensor
 from edgeprune.core.errors import UsageError
 from edgeprune.criteria import GroupView
 
-NEEDS: frozenset[str] = frozenset()
+NEEDS: str | None = None
 
 
 def score(views: Sequence[GroupView], *, p: float = 2.0, normalise: bool = True) -> Tensor:

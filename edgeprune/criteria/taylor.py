@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edgeprune.criteria import GroupView
 
-NEEDS: frozenset[str] = frozenset({"grad"})
+NEEDS: str | None = "gradient"
 
 
 def score(views: Sequence[GroupView], *, absolute: bool = False) -> Tensor:

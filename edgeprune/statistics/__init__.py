@@ -1,0 +1,40 @@
+"""Statistics of calibration examples that criteria read: `NEEDS = "gram"` loads `statistics/gram.py`.
+
+A member is a module with three names:
+
+    LABELS: whether it needs a label per example.
+    BATCH: examples per batch.
+    collect(model, graph, batches) -> an iterator of `Fill`.
+
+What can be scored batch by batch (gradients) comes with every batch; what has to be summed over all
+of them first (second moments) comes once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from edgeprune.core.records import Graph, Member
+
+Batch = tuple[tuple[Tensor, ...], Tensor | None]
+"""Inputs of the model, and a label per example where there are any."""
+
+Fill = Callable[[Member], Mapping[str, Any]]
+"""From a group's member to fields of its `GroupView`; empty where nothing was collected."""
+
+
+class Statistic(Protocol):
+    """What a member module is."""
+
+    LABELS: bool
+    BATCH: int
+
+    def collect(self, model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
+        """Run the model, in evaluation mode, over the batches; the weights stay as they are.
+
+        raises: DataError for labels or a loss that cannot be used.
+        """
+        ...
