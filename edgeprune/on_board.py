@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -100,15 +101,22 @@ def plan_on_board(
     within: list[PlanRound] = []  # the memory and energy budgets, as far as they were measured
     memory, energy = budget.peak_memory_bytes, budget.energy_j
     limit, asked = budget.latency_s, next_request(rounds, budget)
+    if resizer is None:
+        member = load_member("formats", session.format)
+        resizer = member.make_resizer(model, inputs, graph, precision=profile.precision)
+
+    def choose(request: Budget) -> Plan:
+        return choose_written(
+            graph, profile, importance, request, resizer, solver=solver, levels=levels, progress=progress
+        )
+
     if limit is None and energy is None:
-        return choose_widths(graph, profile, importance, budget, solver=solver, levels=levels, progress=progress)
-    member = load_member("formats", session.format)
-    resizer = resizer or member.make_resizer(model, inputs, graph, precision=profile.precision)
+        return choose(budget)
     while (asked is not None or limit is None) and len(rounds) < max_rounds:
         progress("closing the loop on the board", len(rounds), 0)
         request = replace(budget, latency_s=asked, peak_memory_bytes=memory, energy_j=energy)
         try:
-            plan = choose_widths(graph, profile, importance, request, solver=solver, levels=levels, progress=progress)
+            plan = choose(request)
         except InfeasibleBudget:
             # Of the budget itself it is the answer; a corrected one only ends the search for something closer.
             if rounds:
@@ -145,6 +153,46 @@ def plan_on_board(
         return replace(plans[rounds.index(fitting[-1])], budget=budget, rounds=tuple(rounds))
     best = plans[rounds.index(fitting[best_round(fitting, limit)])]
     return replace(best, budget=budget, rounds=tuple(rounds), finer_step=no_finer_step(fitting, budget))
+
+
+def choose_written(
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    budget: Budget,
+    resizer: Resizer,
+    *,
+    solver: str = "milp",
+    levels: int = 16,
+    progress: Progress = silent,
+) -> Plan:
+    """`choose_widths` whose artifact size is that of the file as it is written, not what a formula makes of it.
+
+    raises: as `choose_widths`.
+    """
+    asked = budget
+    for _ in range(MAX_ROUNDS):
+        plan = choose_widths(graph, profile, importance, asked, solver=solver, levels=levels, progress=progress)
+        if budget.artifact_bytes is None:
+            return plan
+        written = written_bytes(resizer, plan)
+        smaller = corrected_limit(budget.artifact_bytes, plan.predicted.artifact_bytes, written)
+        plan = replace(plan, budget=budget, predicted=replace(plan.predicted, artifact_bytes=written))
+        if smaller is None:
+            break
+        asked = replace(asked, artifact_bytes=int(smaller))
+    return plan
+
+
+def written_bytes(resizer: Resizer, plan: Plan) -> int:
+    """Size of a plan's artifact: what the resizer writes, and what an export has beside it whatever the widths."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-size-") as folder:
+        path = Path(folder) / "model"
+        sizes = []
+        for keep in ({}, plan.keep):
+            resizer.write_model(keep, path)
+            sizes.append(path.stat().st_size)
+    return resizer.dense_bytes - sizes[0] + sizes[1]
 
 
 def compact_and_compensate(

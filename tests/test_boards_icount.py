@@ -23,13 +23,14 @@ from loopback.models import write_model
 from torch import nn
 
 from edgeprune.core.budget import make_budget
-from edgeprune.core.effort import NOISELESS
+from edgeprune.core.effort import EFFORTS, NOISELESS
 from edgeprune.core.family import load_member
-from edgeprune.core.records import Report, Step, Target
+from edgeprune.core.records import PrecisionChoice, Report, Step, Target
 from edgeprune.core.stats import median
 from edgeprune.core.store import read_record
 from edgeprune.device.session import open_session
 from edgeprune.on_board import dense_cost, plan_on_board
+from edgeprune.pipeline import run_pipeline
 from edgeprune.profile import profile_target
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
@@ -236,3 +237,25 @@ def test_the_whole_pipeline_meets_its_budget(icount: tuple[IcountBoard, Target],
     report = read_record(Report, tmp_path / "run" / "report.json")
     assert report.passed and json.loads(done.stdout)["artifact_sha256"] == report.artifact_sha256
     assert (tmp_path / "run" / "bundle.zip").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("cpu", "pays"), [("cortex-a72", False), ("cortex-a76", True)])
+def test_int8_is_planned_where_it_pays(cpu: str, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype = "auto"`: only the a76 has the int8 dot product. Who measures finds that out; the budget is met."""
+    monkeypatch.setitem(EFFORTS, "quick", NOISELESS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "edgeprune.toml").write_text(RUN_FILE.replace("= 10", "= 6") + '[export]\ndtype = "auto"\n')
+    board = IcountBoard(cpu=cpu)
+    with ExitStack() as stack:
+        try:
+            write_target(stack.enter_context(board), tmp_path / "targets" / "icount.toml")
+        except CannotBuild as reason:
+            pytest.skip(str(reason))
+        report = run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
+    assert report.passed
+    choice = read_record(PrecisionChoice, tmp_path / "run" / "precision.json")
+    assert (choice.trials[0].latency_share.high < 0.8) == pays
+    assert ("int8" in {precision.dtype for precision, _ in choice.candidates}) == pays

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_artifact_equals_the_module(tmp_path: Path) -> None:
     assert {"edgeprune", "python", "torch", "onnx", "onnxruntime"} <= artifact.tools.keys()
     with torch.no_grad():
         np.testing.assert_allclose(run(path, INPUTS[0].numpy())[0], net(*INPUTS).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_files_say_nothing_of_the_machine_that_made_them(tmp_path: Path) -> None:
+    """The exporter notes source lines and paths of every operation; what leads back to the graph stays."""
+    path = tmp_path / "net.onnx"
+    export_model(Net(), INPUTS, path)
+    content = path.read_bytes()
+    for secret in (str(Path(__file__).parent), str(Path(torch.__file__).parent), "forward", "site-packages"):
+        assert secret.encode() not in content, secret
+    notes = {note.key for node in onnx.load(path).graph.node for note in node.metadata_props}
+    assert notes == {"pkg.torch.onnx.fx_node", "pkg.torch.onnx.name_scopes"}
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
