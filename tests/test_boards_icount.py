@@ -26,6 +26,7 @@ from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import EFFORTS, NOISELESS
 from edgeprune.core.family import load_member
 from edgeprune.core.records import PrecisionChoice, Report, Step, Target
+from edgeprune.core.runfile import read_run_file
 from edgeprune.core.stats import median
 from edgeprune.core.store import read_record
 from edgeprune.device.session import open_session
