@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from edgeprune.on_board import connect as connect
     from edgeprune.on_board import dense_cost as dense_cost
     from edgeprune.on_board import plan_on_board as plan_on_board
-    from edgeprune.on_board import try_precisions as try_precisions
     from edgeprune.pipeline import report_run as report_run
     from edgeprune.pipeline import run_pipeline as run_pipeline
     from edgeprune.plan import choose_widths as choose_widths
+    from edgeprune.precisions import try_precisions as try_precisions
     from edgeprune.profile import profile_target as profile_target
     from edgeprune.profile import read_profile as read_profile
     from edgeprune.recover import evaluate_accuracy as evaluate_accuracy
@@ -69,10 +69,10 @@ _PLACES = {
         "connect",
         "dense_cost",
         "plan_on_board",
-        "try_precisions",
     ),
     "pipeline": ("report_run", "run_pipeline"),
     "plan": ("choose_widths",),
+    "precisions": ("try_precisions",),
     "profile": ("profile_target", "read_profile"),
     "recover": ("evaluate_accuracy", "recover_accuracy"),
     "score": ("score_groups",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -19,10 +18,9 @@ from torch.utils._pytree import tree_leaves
 from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.family import load_member
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision
-from edgeprune.core.store import replacing
-from edgeprune.core.tensors import Calibration
+from edgeprune.core.store import replacing, sha256_file
+from edgeprune.core.tensors import Array, Calibration, random_like
 
-Array = npt.NDArray[Any]
 Check = Callable[[Array, Array], str | None]
 """Of an artifact's output and the module's: what is wrong, or None."""
 HALF_TOLERANCE = 5e-3
@@ -41,6 +39,8 @@ def export_model(
     tolerance: float = 1e-4,
     precision: Precision = FLOAT32,
     calibration: Calibration | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Write a module as an artifact whose outputs on the host equal the module's, or nearly where it has fewer bits.
 
@@ -49,6 +49,8 @@ def export_model(
     format: member of `formats`. graph: what the module was pruned from, recorded by its digest.
     tolerance: largest |artifact - module| / max |module| allowed, over all outputs, of float32.
     precision: of the artifact; calibration: what int8 takes its ranges from, and is then checked on.
+    labels, preprocessing: names of the classes, and `scale`, `mean`, `std` of raw data: written into the file, where
+        apps and viewers look for them, beside what made it.
     returns: the artifact, with the versions of the tools that made it.
     raises: ModelError when it cannot be exported, or computes something else; UsageError when the
         folder cannot be written.
@@ -58,8 +60,12 @@ def export_model(
         artifact: Artifact = member.export(
             module, inputs, temporary, precision=precision, calibration=calibration, graph=graph
         )
+        made_by = {"name": path.stem, "edgeprune": version("edgeprune"), "precision": precision.name}
+        member.embed_metadata(temporary, made_by, labels=labels, normalisation=preprocessing or None)
+        size_bytes, sha256 = temporary.stat().st_size, sha256_file(temporary)
         check = _within(HALF_TOLERANCE if precision.dtype == "float16" else tolerance)
-        given = {"example": inputs, "random": _random_like(inputs)}
+        noise = random_like([tensor.numpy(force=True) for tensor in inputs])
+        given = {"example": inputs, "random": _like(inputs, [noise])}
         if precision.dtype in ("int8", "dynamic"):
             check = _alike
         if precision.dtype == "int8" and calibration:
@@ -71,6 +77,9 @@ def export_model(
     return replace(
         artifact,
         path=str(path),
+        bytes=size_bytes,
+        metadata_bytes=size_bytes - artifact.bytes,
+        sha256=sha256,
         graph_sha256=graph.model_sha256 if graph is not None else artifact.graph_sha256,
         tools={**tools, **artifact.tools},
     )
@@ -130,21 +139,6 @@ def _like(inputs: tuple[Tensor, ...], calibration: Calibration) -> tuple[Tensor,
     for tensor, array in zip(inputs, calibration[0], strict=True):
         rows = np.arange(len(tensor)) % len(array) if tensor.ndim else ...
         made.append(torch.from_numpy(np.asarray(array)[rows]).to(tensor.dtype).to(tensor.device))
-    return tuple(made)
-
-
-def _random_like(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Normal noise with each input's mean and deviation; integers from the range the example spans."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for tensor in inputs:
-        if tensor.is_floating_point():
-            deviation = tensor.float().std() if tensor.numel() > 1 else torch.tensor(1.0)
-            noise = torch.randn(tensor.shape, generator=generator) * deviation.clamp(min=1e-3) + tensor.float().mean()
-        else:
-            low, high = int(tensor.min()), int(tensor.max())
-            noise = torch.randint(low, high + 1, tensor.shape, generator=generator)
-        made.append(noise.to(tensor.dtype).to(tensor.device))
     return tuple(made)
 
 

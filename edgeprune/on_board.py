@@ -1,16 +1,13 @@
-"""What takes a board and several stages: the connection, the closed loop, the choice of a precision."""
+"""What takes a board and several stages: the connection and the closed loop."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from edgeprune.compact import compact_model
@@ -19,23 +16,18 @@ from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.closed_loop import best_round, corrected_limit
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import DEFAULT, Effort
-from edgeprune.core.errors import AgentError, DeviceError, InfeasibleBudget, UsageError
+from edgeprune.core.errors import InfeasibleBudget, UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
-    FLOAT32,
     Budget,
     Cost,
     Graph,
     Importance,
     Plan,
     PlanRound,
-    Precision,
-    PrecisionTrial,
     Profile,
-    Step,
 )
-from edgeprune.core.stats import quantity, turn_ratios
 from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import load_target, runtime_format
@@ -52,7 +44,6 @@ Batches = Iterable[tuple[Any, Tensor]]
 EMBEDDED = "embedded"
 """The target that is started on the spot: this machine behind an SSH server on loopback."""
 DEFAULT_RUNTIME = "onnxruntime"
-RANDOM_BATCHES = 2
 MAX_ROUNDS = 8
 """Turns of the closed loop before the best plan so far is taken and the report says by how much it misses."""
 
@@ -205,73 +196,3 @@ def choose_runtime(name: str, runtime: str | None = None, format: str | None = N
     if not fitting:
         raise UsageError(f"no runtime of a board runs {format} files")
     return fitting[0]
-
-
-def try_precisions(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    session: Session,
-    dtype: str,
-    *,
-    effort: Effort = DEFAULT,
-    progress: Progress = silent,
-) -> tuple[PrecisionTrial, ...]:
-    """How fast the dense model is on a board in every precision of a dtype that the runtime's format can write.
-
-    Which type of activations int8 is fast with differs from processor to processor by more than a factor of two, so
-    it is measured: each in turns with the dense float32 model, with ranges from random inputs.
-    returns: the fastest first. raises: UsageError where the format has no such dtype; AgentError where none runs.
-    """
-    member = load_member("formats", session.format)
-    precisions = [precision for precision in member.PRECISIONS if precision.dtype == dtype]
-    if not precisions:
-        known = ", ".join(dict.fromkeys(precision.dtype for precision in member.PRECISIONS))
-        raise UsageError(f"{session.format} files cannot be {dtype}; known: {known}")
-    generator = np.random.default_rng(0)
-    noise = [
-        tuple(
-            generator.standard_normal(tuple(x.shape)).astype(np.float32) if x.is_floating_point() else x.numpy()
-            for x in inputs
-        )
-        for _ in range(RANDOM_BATCHES)
-    ]
-    with tempfile.TemporaryDirectory(prefix="edgeprune-precision-") as folder:
-        reference = f"float32{member.SUFFIX}"
-        files = {reference: Path(folder) / reference}
-        member.export(model, inputs, files[reference])
-        for done, precision in enumerate(precisions):
-            progress(f"making {dtype}", done, len(precisions))
-            name = f"{precision.name}{member.SUFFIX}"
-            files[name] = Path(folder) / name
-            member.export(model, inputs, files[name], precision=precision, calibration=noise)
-        session.push(files)
-        steps = [
-            Step(
-                key=f"{precision.name} {number}", kind="time", artifact=f"{precision.name}{member.SUFFIX}",
-                against=reference, seconds=effort.seconds, precision=effort.precision, min_samples=effort.samples,
-            )
-            for number in range(effort.repeats)
-            for precision in precisions
-        ]  # fmt: skip
-        results = {result.key: result for result in session.run(steps, job=f"precision-{time.time_ns():x}")}
-        with suppress(DeviceError):  # a board that cannot be reached any more keeps them
-            session.remove(list(files))
-    trials = []
-    for precision in precisions:
-        own = [results[f"{precision.name} {number}"] for number in range(effort.repeats)]
-        ratios = [turn_ratios(r.samples, r.against) for r in own if r.samples is not None and r.against is not None]
-        if ratios:
-            trials.append(PrecisionTrial(precision=precision, latency_share=quantity(np.concatenate(ratios))))
-    if not trials:
-        errors = {result.error for result in results.values() if result.error}
-        raise AgentError(f"target {session.target.name} cannot run the model in {dtype}: {'; '.join(sorted(errors))}")
-    return tuple(sorted(trials, key=lambda trial: trial.latency_share.median))
-
-
-def worth_planning(trials: Sequence[PrecisionTrial], *, latency_only: bool) -> tuple[Precision, ...]:
-    """The precisions that a plan of automatic dtype has to weigh: float32, and what is faster or may be smaller.
-
-    latency_only: the budget is on nothing but the latency, so that what is slower than float32 cannot win.
-    """
-    faster = [trial.precision for trial in trials if not latency_only or trial.latency_share.low < 1]
-    return (FLOAT32, *faster[:1])

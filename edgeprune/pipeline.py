@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -47,7 +46,8 @@ from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.core.tensors import Calibration
 from edgeprune.device.session import Session
 from edgeprune.device.targets import runtime_format
-from edgeprune.export import evaluate_artifact, export_model
+from edgeprune.export import export_model
+from edgeprune.formats import Resizer
 from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
 from edgeprune.on_board import (
     choose_runtime,
@@ -55,9 +55,8 @@ from edgeprune.on_board import (
     connect,
     dense_cost,
     plan_on_board,
-    try_precisions,
-    worth_planning,
 )
+from edgeprune.precisions import FLOATS, Judge, leave_in_float, train_in_8_bits, try_precisions, worth_planning
 from edgeprune.profile import profile_target, read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
@@ -66,7 +65,6 @@ from edgeprune.trace import trace_graph
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
-FLOATS = ("float32", "float16")
 AUTO = "auto"
 
 
@@ -89,7 +87,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         plan = stages.profile_and_plan(graph, importance, dense)
         compact, accuracy = stages.compact(graph, plan)
         recovered, accuracy = stages.recover(plan, compact, accuracy)
-        recovered, accuracy = stages.train_for_8_bits(plan, recovered, accuracy)
+        recovered, accuracy = stages.train_for_8_bits(graph, plan, recovered, accuracy)
         artifact = stages.export(graph, plan, recovered)
         report = stages.validate(graph, plan, dense, artifact, recovered, accuracy)
         stages.bundle(plan, artifact, report)
@@ -125,12 +123,14 @@ class Stages:
     def export_dense(self, graph: Graph) -> Artifact:
         """What the pruned model is measured against."""
         path = self.folder / f"dense{self.format.SUFFIX}"
-        made_from = [digest(graph), *self.sources]
+        made_from = [digest(graph), *self.sources, self._described]
         artifact = self.folder.record(
             Artifact,
             "dense.json",
             made_from,
-            lambda: export_model(self.model, self.inputs, path, format=self.format_name, graph=graph),
+            lambda: export_model(
+                self.model, self.inputs, path, format=self.format_name, graph=graph, **self._described
+            ),
             also=[path.name],
         )
         return replace(artifact, path=str(path))
@@ -185,6 +185,12 @@ class Stages:
                 trials = try_precisions(
                     self.model, self.inputs, session, dtype, effort=self._effort, progress=self.progress
                 )
+                if dtype == "int8":
+                    mixed = leave_in_float(
+                        self.model, self.inputs, graph, session, trials[0], self._resizer(graph, trials[0].precision),
+                        self._judge(graph), tolerance=run.export.tolerance, effort=self._effort, progress=self.progress,
+                    )  # fmt: skip
+                    trials = tuple(dict.fromkeys((mixed, *trials)))
             if run.export.dtype != AUTO:
                 return self._plan_all(graph, importance, dense, trials, (trials[0].precision,))
             limits = msgspec.to_builtins(run.budget)
@@ -207,7 +213,7 @@ class Stages:
                 if precision == candidates[-1] and not found:
                     raise
                 continue  # what another precision may reach
-            found.append((precision, self._judge(graph, plan) if len(candidates) > 1 else None))
+            found.append((precision, self._accuracy_of_plan(graph, plan) if len(candidates) > 1 else None))
         best = max(found, key=lambda item: item[1] or 0.0)[0]
         return PrecisionChoice(trials=tuple(trials), candidates=tuple(found), chosen=best)
 
@@ -215,7 +221,7 @@ class Stages:
         run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
 
         def make() -> Plan:
-            resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
+            resizer = self._resizer(graph, precision)
             with self._board() as session:
                 profile = profile_target(
                     self.model,
@@ -253,22 +259,25 @@ class Stages:
         made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
         return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
 
-    def _judge(self, graph: Graph, plan: Plan) -> float:
-        """Accuracy of a plan's artifact on the host before any training."""
+    def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
+        """Of its artifact on the host before any training."""
         calibration = self.data.require("calibration")
         smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
-        return self._artifact_accuracy(smaller, plan.precision, calibration)
+        return self._judge(graph).accuracy(smaller, plan.precision)
 
-    def _artifact_accuracy(self, module: nn.Module, precision: Precision, batches: Batches) -> float:
-        """Of the module as a file of that precision, run on the host."""
-        if precision.dtype in FLOATS:
-            return evaluate_accuracy(module, batches)
-        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-            path = Path(folder) / f"model{self.format.SUFFIX}"
-            export_model(
-                module, self.inputs, path, format=self.format_name, precision=precision, calibration=self._calibration
-            )
-            return evaluate_artifact(path, batches, format=self.format_name)
+    def _judge(self, graph: Graph) -> Judge:
+        return Judge(
+            inputs=self.inputs, graph=graph, format=self.format_name, calibration=self._calibration,
+            batches=self.data.require("calibration"),
+        )  # fmt: skip
+
+    def _resizer(self, graph: Graph, precision: Precision) -> Resizer:
+        """Other widths of the model in a precision: made once, which takes several exports."""
+        if precision not in self._resizers:
+            made: Resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
+            made.dense_bytes += read_record(Artifact, self.folder / "dense.json").metadata_bytes
+            self._resizers[precision] = made
+        return self._resizers[precision]
 
     def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
         """The smaller model, refitted, and how accurate it is before any training."""
@@ -314,39 +323,33 @@ class Stages:
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
         return smaller.eval(), accuracy
 
-    def train_for_8_bits(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
+    def train_for_8_bits(
+        self, graph: Graph, plan: Plan, smaller: nn.Module, accuracy: Accuracy
+    ) -> tuple[nn.Module, Accuracy]:
         """Further training with 8 bits simulated, where they cost more accuracy than the run tolerates."""
-        settings, data = self.run.export, self.data
-        if plan.precision.dtype in FLOATS or data.test is None:
+        settings, checkpoint = self.run.export, self.folder / "quantise.checkpoint"
+        if plan.precision.dtype in FLOATS or self.data.test is None:
             return smaller, accuracy
-        test = data.test
-        before = accuracy.after_recovery if accuracy.after_recovery is not None else accuracy.before_recovery
 
         def make() -> Accuracy:
-            found = self._artifact_accuracy(smaller, plan.precision, test)
-            too_much = before is not None and before - found > settings.tolerance
-            if too_much and settings.epochs and data.train is not None:
-                checkpoint = self.folder / "quantise.checkpoint"
-                self.folder.log(f"8 bits leave an accuracy of {found:.2%}: training with them")
-                weights = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
-                recover_accuracy(
-                    smaller,
-                    data,
-                    teacher=self.model if self.run.recover.distil else None,
-                    epochs=settings.epochs,
-                    lr=self.run.recover.lr / 10,
-                    checkpoint=checkpoint,
-                    seed=self.run.seed,
-                    precision=plan.precision,
-                    progress=self.progress,
-                )
-                trained = self._artifact_accuracy(smaller, plan.precision, test)
-                if trained < found:
-                    smaller.load_state_dict(weights)
-                checkpoint.unlink(missing_ok=True)
-                found = max(trained, found)
+            judge = self._judge(graph)
+            outcome = train_in_8_bits(
+                smaller,
+                plan.precision,
+                judge,
+                self.data,
+                tolerance=settings.tolerance,
+                epochs=settings.epochs,
+                lr=self.run.recover.lr / 10,
+                teacher=self.model if self.run.recover.distil else None,
+                checkpoint=checkpoint,
+                seed=self.run.seed,
+                progress=self.progress,
+            )
+            self.folder.log(outcome)
+            checkpoint.unlink(missing_ok=True)
             save_compact(smaller, self.inputs, self.folder.path, name="quantised")
-            return replace(accuracy, quantised=found)
+            return replace(accuracy, quantised=judge.accuracy(smaller, plan.precision, self.data.test))
 
         made_from = [weights_digest(smaller), digest(plan), digest(accuracy), msgspec.to_builtins(settings)]
         files = ["quantised.pt2", "quantised.safetensors"]
@@ -360,7 +363,7 @@ class Stages:
         artifact = self.folder.record(
             Artifact,
             "model.json",
-            [weights_digest(smaller), digest(graph), digest(plan.precision), self.format_name],
+            [weights_digest(smaller), digest(graph), digest(plan.precision), self.format_name, self._described],
             lambda: export_model(
                 smaller,
                 self.inputs,
@@ -369,6 +372,7 @@ class Stages:
                 graph=graph,
                 precision=plan.precision,
                 calibration=None if plan.precision.dtype in FLOATS else self._calibration,
+                **self._described,
             ),
             also=[path.name],
         )
@@ -438,6 +442,10 @@ class Stages:
         )
 
     @cached_property
+    def _resizers(self) -> dict[Precision, Resizer]:
+        return {}
+
+    @cached_property
     def runtime(self) -> str:
         """What executes the artifacts on the board."""
         return choose_runtime(self.run.target.name, self.run.target.runtime, self.run.export.format)
@@ -451,6 +459,11 @@ class Stages:
     def format(self) -> ModuleType:
         """That member."""
         return load_member("formats", self.format_name)
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        """What an artifact says of itself to apps."""
+        return {"labels": self.data.labels, "preprocessing": self.data.preprocessing}
 
     @property
     def _effort(self) -> Effort:

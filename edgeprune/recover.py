@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.errors import DataError, RecordError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Precision
@@ -32,6 +33,8 @@ JUDGING_STEPS = 8
 """Steps whose mean loss stands for the start, and for the end of an epoch."""
 DIVERGED = 1.5
 """An end loss this many times that of the start means that the training did harm."""
+SETTLING_BATCHES = 64
+"""Training batches from which the statistics of batch norms are taken when training has ended."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
 
@@ -130,8 +133,8 @@ def recover_accuracy(
                    `set_epoch` method, are drawn again alike).
     precision:     int8 trains through simulated rounding (`graphs/fake_quantize.py`) in float32, for `module` to lose
                    less when it is quantised; both accuracies are then of the simulated model. None: float32.
-    returns:       RecoverResult; the module is in eval mode. A loss that is not finite, or one that ends
-                   far above where it began, keeps the best epoch and says so.
+    returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
+                   not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint.
     """
     if data.train is None:
@@ -231,6 +234,8 @@ class _Trainer:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
             self._judge(losses)
+            if self.epoch == settings.epochs and settings.precision is None:
+                self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
         tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
@@ -311,6 +316,15 @@ class _Trainer:
         after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
                              epochs=self.epoch, autocast=self.autocast, note=self.note)  # fmt: skip
+
+    def _settle(self) -> None:
+        """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
+
+        After few steps that alone can cost several points of accuracy.
+        """
+        with _seeded(self.settings.seed):
+            few = itertools.islice(self.train, SETTLING_BATCHES)
+            reestimate_batch_norm(self.module, ((_inputs(inputs, self.device), targets) for inputs, targets in few))
 
     # --- checkpoint: tensors and JSON in one safetensors file, no code ---
 

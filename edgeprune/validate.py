@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprune.core.checks import check_budget, check_parity
 from edgeprune.core.effort import DEFAULT, Effort
@@ -35,7 +35,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.stats import clean_turns, median, quantity, statistic, turn_ratios
 from edgeprune.core.store import sha256_file
-from edgeprune.core.tensors import decode, encode
+from edgeprune.core.tensors import Array, decode, encode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,6 @@ NO_METER = "none"
 QUANTISED = ("dynamic", "int8")
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
 """Largest |board - host| / max |host|: numbers of 8 bits may be rounded otherwise by another processor's kernels."""
-NumberArray = npt.NDArray[Any]
 
 
 MOST_ROUNDS = 4
@@ -62,12 +61,21 @@ class Examples:
     targets: (examples,) class indices, or None where the task is not classification.
     """
 
-    inputs: dict[str, NumberArray]
-    reference: tuple[NumberArray, ...]
+    inputs: dict[str, Array]
+    reference: tuple[Array, ...]
     targets: IntArray | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    @property
+    def sha256(self) -> str:
+        """Of the inputs, as the artifact wants them, and the targets: what an accuracy was measured on."""
+        whole = hashlib.sha256()
+        for array in (*self.inputs.values(), *(() if self.targets is None else (self.targets,))):
+            whole.update(f"{array.dtype} {array.shape}\n".encode())
+            whole.update(np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
 
 
 def collect_examples(
@@ -83,9 +91,9 @@ def collect_examples(
     import torch
     from torch.utils._pytree import tree_leaves
 
-    inputs: list[list[NumberArray]] = []
-    outputs: list[list[NumberArray]] = []
-    targets: list[NumberArray] = []
+    inputs: list[list[Array]] = []
+    outputs: list[list[Array]] = []
+    targets: list[Array] = []
     taken = 0
     for given, wanted in batches:
         tensors = [part[: limit - taken] for part in (given if isinstance(given, tuple | list) else (given,))]
@@ -205,6 +213,7 @@ def validate_artifact(
         provenance={
             **artifact.tools,
             "dense_sha256": dense.sha256,
+            "test_sha256": examples.sha256,
             **({"graph_sha256": artifact.graph_sha256} if artifact.graph_sha256 else {}),
             **(provenance or {}),
         },
@@ -281,7 +290,7 @@ class _Board:
         if result.conditions is not None:
             self._note_conditions(result.conditions)
 
-    def fetch_outputs(self, artifact: Artifact) -> list[NumberArray]:
+    def fetch_outputs(self, artifact: Artifact) -> list[Array]:
         """The compact model's outputs on the examples, as the board computed them."""
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
             path = Path(folder) / "outputs.npz"
@@ -317,7 +326,7 @@ def _check_unaltered(artifact: Artifact) -> None:
         raise RecordError(f"{path} was altered after it was exported (sha256 differs); export it again")
 
 
-def _read_outputs(path: Path, artifact: Artifact) -> list[NumberArray]:
+def _read_outputs(path: Path, artifact: Artifact) -> list[Array]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return [decode(arrays[output.name], output) for output in artifact.outputs]
@@ -344,7 +353,7 @@ def _scale(value: Quantity | None, factor: float) -> Quantity | None:
     return value and Quantity(median=factor * value.median, low=factor * value.low, high=factor * value.high)
 
 
-def _compare(outputs: list[NumberArray], examples: Examples) -> tuple[NumericError | None, float | None]:
+def _compare(outputs: list[Array], examples: Examples) -> tuple[NumericError | None, float | None]:
     """Numeric error against the host, and the top-1 accuracy on the board.
 
     raises: AgentError when the board's outputs have other shapes than the host's.

@@ -135,6 +135,19 @@ def test_the_callers_random_state_is_left_alone(splits: Splits) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_batch_norms_fit_the_trained_weights(splits: Splits) -> None:
+    """However slowly their running statistics follow: after few steps these still describe the old weights."""
+    model = net()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1e-4
+    result = recover_accuracy(model, splits, epochs=3, lr=0.1, autocast=False)
+    assert result.accuracy_after is not None and result.accuracy_after > 0.85
+    norm = next(layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d))
+    assert norm.momentum == 1e-4
+    assert norm.running_mean is not None and float(norm.running_mean.abs().max()) > 1e-3
+
+
 def test_diverging_training_keeps_the_best_epoch(splits: Splits) -> None:
     model = net()
     recover_accuracy(model, splits, epochs=2, lr=0.1, autocast=False)

@@ -146,7 +146,7 @@ def test_everything_is_measured(report: Report, artifacts: dict[str, Artifact], 
     assert {name: len(rounds) for name, rounds in report.samples.items()} == {"dense": 2, "compact": 2}
     assert report.conditions.runtime == "onnxruntime"
     assert (report.target, report.artifact_sha256) == ("here", artifacts["compact"].sha256)
-    assert {"torch", "plan_sha256", "dense_sha256", "graph_sha256"} <= report.provenance.keys()
+    assert {"torch", "plan_sha256", "dense_sha256", "graph_sha256", "test_sha256"} <= report.provenance.keys()
 
 
 def test_outputs_agree_with_the_host(report: Report) -> None:

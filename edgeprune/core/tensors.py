@@ -42,6 +42,20 @@ def decode(array: Array, info: TensorInfo) -> Array:
     return np.ascontiguousarray(array)
 
 
+def random_like(examples: Sequence[Array], seed: int = 0) -> tuple[Array, ...]:
+    """Arrays of the examples' shapes: normal noise of their mean and deviation; whole numbers within what they span."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for example in examples:
+        if example.dtype.kind == "f":
+            deviation = max(float(example.std()), 1e-3) if example.size > 1 else 1.0
+            noise: Array = generator.standard_normal(example.shape) * deviation + float(example.mean())
+        else:
+            noise = generator.integers(int(example.min()), int(example.max()) + 1, example.shape)
+        made.append(np.asarray(noise).astype(example.dtype))
+    return tuple(made)
+
+
 def run_in_batches(run: Callable[[list[Array]], list[Array]], inputs: Sequence[Array], size: int) -> list[Array]:
     """Outputs for any number of examples from a file with a fixed batch size.
 

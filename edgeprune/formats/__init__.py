@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy.typing as npt
-
 from edgeprune.core.records import FLOAT32, Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
-from edgeprune.core.tensors import Calibration
+from edgeprune.core.tensors import Array, Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -99,7 +97,7 @@ class Format(Protocol):
         """What a file is. raises: RecordError when it is not a valid model."""
         ...
 
-    def run(self, path: Path, inputs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def run(self, path: Path, inputs: Sequence[Array]) -> list[Array]:
         """The file's outputs on this machine, in its order. raises: ModelError when it does not run.
 
         inputs, returns: as the module has them, whatever layout and types the file wants (`core/tensors.py`); of
@@ -111,6 +109,20 @@ class Format(Protocol):
         """Write an int8 twin of a float32 file, to see how fast it would be: ranges come from random inputs.
 
         raises: ModelError where the quantizer fails on this model; MissingLibrary.
+        """
+        ...
+
+    def embed_metadata(
+        self,
+        path: Path,
+        values: Mapping[str, str],
+        *,
+        labels: Sequence[str] | None = None,
+        normalisation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write into a file what it is, where apps and viewers look for it; its sha256 changes.
+
+        values: any. labels: names of the classes. normalisation: `scale`, `mean`, `std` of raw data.
         """
         ...
 

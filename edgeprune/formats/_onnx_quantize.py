@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, Precision
-from edgeprune.core.tensors import Calibration
+from edgeprune.core.tensors import Array, Calibration
 from edgeprune.formats._onnx_kernels import GraphNodes
 
-Array = npt.NDArray[Any]
 Ranges = Mapping[str, tuple[Array, Array]]
 """Tensor -> least and largest value, float32 scalars."""
 

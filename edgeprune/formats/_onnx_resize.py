@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
+from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
 from edgeprune.formats._onnx_quantize import Quantized
-from edgeprune.formats._units import Array, Evidence, Mask, UnitSpace, Unresizable, positions, same, take
+from edgeprune.formats._units import Evidence, Mask, UnitSpace, Unresizable, positions, same, take
 from edgeprune.graphs.slice import slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]

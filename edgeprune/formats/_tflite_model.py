@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.family import MissingLibrary
-from edgeprune.formats._units import Array
+from edgeprune.core.tensors import Array
 
 try:
     import flatbuffers

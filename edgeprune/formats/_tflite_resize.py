@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from edgeprune.core.records import Graph, IntArray, KernelTime, Precision, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
+from edgeprune.core.tensors import Array
 from edgeprune.formats._tflite_convert import convert
 from edgeprune.formats._tflite_model import constant, indices, name_of, operator_names, pack, shape_of, unpack
 from edgeprune.formats._tflite_quantize import Ranges, calibrate, quantize
-from edgeprune.formats._units import Array, Evidence, Mask, UnitSpace, Unresizable, same, take
+from edgeprune.formats._units import Evidence, Mask, UnitSpace, Unresizable, same, take
 from edgeprune.graphs.slice import slice_model
 
 if TYPE_CHECKING:

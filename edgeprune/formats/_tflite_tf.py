@@ -19,8 +19,8 @@ import numpy as np
 from edgeprune.core.errors import ModelError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import CrossCheck, OperationError
+from edgeprune.core.tensors import Array
 from edgeprune.formats._tflite_model import indices, name_of, operator_names, read
-from edgeprune.formats._units import Array
 
 LIMIT, LIMIT_8_BITS = 1e-4, 0.02
 """Of 8 bits one step is 1/127 of the largest value, and a rounding that falls the other way moves a result by one."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, IntArray
+from edgeprune.core.tensors import Array
 
-Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 TRIES = 60
 MOST_PROBES = 4

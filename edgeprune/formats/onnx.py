@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
@@ -21,7 +20,8 @@ from onnx import ModelProto
 from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
-from edgeprune.core.tensors import Calibration, check_calibration, run_in_batches
+from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
+from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._onnx_quantize import (
     Quantized,
     find_ranges,
@@ -36,7 +36,6 @@ from edgeprune.formats._units import Unresizable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NumberArray = npt.NDArray[Any]
 SUFFIX = ".onnx"
 PRECISIONS = (
     FLOAT32,
@@ -105,14 +104,14 @@ def inspect(path: Path) -> Artifact:
     )
 
 
-def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
+def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
     """The file's outputs on this machine, in its order. raises: ModelError when it does not run."""
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         batch = next(iter(session.get_inputs()[0].shape), 0)
 
-        def run_batch(arrays: list[NumberArray]) -> list[NumberArray]:
+        def run_batch(arrays: list[Array]) -> list[Array]:
             return list(session.run(None, dict(zip(names, arrays, strict=True))))
 
         return run_in_batches(run_batch, inputs, batch if isinstance(batch, int) else 0)

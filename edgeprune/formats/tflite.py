@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import Artifact, CrossCheck, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_bytes, write_atomic
-from edgeprune.core.tensors import Calibration, check_calibration, decode, encode, run_in_batches
+from edgeprune.core.tensors import Array, Calibration, check_calibration, decode, encode, run_in_batches
 from edgeprune.formats._tflite_convert import convert
+from edgeprune.formats._tflite_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._tflite_model import DTYPES, name_of, operator_names, precision_of, read, shape_of, unpack
 from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer, TfliteResizer
@@ -25,7 +25,6 @@ from edgeprune.formats._units import Unresizable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NumberArray = npt.NDArray[Any]
 SUFFIX = ".tflite"
 RANDOM_BATCHES = 2
 PRECISIONS = (Precision(), Precision(dtype="float16"), Precision(dtype="dynamic"), Precision(dtype="int8"))
@@ -86,7 +85,7 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
     )
 
 
-def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
+def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
     """The file's outputs on this machine, in its order, in the module's terms. raises: ModelError; MissingLibrary."""
     try:
         from ai_edge_litert.interpreter import Interpreter
@@ -100,7 +99,7 @@ def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
         interpreter.allocate_tensors()
         given, asked = interpreter.get_input_details(), interpreter.get_output_details()
 
-        def run_batch(arrays: list[NumberArray]) -> list[NumberArray]:
+        def run_batch(arrays: list[Array]) -> list[Array]:
             for info, place, array in zip(artifact.inputs, given, arrays, strict=True):
                 interpreter.set_tensor(place["index"], encode(np.asarray(array), info))
             interpreter.invoke()
@@ -115,7 +114,7 @@ def run(path: Path, inputs: Sequence[NumberArray]) -> list[NumberArray]:
         raise ModelError(f"LiteRT cannot run {path.name}: {reason}") from error
 
 
-def cross_check(path: Path, inputs: Sequence[NumberArray]) -> CrossCheck:
+def cross_check(path: Path, inputs: Sequence[Array]) -> CrossCheck:
     """A file's outputs, and every operation's, in TensorFlow's interpreter held against LiteRT's.
 
     inputs: as the module has them; the first batch of them counts.
@@ -143,18 +142,15 @@ def cross_check(path: Path, inputs: Sequence[NumberArray]) -> CrossCheck:
 def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
     """Write an int8 twin of a float32 file, with ranges from random inputs. raises: ModelError; MissingLibrary."""
     rng = np.random.default_rng(0)
-    # Zeros where numbers are indices: any other could lie outside the table they index.
-    noise = [
-        tuple(
-            decode((rng.standard_normal(info.shape) if info.dtype == "float32" else np.zeros(info.shape)), info).astype(
-                info.dtype
-            )
-            for info in inspect(path).inputs
-        )
-        for _ in range(RANDOM_BATCHES)
-    ]
-    data = path.read_bytes()
-    write_atomic(out, quantize(data, precision, calibrate(data, precision, noise)))
+
+    def noise(info: TensorInfo) -> Array:
+        # Zeros where numbers are indices: any other could lie outside the table they index.
+        values = rng.standard_normal(info.shape) if info.dtype == "float32" else np.zeros(info.shape)
+        return decode(values.astype(info.dtype), info)
+
+    needed, data = inspect(path).inputs, path.read_bytes()
+    calibration = [tuple(noise(info) for info in needed) for _ in range(RANDOM_BATCHES)]
+    write_atomic(out, quantize(data, precision, calibrate(data, precision, calibration)))
 
 
 def make_resizer(

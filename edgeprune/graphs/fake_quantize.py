@@ -7,7 +7,8 @@ source: Jacob et al., CVPR 2018, arXiv:1712.05877, sec. 3; Krishnamoorthi 2018, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +34,7 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, activations: str) -> None:
         super().__init__()
+        self.enabled = True
         self.least, self.most = (0, 255) if activations == "uint8" else (-128, 127)
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
@@ -43,7 +45,7 @@ class ActivationQuantizer(nn.Module):
         """A float tensor of any shape -> the same shape."""
         if self.training:
             self._follow(x.detach())
-        if not bool(torch.isfinite(self.low)):
+        if not self.enabled or not bool(torch.isfinite(self.low)):
             return x
         scale = ((self.high - self.low) / (self.most - self.least)).clamp(min=1e-12)
         zero = (self.least - self.low / scale).round().clamp(self.least, self.most).to(torch.int32)
@@ -65,17 +67,23 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, axis: int) -> None:
         super().__init__()
-        self.axis = axis
+        self.enabled, self.axis = True, axis
 
     def forward(self, weight: Tensor) -> Tensor:
         """A weight -> the same shape."""
+        if not self.enabled:
+            return weight
         others = [place for place in range(weight.ndim) if place != self.axis]
         scale = (weight.detach().float().abs().amax(others) / 127).clamp(min=1e-12)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, self.axis, -127, 127)
 
 
-def simulate_int8(module: nn.Module, inputs: Inputs, precision: Precision, batches: Iterable[Inputs]) -> nn.Module:
+QUANTIZER = "quantizer_"
+Quantizer = ActivationQuantizer | WeightQuantizer
+
+
+def simulate_int8(module: nn.Module, inputs: Inputs, precision: Precision, batches: Iterable[Inputs]) -> Simulated:
     """A module that computes as `module` would with numbers of 8 bits, and whose parameters are the same tensors.
 
     Training it trains `module`, which keeps its structure; nothing has to be removed afterwards. Batch norms keep
@@ -88,21 +96,39 @@ def simulate_int8(module: nn.Module, inputs: Inputs, precision: Precision, batch
     layers = {node.name: node for node in captured.graph.nodes if node.op == "call_function"}
     if unknown := [name for name in precision.float_nodes if name not in layers]:
         raise ModelError(f"the model has no node '{unknown[0]}' to leave in float32; `edgeprune trace` lists its nodes")
-    paths = {
-        str(argument.target).rpartition(".")[0]
-        for name in precision.float_nodes
-        for argument in layers[name].all_input_nodes
-        if argument.op == "get_attr"
-    }
+    # A layer's calls get other names when it is lifted; they keep their order.
+    calls: dict[str, list[str]] = {}
+    for name, node in layers.items():
+        for path in dict.fromkeys(str(x.target).rpartition(".")[0] for x in node.all_input_nodes if x.op == "get_attr"):
+            calls.setdefault(path, []).append(name)
+    floats = {path for path, names in calls.items() if set(names) & set(precision.float_nodes)}
     simulated = lift(captured)
+    names: dict[fx.Node, str] = {}
+    touching: dict[Quantizer, set[str]] = {}
+    weights: dict[str, WeightQuantizer] = {}
     for node in list(simulated.graph.nodes):
-        _quantize_inputs(simulated, node, precision, paths)
-    for path, layer in list(simulated.named_modules()):
-        if isinstance(layer, WEIGHTED) and path not in paths:
-            axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-            parametrize.register_parametrization(layer, "weight", WeightQuantizer(axis))
+        path = str(node.target)
+        name = calls[path].pop(0) if node.op == "call_module" and path in calls else node.name
+        if not _reads_integers(simulated, node) or path in floats or name in precision.float_nodes:
+            continue
+        names[node] = name
+        rounded: list[Quantizer] = [*_quantize_inputs(simulated, node, precision.activations)]
+        if node.op == "call_module":
+            layer = simulated.get_submodule(path)
+            if path not in weights:
+                axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+                weights[path] = WeightQuantizer(axis)
+                parametrize.register_parametrization(layer, "weight", weights[path])
+            rounded.append(weights[path])
+        for quantizer in rounded:
+            touching.setdefault(quantizer, set()).add(name)
+    for node in simulated.graph.nodes:
+        if str(node.target).startswith(QUANTIZER):
+            written = simulated.get_submodule(str(node.target))
+            assert isinstance(written, ActivationQuantizer)
+            touching[written] |= _writers(node, names)
     simulated.recompile()
-    result = _Simulated(simulated)
+    result = Simulated(simulated, touching, tuple(names.values()))
     result.train()
     with torch.no_grad():
         for batch in batches:
@@ -110,19 +136,46 @@ def simulate_int8(module: nn.Module, inputs: Inputs, precision: Precision, batch
     return result.eval()
 
 
-class _Simulated(nn.Module):
-    """A graph in training mode whose batch norms stay in evaluation mode."""
+class Simulated(nn.Module):
+    """A graph with simulated rounding; in training mode its batch norms stay in evaluation mode.
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    operations: the graph's nodes that compute with numbers of 8 bits, in the order of execution.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, touching: Mapping[Quantizer, Collection[str]], operations: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.graph = graph
+        self._touching = {quantizer: frozenset(names) for quantizer, names in touching.items()}
+        self.operations = operations
+
+    @property
+    def neighbours(self) -> tuple[tuple[str, ...], ...]:
+        """Every set of operations that have to be in float together for one tensor not to be rounded."""
+        order = {name: place for place, name in enumerate(self.operations)}
+        found = (tuple(sorted(names, key=order.__getitem__)) for names in self._touching.values())
+        return tuple(dict.fromkeys(found))
+
+    @contextmanager
+    def in_float(self, operations: Iterable[str]) -> Iterator[None]:
+        """Without the rounding of their weights, and of what none but them write and read: others pass on 8 bits."""
+        among = frozenset(operations)
+        silenced = [quantizer for quantizer, names in self._touching.items() if names <= among]
+        for quantizer in silenced:
+            quantizer.enabled = False
+        try:
+            yield
+        finally:
+            for quantizer in silenced:
+                quantizer.enabled = True
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The graph's own."""
         output: Tensor = self.graph(*inputs)
         return output
 
-    def train(self, mode: bool = True) -> _Simulated:
+    def train(self, mode: bool = True) -> Simulated:
         """See nn.Module."""
         super().train(mode)
         for part in self.modules():
@@ -131,20 +184,37 @@ class _Simulated(nn.Module):
         return self
 
 
-def _quantize_inputs(graph: fx.GraphModule, node: fx.Node, precision: Precision, floats: set[str]) -> None:
-    """Round what an operation reads, one quantizer per tensor."""
-    if not _reads_integers(graph, node) or node.target in floats or node.name in precision.float_nodes:
-        return
+def _writers(node: fx.Node, names: Mapping[fx.Node, str]) -> set[str]:
+    """The operations whose results a node reads, possibly through others that pass numbers of 8 bits on."""
+    found: set[str] = set()
+    queue, seen = list(node.all_input_nodes), set()
+    while queue:
+        source = queue.pop()
+        if source in names:
+            found.add(names[source])
+        elif source not in seen:
+            seen.add(source)
+            queue.extend(source.all_input_nodes)
+    return found
+
+
+def _quantize_inputs(graph: fx.GraphModule, node: fx.Node, activations: str) -> list[ActivationQuantizer]:
+    """Round what an operation reads, one quantizer per tensor. returns: these."""
+    found: list[ActivationQuantizer] = []
     for source in list(node.all_input_nodes):
-        if source.op == "get_attr" or (source.op == "call_module" and str(source.target).startswith("quantizer_")):
+        if source.op == "get_attr":
             continue
-        name = f"quantizer_{source.name}"
+        name = f"{QUANTIZER}{source.name}"
         known = next((user for user in source.users if user.target == name), None)
         if known is None:
-            graph.add_submodule(name, ActivationQuantizer(precision.activations))
+            graph.add_submodule(name, ActivationQuantizer(activations))
             with graph.graph.inserting_after(source):
                 known = graph.graph.call_module(name, (source,))
         node.replace_input_with(source, known)
+        quantizer = graph.get_submodule(str(known.target))
+        assert isinstance(quantizer, ActivationQuantizer)
+        found.append(quantizer)
+    return found
 
 
 def _reads_integers(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -27,13 +27,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An exported model file. dtype: as `Precision.dtype`, of the weights and what is computed with them."""
+    """An exported model file.
+
+    dtype: as `Precision.dtype`, of the weights and what is computed with them. metadata_bytes: how many of its bytes
+    say what it is and name the classes, and do not depend on the widths.
+    """
 
     path: str
     format: str
     dtype: str
     sha256: str
     bytes: int
+    metadata_bytes: int = 0
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     graph_sha256: str | None = None
