@@ -2,6 +2,7 @@
 
 A handful of configurations, each run a few times in turns with the dense model: the smallest one, every width
 lowered by the same few units, which shows the staircase of every layer at once, other thread counts, and 8 bits.
+Where the runtime does not tell its kernels apart, the whole model is timed at the same widths instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from edgeprune.core.budget import format_seconds
 from edgeprune.core.cost import evaluate, mac_terms
 from edgeprune.core.effort import EFFORTS, Effort
 from edgeprune.core.errors import AgentError, DeviceError, ModelError
+from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Advice,
@@ -27,15 +29,13 @@ from edgeprune.core.records import (
     Graph,
     Kernel,
     KernelAdvice,
-    Precision,
     Quantity,
     Step,
     StepResult,
 )
 from edgeprune.core.stats import clean_turns, median, quantity, turn_medians, turn_ratios
 from edgeprune.device.session import Session
-from edgeprune.formats import KernelMap, Resizer
-from edgeprune.formats import onnx as onnx_format
+from edgeprune.formats import Format, KernelMap, Resizer
 from edgeprune.tables.design import DENSE, Configuration
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ LESS = (1, 4, 8, 12, 16, 32)
 """Units taken off every group at once, one configuration each."""
 LESS_NAME = "less-"
 SMALLEST = "smallest"
+PROBE = f"0 kernels {DENSE}"
+"""Key of the first step, which tells whether there are kernels."""
 THREADS = "threads"
 INT8 = "int8 ({} activations)"
-ACTIVATIONS = ("uint8", "int8")
+WHOLE = "the whole model"
 WEIGHTS = "weights.bin"
 SHORT_S = 15e-6
 """A kernel this short spends its time on being started."""
@@ -70,44 +72,55 @@ def advise_pruning(
     effort: Effort = EFFORTS["quick"],
     progress: Progress = silent,
 ) -> Advice:
-    """Where the time goes on the session's board, and what pruning can do about it.
+    """Where the time goes on the session's board, and what pruning can do about it, in the format of its runtime.
 
     threads: other thread counts to time the dense model with. int8: also time it with 8 bits.
     raises: ModelError, AgentError when the model does not run on the board.
     """
     sweep = _sweep(graph)
+    member: Format = load_member("formats", session.format)
     with tempfile.TemporaryDirectory(prefix="edgeprune-advise-") as name:
         folder = Path(name)
         progress("exporting", 0, 0)
-        resizer = onnx_format.make_resizer(module, inputs, graph)
+        resizer = member.make_resizer(module, inputs, graph)
         resizer.write_weights(folder / WEIGHTS)
         files = {WEIGHTS: folder / WEIGHTS}
         for configuration in (Configuration(name=DENSE, widths=graph.units), *sweep):
-            path = files[f"{configuration.name}.onnx"] = folder / f"{configuration.name}.onnx"
-            resizer.write_structure(configuration.widths, path, WEIGHTS)
-        twins, notes = _make_int8(resizer, graph, folder, progress) if int8 else ({}, [])
-        files |= twins
-        steps = _plan_steps(files, threads, effort)
-        results = _measure(files, steps, session, progress)
-    if (error := results[f"0 kernels {DENSE}"].error or results[f"0 time {DENSE}"].error) is not None:
-        raise AgentError(f"the board cannot run the dense model: {error}")
-    mapped = resizer.map_kernels(results[f"0 kernels {DENSE}"].kernels)
+            file = f"{configuration.name}{member.SUFFIX}"
+            files[file] = folder / file
+            resizer.write_structure(configuration.widths, files[file], WEIGHTS)
+        twins, notes = _make_int8(member, resizer, graph, folder, progress) if int8 else ({}, [])
+        files |= {path.name: path for path in twins.values()}
+        models = {name: path.name for name, path in twins.items()}
+        models |= {configuration.name: f"{configuration.name}{member.SUFFIX}" for configuration in sweep}
+        results = _measure(files, f"{DENSE}{member.SUFFIX}", models, threads, effort, session, progress)
+    silence = untold.error if (untold := results[PROBE]).no_kernels else None
+    if silence is not None:
+        del results[PROBE]
+        notes.append(f"the runtime does not tell its kernels apart, so {WHOLE} was timed at all widths: {silence}")
+    for key in (PROBE, f"0 time {DENSE}"):
+        if key in results and (error := results[key].error) is not None:
+            raise AgentError(f"the board cannot run the dense model: {error}")
     notes += sorted({f"{key.split(' ', 2)[2]}: not measured: {r.error}" for key, r in results.items() if r.error})
     notes += _find_disturbance(results)
     whole = _read_times(results)
     dense = whole.pop(DENSE)
     times = {name: _times(share, dense) for name, share in whole.items()}
-    kernels = _read_kernels(results, mapped)
-    outside = _time_outside(kernels, results, dense.median, times.get(SMALLEST))
-    judged = _judge_kernels(graph, mapped.kernels, kernels, dense.median - outside)
-    inside = sum(kernel.time_s for kernel in judged)
+    outside, prunable_share = 0.0, None
+    if silence is None:
+        mapped = resizer.map_kernels(results[PROBE].kernels)
+        kernels = _read_kernels(results, mapped)
+        outside = _time_outside(kernels, results, dense.median, times.get(SMALLEST))
+        judged = _judge_kernels(graph, mapped.kernels, kernels, dense.median - outside)
+        inside = sum(kernel.time_s for kernel in judged)
+        prunable_share = sum(kernel.time_s for kernel in judged if kernel.prunable) / inside if inside else 0.0
+    else:
+        judged = (_judge_whole(graph, whole, dense.median),)
     advice = Advice(
         target=session.target.name, conditions=session.conditions(), latency_s=dense, smallest_s=times.get(SMALLEST),
-        outside_s=outside, kernels=judged, notes=tuple(notes), verdict="",
-        prunable_share=sum(kernel.time_s for kernel in judged if kernel.prunable) / inside if inside else 0.0,
+        outside_s=outside, kernels=judged, notes=tuple(notes), verdict="", prunable_share=prunable_share,
         threads=tuple((count, times[name]) for count in sorted(threads) if (name := f"{count} {THREADS}") in times),
-        dtypes=tuple((name, whole[name]) for name in (INT8.format(kind) for kind in ACTIVATIONS)
-                     if name in whole),
+        dtypes=tuple((name, whole[name]) for name in twins if name in whole),
     )  # fmt: skip
     return replace(advice, verdict=_verdict(advice))
 
@@ -133,60 +146,73 @@ def _sweep(graph: Graph) -> list[Configuration]:
     return found
 
 
-def _make_int8(resizer: Resizer, graph: Graph, folder: Path, progress: Progress) -> tuple[dict[str, Path], list[str]]:
-    """Twins of the dense model with 8 bits, or why there are none."""
-    resizer.write_model({name: np.arange(count) for name, count in graph.units.items()}, folder / "whole.onnx")
+def _make_int8(
+    member: Format, resizer: Resizer, graph: Graph, folder: Path, progress: Progress
+) -> tuple[dict[str, Path], list[str]]:
+    """Twins of the dense model in every int8 that the format has, or why there are none."""
+    whole = folder / f"whole{member.SUFFIX}"
+    resizer.write_model({name: np.arange(count) for name, count in graph.units.items()}, whole)
     twins: dict[str, Path] = {}
-    for number, kind in enumerate(ACTIVATIONS):
-        progress("making int8 models", number, len(ACTIVATIONS))
-        path = folder / f"int8-{kind}.onnx"
+    kinds = [precision for precision in member.PRECISIONS if precision.dtype == "int8"]
+    for number, precision in enumerate(kinds):
+        progress("making int8 models", number, len(kinds))
+        path = folder / f"{precision.name}{member.SUFFIX}"
         try:
-            onnx_format.quantize_randomly(folder / "whole.onnx", path, Precision(dtype="int8", activations=kind))
+            member.quantize_randomly(whole, path, precision)
         except ModelError as error:
             return twins, [f"int8: not measured: {error}"]
-        twins[path.name] = path
+        twins[INT8.format(precision.activations)] = path
     return twins, []
 
 
-def _plan_steps(files: Mapping[str, Path], threads: Sequence[int], effort: Effort) -> list[Step]:
+def _plan_steps(
+    dense: str, models: Mapping[str, str], threads: Sequence[int], effort: Effort, *, kernels: bool
+) -> list[Step]:
     """Kernels of every width, and whole models of what is asked about, all in turns with the dense model.
 
-    Keys: round, kind, and what it is.
+    dense: its file. models: name -> file of the others. kernels: whether the runtime tells them; if not, whole models
+    of every width. Keys: round, kind, and what it is.
     """
-    dense = f"{DENSE}.onnx"
+    widths = sorted(name for name in models if name.startswith((LESS_NAME, SMALLEST)))
     timed: list[tuple[str, str, int | None]] = [(f"{count} {THREADS}", dense, count) for count in threads]
-    timed += [(INT8.format(kind), f"int8-{kind}.onnx", None) for kind in ACTIVATIONS]
-    timed += [(SMALLEST, f"{SMALLEST}.onnx", None)]
+    timed += [(name, file, None) for name, file in models.items() if not (kernels and name.startswith(LESS_NAME))]
     steps = []
     for number in range(effort.rounds):
-        for name in (dense, *sorted(file for file in files if file.startswith((LESS_NAME, SMALLEST)))):
-            steps.append(
-                Step(key=f"{number} kernels {Path(name).stem}", kind="kernels", artifact=name, against=dense,
+        if kernels:
+            steps += [
+                Step(key=f"{number} kernels {name}", kind="kernels", artifact=models.get(name, dense), against=dense,
                      runs=effort.profiled_runs)
-            )  # fmt: skip
+                for name in (DENSE, *widths)
+            ]  # fmt: skip
         alone = Step(key=f"{number} time {DENSE}", kind="time", artifact=dense, seconds=effort.seconds,
                      precision=effort.precision, min_samples=effort.samples)  # fmt: skip
         steps.append(alone)
         steps += [
             replace(alone, key=f"{number} time {name}", artifact=file, against=dense, threads=count)
             for name, file, count in timed
-            if file in files
         ]
     return steps
 
 
 def _measure(
-    files: Mapping[str, Path], steps: Sequence[Step], session: Session, progress: Progress
-) -> dict[str, StepResult]:
+    files: Mapping[str, Path], dense: str, models: Mapping[str, str], threads: Sequence[int], effort: Effort,
+    session: Session, progress: Progress,
+) -> dict[str, StepResult]:  # fmt: skip
+    """Results by key; where the first one says that there are no kernels, of whole models only."""
     results: dict[str, StepResult] = {}
+    steps = _plan_steps(dense, models, threads, effort, kernels=True)
 
     def take(result: StepResult) -> None:
         results[result.key] = result
         progress(f"measuring on {session.target.name}", len(results), len(steps))
 
+    job = f"advise-{time.time_ns():x}"
     session.push(files)
     try:
-        session.run(steps, job=f"advise-{time.time_ns():x}", on_result=take)
+        (probe,) = session.run(steps[:1], job=job, on_result=take)
+        if probe.no_kernels:
+            steps = [steps[0], *_plan_steps(dense, models, threads, effort, kernels=False)]
+        session.run(steps[1:], job=job, on_result=take)
     finally:
         with suppress(DeviceError):  # a board that cannot be reached any more keeps them
             session.remove(list(files))
@@ -223,7 +249,7 @@ def _find_disturbance(results: Mapping[str, StepResult]) -> list[str]:
 def _read_kernels(results: Mapping[str, StepResult], mapped: KernelMap) -> dict[str, dict[str, float]]:
     """Configuration -> kernel -> profiled seconds at the speed that the board had at first."""
     found: dict[str, list[dict[str, float]]] = {}
-    usual = results[f"0 kernels {DENSE}"].against_run_s or 0.0
+    usual = results[PROBE].against_run_s or 0.0
     for key, result in results.items():
         if result.kind == "kernels" and result.against_run_s:
             speed = usual / result.against_run_s
@@ -251,7 +277,7 @@ def _time_outside(
         slope = (dense_s - smallest.median) / (dense - least) if dense > least else 0.0
         outside = smallest.median - slope * least
     else:
-        run_s = results[f"0 kernels {DENSE}"].run_s or dense
+        run_s = results[PROBE].run_s or dense
         outside = dense_s * (1 - dense / run_s)
     return min(max(outside, 0.0), dense_s)
 
@@ -281,6 +307,16 @@ def _judge_kernels(
             )
         )  # fmt: skip
     return tuple(sorted(found, key=lambda kernel: -kernel.time_s))
+
+
+def _judge_whole(graph: Graph, shares: Mapping[str, Quantity], dense_s: float) -> KernelAdvice:
+    """The dense model as if it were one kernel. shares: of its latency, by configuration."""
+    less = sorted((int(name[len(LESS_NAME) :]), name) for name in shares if name.startswith(LESS_NAME))
+    return KernelAdvice(
+        name=WHOLE, op="", time_s=dense_s, limited_by="", prunable=bool(graph.prunable),
+        macs=sum(evaluate(terms, {}, graph.units) for terms in mac_terms(graph).values()),
+        steps=tuple((units, shares[name].median) for units, name in less),
+    )  # fmt: skip
 
 
 def _limit(seconds: float, macs: int, fastest: float) -> str:
@@ -333,11 +369,12 @@ def _verdict(advice: Advice) -> str:
     else:
         reach = advice.smallest_s.median / dense
         span = f"from {format_seconds(dense)} to {format_seconds(advice.smallest_s.median)} at the least widths"
-        share = f"{advice.prunable_share:.0%} of the time is in kernels that shrink"
+        share = advice.prunable_share
+        where = "" if share is None else f"; {share:.0%} of the time is in kernels that shrink"
         if reach > WORTHWHILE:
-            parts.append(f"Pruning is not worth it here: {span}, {reach:.0%} of the dense latency; {share}.")
+            parts.append(f"Pruning is not worth it here: {span}, {reach:.0%} of the dense latency{where}.")
         else:
-            parts.append(f"Pruning can pay here: {span}, {reach:.0%} of the dense latency; {share}.")
+            parts.append(f"Pruning can pay here: {span}, {reach:.0%} of the dense latency{where}.")
     odd = _cost_of_odd_widths(advice.kernels)
     if odd is not None:
         parts.append(

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.core.arena import peak_memory_bytes
 from edgeprune.core.budget import parse_limit
+from edgeprune.core.cost import activation_bytes
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.energy import energy_per_run
 from edgeprune.core.errors import AgentError, RecordError, UsageError
@@ -451,14 +451,13 @@ def _measurement(slot: _Slot, results: Mapping[str, StepResult], mapped: KernelM
     timed, profiled = results["time"], results.get("kernels")
     memory, energy = results.get("memory"), results.get("energy")
     assert timed.samples is not None and timed.against is not None
-    machine = (timed.conditions.arch, timed.conditions.threads) if timed.conditions is not None else ("",)
     return Measurement(
         configuration=slot.configuration.name, round=slot.round, widths=dict(slot.configuration.widths),
         held_out=slot.configuration.held_out, samples=timed.samples, dense=timed.against,
         kernels=mapped.charge(profiled.kernels) if profiled else {}, run_s=profiled.run_s if profiled else None,
         dense_run_s=profiled.against_run_s if profiled else None,
         activation_bytes=memory.activation_bytes if memory else None,
-        arena_bytes=peak_memory_bytes(graph, slot.configuration.widths, *machine) if memory else None,
+        arena_bytes=activation_bytes(graph, slot.configuration.widths, timed.conditions) if memory else None,
         power=energy.power if energy else None, note=f"no energy: {energy.error}" if energy and energy.error else "",
         conditions=timed.conditions,
     )  # fmt: skip

@@ -70,11 +70,12 @@ def write_advice(path: Path, advice: Advice, most: int = 25) -> None:
     names = [kernel.name for kernel in kernels]
     bars = [
         {
-            "type": "bar", "orientation": "h", "name": f"limited by {limit}" + ("" if prunable else ", not prunable"),
+            "type": "bar", "orientation": "h",
+            "name": (f"limited by {limit}" if limit else "whole") + ("" if prunable else ", not prunable"),
             "y": [k.name for k in mine], "x": [k.time_s * scale for k in mine],
             "marker": {"color": colour, "opacity": 1.0 if prunable else 0.4},
         }
-        for limit, colour in (("compute", PRUNED), ("memory", STAGE), ("start-up", DENSE))
+        for limit, colour in (("compute", PRUNED), ("memory", STAGE), ("start-up", DENSE), ("", DENSE))
         for prunable in (True, False)
         if (mine := [k for k in kernels if k.limited_by == limit and k.prunable == prunable])
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import onnx
 import pytest
 import torch
 from exactness import random_keep, randomise
+from safetensors.torch import save
 from torch import nn
 from zoo import torchvision_models
 
 from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.records import KernelTime, Precision
+from edgeprune.core.store import sha256_bytes
 from edgeprune.device.runtimes.onnxruntime import Model
 from edgeprune.formats import onnx as format
+from edgeprune.formats._onnx_kernels import OnnxKernelMap
 from edgeprune.formats._onnx_quantize import find_ranges, quantize, random_calibration
 from edgeprune.formats._onnx_resize import ExactResizer
 from edgeprune.graphs.slice import slice_model
@@ -72,14 +75,21 @@ def small() -> nn.Module:
     return randomise(Small())
 
 
-def profile(path: Path, folder: Path, runs: int = 3) -> list[KernelTime]:
-    """Kernels of the last of a few runs by the runtime's own profiler."""
+LAYOUT_CHANGES = ("Transpose", "ReorderInput", "ReorderOutput")
+"""What the runtime adds under names of its own; it is charged to the kernel beside it."""
+
+
+def profile(path: Path, folder: Path, runs: int = 5) -> list[KernelTime]:
+    """Kernels by the runtime's own profiler, each in its fastest run: what else the machine did is no kernel's."""
     model = Model(str(path), 1, str(folder / "profile"))
     feed = {name: np.ones(shape, kind) for name, (shape, kind) in model.inputs.items()}
     for _ in range(runs):
         model.run(feed)
-    _, kernels = model.end_profile()[-1]
-    return [KernelTime(name=name, op=op, time_s=seconds) for name, op, seconds in kernels]
+    each = [kernels for _, kernels in model.end_profile()[1:]]
+    return [
+        KernelTime(name=same[0][0], op=same[0][1], time_s=min(seconds for *_, seconds in same))
+        for same in zip(*each, strict=True)
+    ]
 
 
 def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -163,10 +173,42 @@ def test_nodes_that_stay_in_float32(tmp_path: Path) -> None:
         format.export(net, INPUTS, tmp_path / "x.onnx", precision=unknown, calibration=CALIBRATION)
 
 
+def test_both_halves_of_hard_swish_are_placed(tmp_path: Path) -> None:
+    """ONNX Runtime runs two kernels for it that no operation of the file is named as."""
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 16, 3), nn.Hardswish()))
+    graph = trace_graph(net, INPUTS)
+    convolutions = [node.name for node in graph.nodes if node.op == "conv2d"]
+    format.export(net, INPUTS, tmp_path / "net.onnx", precision=U8, calibration=CALIBRATION)
+    times = profile(tmp_path / "net.onnx", tmp_path)
+    mapped = OnnxKernelMap(format.to_proto(net, INPUTS), graph, times)
+    nodes = {kernel.name: kernel.nodes for kernel in mapped.kernels}
+    placed = zip(times, mapped.place(times), strict=True)
+    halves = [nodes[owner or ""] for time, owner in placed if time.op in ("HardSigmoid", "Mul")]
+    assert [each[0] for each in halves] == [name for name in convolutions for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def exports() -> Iterator[None]:
+    """Each net of the module is exported once for all precisions: it takes seconds."""
+    export, known = format.to_proto, dict[str, onnx.ModelProto]()
+
+    def to_proto(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+        key = sha256_bytes(save(module.state_dict()))
+        if key not in known:
+            known[key] = export(module, inputs)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(known[key])
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(format, "to_proto", to_proto)
+        yield
+
+
 @pytest.mark.parametrize("precision", [HALF, DYNAMIC, U8, S8], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.long
-def test_other_widths_and_kernels(name: str, precision: Precision, tmp_path: Path) -> None:
+def test_other_widths_and_kernels(name: str, precision: Precision, exports: None, tmp_path: Path) -> None:
     """Other widths are what quantising a true export gives; nearly all time goes to the layer that took it."""
     net = randomise(NETS[name]())
     graph = trace_graph(net, INPUTS)
@@ -202,5 +244,5 @@ def test_other_widths_and_kernels(name: str, precision: Precision, tmp_path: Pat
         charged = mapped.charge(times)
         assert sum(charged.values()) == pytest.approx(sum(time.time_s for time in times))
         named = [t.time_s for t, owner in zip(times, mapped.place(times), strict=True)
-                 if owner is not None or t.op in ("Transpose", "ReorderInput", "ReorderOutput")]  # fmt: skip
-        assert sum(named) > 0.9 * sum(charged.values()), "nearly all is placed by name; layout changes by neighbour"
+                 if owner is not None or t.op in LAYOUT_CHANGES]  # fmt: skip
+        assert sum(named) >= 0.95 * sum(charged.values())

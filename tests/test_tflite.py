@@ -240,12 +240,22 @@ def _mobilenet_v3() -> nn.Module:
     return models.MobileNetV3(settings, 32, num_classes=10)
 
 
+def _efficientnet_lite0() -> nn.Module:
+    torchvision_models()  # timm imports torchvision
+    return pytest.importorskip("timm").create_model("efficientnet_lite0", num_classes=10)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    **{name: MODELS[name] for name in ("resnet", "mobilenet_v2", "densenet", "option_a", "squeeze_excite")},
+    **{
+        name: MODELS[name]
+        for name in ("resnet", "mobilenet_v2", "shufflenet", "densenet", "option_a", "squeeze_excite")
+    },
     "mobilenet_v3": (_mobilenet_v3, 32),
+    "mobilenet_v3_small": (lambda: torchvision_models().mobilenet_v3_small(num_classes=10), 32),
+    "efficientnet_lite0": (_efficientnet_lite0, 32),
 }
-TRANSPOSED = {"squeeze_excite"}
-"""Their heads read every position of an image in the module's order, which takes a transpose."""
+TRANSPOSED = {"squeeze_excite", "shufflenet"}
+"""The one's head reads every position of an image in the module's order, the other shuffles channels."""
 
 
 @pytest.mark.long

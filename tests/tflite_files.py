@@ -11,8 +11,8 @@ from ai_edge_litert import schema_py_generated as schema
 TYPES = {"float32": schema.TensorType.FLOAT32, "int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
 
 
-def write_classifier(path: Path, dtype: str = "float32", seed: int = 0) -> None:
-    """Image (1, 4, 4, 3), 3x3 convolution to 6 channels with ReLU, mean over space, 5 scores; layout NHWC.
+def write_classifier(path: Path, dtype: str = "float32", seed: int = 0, side: int = 4) -> None:
+    """Image (1, side, side, 3), 3x3 convolution to 6 channels with ReLU, mean over space, 5 scores; layout NHWC.
 
     dtype: float32, or int8 with scales that were not fitted to anything.
     """
@@ -61,8 +61,8 @@ def write_classifier(path: Path, dtype: str = "float32", seed: int = 0) -> None:
         made.builtinOptionsType, made.builtinOptions = kind, options
         graph.operators.append(made)
 
-    image = tensor("image", (1, 4, 4, 3), 0.04)
-    convolved = tensor("convolved", (1, 4, 4, 6), 0.1)
+    image = tensor("image", (1, side, side, 3), 0.04)
+    convolved = tensor("convolved", (1, side, side, 6), 0.1)
     convolution = schema.Conv2DOptionsT()
     convolution.strideH = convolution.strideW = 1
     convolution.fusedActivationFunction = schema.ActivationFunctionType.RELU

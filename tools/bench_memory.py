@@ -1,6 +1,6 @@
 """How well the peak activation memory of widths never measured is predicted.
 
-    python tools/bench_memory.py [--quick] [--net NAME ...] [--board embedded|arm64]
+    python tools/bench_memory.py [--quick] [--net NAME ...] [--board embedded|arm64] [--runtime onnxruntime|tflite]
 
 Widths as a profile has them: the dense model and eight more fit the line of `tables.combine.fit_memory`, others,
 as plans have them, are held out. All are measured as in a profile: the growth of a process that runs the model.
@@ -12,14 +12,14 @@ import argparse
 import json
 import tempfile
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from bench_profile import NETS, load_net
 from boards.icount import IcountBoard
 
-from edgeprune.core.arena import peak_memory_bytes
-from edgeprune.core.cost import live_bytes
+from edgeprune.core.cost import activation_bytes, live_bytes
 from edgeprune.core.family import load_member
 from edgeprune.core.records import Measurement, MemoryModel, Samples, Step, StepResult, Target
 from edgeprune.device.embedded import EmbeddedBoard
@@ -37,21 +37,22 @@ def bench(name: str, session: Session, held_out: int, folder: Path) -> tuple[Mem
     """The fitted model with its error, and the largest error of what lives at once instead of it."""
     module, inputs = load_net(name)
     graph = trace_graph(module, inputs)
-    resizer = load_member("formats", "onnx").make_resizer(module, inputs, graph)
+    member = load_member("formats", session.format)
+    resizer = member.make_resizer(module, inputs, graph)
     sweep = design_configurations(graph, 1 + FITTED_MEMORY, held_out)
     weights = f"{name}.bin"
     resizer.write_weights(folder / weights)
     files = {weights: folder / weights}
     for entry in sweep:
-        files[f"{name}-{entry.name}.onnx"] = folder / f"{name}-{entry.name}.onnx"
-        resizer.write_structure(entry.widths, files[f"{name}-{entry.name}.onnx"], weights)
+        file = f"{name}-{entry.name}{member.SUFFIX}"
+        files[file] = folder / file
+        resizer.write_structure(entry.widths, files[file], weights)
     session.push(files)
-    steps = [Step(key=entry.name, kind="memory", artifact=f"{name}-{entry.name}.onnx") for entry in sweep]
+    steps = [Step(key=entry.name, kind="memory", artifact=f"{name}-{entry.name}{member.SUFFIX}") for entry in sweep]
     results = {result.key: result for result in session.run(steps, job=f"memory-{name}")}
-    arch, threads = session.conditions().arch, session.conditions().threads
+    conditions = session.conditions()
     measured = [
-        to_measurement(entry, results[entry.name], peak_memory_bytes(graph, entry.widths, arch, threads))
-        for entry in sweep
+        to_measurement(entry, results[entry.name], activation_bytes(graph, entry.widths, conditions)) for entry in sweep
     ]
     model = fit_memory(measured)
     if model is None or model.error is None:
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 widths held out instead of 12")
     parser.add_argument("--net", nargs="+", choices=NETS, default=DEFAULT_NETS)
     parser.add_argument("--board", choices=["embedded", "arm64"], default="embedded", help="arm64: emulated")
+    parser.add_argument("--runtime", choices=["onnxruntime", "tflite"], default="onnxruntime")
     options = parser.parse_args()
     torch.set_num_threads(1)
     heads = (
@@ -100,7 +102,7 @@ def main() -> None:
     aims = {}
     with tempfile.TemporaryDirectory() as temporary, find_board(options.board) as target:
         for name in options.net:
-            with open_session(target, space=temporary) as session:
+            with open_session(replace(target, runtime=options.runtime), space=temporary) as session:
                 model, live = bench(name, session, 4 if options.quick else 12, Path(temporary))
             assert model.error is not None
             print(

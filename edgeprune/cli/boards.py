@@ -79,7 +79,7 @@ def measure(
 
 def advise(
     model: Model, target: TargetName, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False,
-    threads: Threads = 1, effort: EffortName = "quick",
+    threads: Threads = 1, runtime: RuntimeName = None, effort: EffortName = "quick",
     other_threads: Annotated[list[int] | None, typer.Option("--other-threads", help="also time these")] = None,
     int8: Annotated[bool, typer.Option("--int8/--no-int8", help="also time the model with 8 bits")] = True,
     html: Annotated[Path | None, typer.Option(help="a page with the picture")] = None,
@@ -87,7 +87,7 @@ def advise(
 ) -> None:  # fmt: skip
     """Where the time goes on a board and whether pruning is worth it, before anyone trains anything."""
     level = find_effort(effort)
-    with bars() as progress, edgeprune.connect(target, threads=threads, progress=progress) as session:
+    with bars() as progress, edgeprune.connect(target, threads=threads, runtime=runtime, progress=progress) as session:
         module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
         cpus = session.facts.cpus or 1
         counts = other_threads or [count for count in (1, 2, 4) if count <= cpus and count != threads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -224,21 +225,31 @@ def export(
     dtype: Dtype = "float32",
     activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
+    cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write the artifact that runs on the board, checked on the host."""
     name = format or out.suffix.lstrip(".").lower()
-    precision = find_precision(load_member("formats", name).PRECISIONS, dtype, activations)
+    member = load_member("formats", name)
+    if cross_check and not hasattr(member, "cross_check"):
+        raise UsageError(f"--cross-check is for tflite: there is no second runtime for {name} files here")
+    precision = find_precision(member.PRECISIONS, dtype, activations)
     calibration = None
     if data is not None:
         from edgeprune.load import as_arrays
 
         batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
         calibration = as_arrays(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False))
-    artifact = edgeprune.export_model(
-        *load(model, weights, shapes), out, format=name, precision=precision, calibration=calibration
-    )
+    module, inputs = load(model, weights, shapes)
+    artifact = edgeprune.export_model(module, inputs, out, format=name, precision=precision, calibration=calibration)
+    found = None
+    if cross_check:
+        found = member.cross_check(out, calibration[0] if calibration else [x.numpy(force=True) for x in inputs])
+        tools = {"tensorflow": found.runtimes[1][1], "cross-check": f"{found.output_error:.2g}"}
+        artifact = replace(artifact, tools=artifact.tools | tools)
     show(artifact, as_json, "describe_artifact")
+    if found is not None and not as_json:
+        show(found, False, "describe_cross_check")
 
 
 def find_precision(known: tuple[Precision, ...], dtype: str, activations: str | None) -> Precision:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgeprune.core.arena import CONVOLUTIONS, FLOAT_BYTES, lower, peak_memory_bytes, place
 from edgeprune.core.records import (
+    Conditions,
     Cost,
     Extent,
     FloatArray,
@@ -28,10 +29,13 @@ from edgeprune.core.records import (
     Table,
     Widths,
 )
+from edgeprune.core.workspace import workspace_bytes
 
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 PRODUCTS = frozenset({"matmul", "bmm", "mm"})
 
+TFLITE = "tflite"
+"""The runtime whose activations lie in XNNPACK's workspace."""
 INTERVAL_SHARE = 0.9
 """How many of the measured latencies a predicted interval is to hold."""
 
@@ -202,7 +206,7 @@ class MemoryStep:
 def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
     """Live activation bytes at each kernel, in the order of execution; the model's inputs are the caller's.
 
-    The least that any allocator needs; `peak_memory_bytes` has what the runtime's own makes of it.
+    The least that any allocator needs; `activation_bytes` has what the runtime's own makes of it.
     """
     kernels, outputs = lower(graph, {})
     extents = {node.name: node.out_extents for node in graph.nodes}
@@ -220,6 +224,15 @@ def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
 def live_bytes(graph: Graph, widths: Widths) -> int:
     """Largest sum of live activations at `widths`."""
     return max((evaluate(step.bytes, widths, graph.units) for step in memory_steps(graph)), default=0)
+
+
+def activation_bytes(graph: Graph, widths: Widths, conditions: Conditions | None) -> int:
+    """Peak activation memory as the runtime lays it out; None: as ONNX Runtime does on x86."""
+    if conditions is None:
+        return peak_memory_bytes(graph, widths)
+    if conditions.runtime.partition(":")[0] == TFLITE:
+        return workspace_bytes(graph, widths)
+    return peak_memory_bytes(graph, widths, conditions.arch, conditions.threads)
 
 
 def live_of_peak(profile: Profile, peak_bytes: float) -> float:
@@ -358,8 +371,7 @@ def predict_cost(graph: Graph, widths: Widths, profile: Profile | None = None) -
     if profile is not None:
         latency = latency_interval(graph, widths, profile)
         size = artifact_bytes(graph, widths, profile.dense_bytes, profile.precision.dtype)
-    machine = (profile.conditions.arch, profile.conditions.threads) if profile is not None else ()
-    memory = peak_memory_bytes(graph, widths, *machine)
+    memory = activation_bytes(graph, widths, profile.conditions if profile is not None else None)
     if profile is not None and profile.memory is not None:
         memory = round(profile.memory.base_bytes + profile.memory.scale * memory)
     return Cost(

@@ -13,6 +13,7 @@ from edgeprune.core.records import (
     Artifact,
     BoardFacts,
     Cost,
+    CrossCheck,
     Graph,
     Inspection,
     Measured,
@@ -156,6 +157,18 @@ def describe_targets(targets: Sequence[Target]) -> str:
 def describe_artifact(artifact: Artifact) -> str:
     """An exported file in one line."""
     return f"{artifact.format}, {artifact.bytes:,} bytes, sha256 {artifact.sha256[:12]}: {artifact.path}"
+
+
+def describe_cross_check(found: CrossCheck, most: int = 5) -> str:
+    """How far two runtimes are apart, and in which operations most."""
+    first, second = (f"{name} {version}" for name, version in found.runtimes)
+    lines = [f"{first} against {second}: outputs differ by {found.output_error:.2g} of their largest value"]
+    apart = sorted((operation for operation in found.operations if operation.error), key=lambda each: -each.error)
+    lines += [f"  {operation.error:.2g}  {operation.op}  {operation.name[-60:]}" for operation in apart[:most]]
+    equal = len(found.operations) - len(apart)
+    return "\n".join(
+        [*lines, f"  plain kernels of {equal} of {len(found.operations)} operations give the same numbers"]
+    )
 
 
 def describe_facts(facts: BoardFacts) -> str:

@@ -105,6 +105,13 @@ class Format(Protocol):
         """
         ...
 
+    def quantize_randomly(self, path: Path, out: Path, precision: Precision) -> None:
+        """Write an int8 twin of a float32 file, to see how fast it would be: ranges come from random inputs.
+
+        raises: ModelError where the quantizer fails on this model; MissingLibrary.
+        """
+        ...
+
     def embed_metadata(
         self,
         path: Path,

@@ -28,9 +28,11 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUFFIXES = ("_kernel_time", "_nchwc")
 TOKEN = re.compile(r"_token_\d+$")
 """What the runtime puts behind the name of a kernel that it fused from quantised ones."""
-CONVERSION = re.compile(r"(_QuantizeLinear|_DequantizeLinear|_Max)(/duplicated.*|_\d+)?$")
+CONVERSION = re.compile(r"(_QuantizeLinear|_DequantizeLinear|_Max|_q|_dq)(/duplicated.*|_\d+)?$")
 LAYOUT = frozenset({"ReorderInput", "Transpose", "DequantizeLinear"})
 """What the runtime puts before an operation that wants its input otherwise."""
+HALF = re.compile(r"(HardSigmoid|Mul)_\d+")
+"""The runtime has no HardSwish: where no convolution does it, two kernels do, one after the other, of such names."""
 FX_NODE = "pkg.torch.onnx.fx_node"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -62,6 +64,8 @@ class OnnxKernelMap:
             self._describe(dense_name[main], main, chain) for main, chain in chains.items()
         )
         self._name = dict(zip(chains, (kernel.name for kernel in self.kernels), strict=True))
+        gates = (self._owner.get(index) for index, node in enumerate(self._nodes) if node.op_type == "HardSwish")
+        self._gated = {self._name[main] for main in gates if main is not None}
 
     def charge(self, times: Sequence[KernelTime]) -> dict[str, float]:
         """Seconds per kernel name; what cannot be placed is charged to the kernel next to it.
@@ -85,11 +89,16 @@ class OnnxKernelMap:
             self._converts(time) if main is None else main
             for time, main in zip(times, self._locate(times), strict=True)
         ]
-        return [None if index is None else self._name.get(self._owner.get(index, -1)) for index in found]
+        names = [None if index is None else self._name.get(self._owner.get(index, -1)) for index in found]
+        for position, time in enumerate(times):
+            if names[position] is None and HALF.fullmatch(_plain(time)):
+                before = next((name for name in reversed(names[:position]) if name), None)
+                names[position] = before if before in self._gated else None
+        return names
 
     def _converts(self, time: KernelTime) -> int | None:
         """The operation that a conversion serves: the first reader of what is made float, else the writer."""
-        name = TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
+        name = _plain(time)
         if CONVERSION.search(name) is None:
             return None
         tensor = CONVERSION.sub("", name)
@@ -102,7 +111,7 @@ class OnnxKernelMap:
         found: list[int | None] = [None] * len(times)
         behind: list[tuple[int, int]] = []
         for position, time in enumerate(times):
-            name = TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
+            name = _plain(time)
             if name in self._by_name:
                 found[position] = self._by_name[name]
                 continue
@@ -214,6 +223,11 @@ class OnnxKernelMap:
             name=kernel_name, nodes=nodes, signature=f"{ops} size={size}", out_extent=varying,
             positions=prod(first.out_shape[2:]),
         )  # fmt: skip
+
+
+def _plain(time: KernelTime) -> str:
+    """A kernel's name without what the profiler and the fusion of quantised operations put behind it."""
+    return TOKEN.sub("", time.name.removesuffix(SUFFIXES[0]))
 
 
 def expected_kernels(model: ModelProto) -> list[KernelTime]:

@@ -142,10 +142,7 @@ def make_resizer(
 
 
 def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
-    """Write an int8 twin of a float file, to see how fast it would be: ranges come from random inputs.
-
-    raises: ModelError where ONNX Runtime has no quantizer or fails on this model.
-    """
+    """Write an int8 twin of a float32 file, with ranges from random inputs. raises: ModelError."""
     model = _read_proto(path)
     write_proto(quantize(model, precision, find_ranges(model, random_calibration(model))).model, out)
 

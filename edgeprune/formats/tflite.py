@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
-from edgeprune.core.records import Artifact, Graph, Precision, TensorInfo
+from edgeprune.core.records import Artifact, CrossCheck, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, decode, encode, run_in_batches
 from edgeprune.formats._tflite_convert import convert
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SUFFIX = ".tflite"
+RANDOM_BATCHES = 2
 PRECISIONS = (Precision(), Precision(dtype="float16"), Precision(dtype="dynamic"), Precision(dtype="int8"))
 
 
@@ -111,6 +112,45 @@ def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
     except (ValueError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"LiteRT cannot run {path.name}: {reason}") from error
+
+
+def cross_check(path: Path, inputs: Sequence[Array]) -> CrossCheck:
+    """A file's outputs, and every operation's, in TensorFlow's interpreter held against LiteRT's.
+
+    inputs: as the module has them; the first batch of them counts.
+    raises: ModelError when the outputs differ, or one of the two cannot run it; MissingLibrary.
+    """
+    from edgeprune.formats._tflite_tf import (
+        LIMIT,
+        LIMIT_8_BITS,
+        check_agreement,
+        compare,
+        open_litert,
+        open_tensorflow,
+    )
+
+    artifact = inspect(path)
+    arrays = [
+        encode(np.asarray(array)[: info.shape[0]] if info.shape else np.asarray(array), info)
+        for info, array in zip(artifact.inputs, inputs, strict=True)
+    ]
+    found = compare(path, arrays, open_litert(), open_tensorflow())
+    check_agreement(found, path, LIMIT_8_BITS if artifact.dtype in ("int8", "dynamic") else LIMIT)
+    return found
+
+
+def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
+    """Write an int8 twin of a float32 file, with ranges from random inputs. raises: ModelError; MissingLibrary."""
+    rng = np.random.default_rng(0)
+
+    def noise(info: TensorInfo) -> Array:
+        # Zeros where numbers are indices: any other could lie outside the table they index.
+        values = rng.standard_normal(info.shape) if info.dtype == "float32" else np.zeros(info.shape)
+        return decode(values.astype(info.dtype), info)
+
+    needed, data = inspect(path).inputs, path.read_bytes()
+    calibration = [tuple(noise(info) for info in needed) for _ in range(RANDOM_BATCHES)]
+    write_atomic(out, quantize(data, precision, calibrate(data, precision, calibration)))
 
 
 def make_resizer(

@@ -33,10 +33,12 @@ from edgeprune.core.records.costs import Profile as Profile
 from edgeprune.core.records.costs import Quantity as Quantity
 from edgeprune.core.records.costs import Table as Table
 from edgeprune.core.records.findings import Advice as Advice
+from edgeprune.core.records.findings import CrossCheck as CrossCheck
 from edgeprune.core.records.findings import Inspection as Inspection
 from edgeprune.core.records.findings import KernelAdvice as KernelAdvice
 from edgeprune.core.records.findings import Measured as Measured
 from edgeprune.core.records.findings import Operation as Operation
+from edgeprune.core.records.findings import OperationError as OperationError
 from edgeprune.core.records.findings import PrecisionChoice as PrecisionChoice
 from edgeprune.core.records.findings import PrecisionTrial as PrecisionTrial
 from edgeprune.core.records.findings import Timing as Timing

@@ -74,7 +74,8 @@ class PrecisionChoice:
 class KernelAdvice:
     """One kernel of the dense model.
 
-    limited_by: `compute`, `memory` or `start-up`. prunable: whether pruning changes its size.
+    limited_by: `compute`, `memory` or `start-up`; empty where the runtime tells no kernels and this is the whole model.
+    prunable: whether pruning changes its size.
     steps: (units taken off every group, share of its dense time that is left).
     """
 
@@ -92,7 +93,7 @@ class Advice:
     """Where the time of a model goes on a board, and whether pruning can help.
 
     smallest_s: at the least widths; None where nothing can be pruned. outside_s: in no kernel.
-    prunable_share: of the time in kernels. kernels: the costliest first.
+    prunable_share: of the time in kernels; None where the runtime tells none. kernels: the costliest first.
     threads: (thread count, latency). dtypes: (data type, latency over that of float32). notes: what was not done
     and why. verdict: the conclusion in words.
     """
@@ -102,12 +103,34 @@ class Advice:
     latency_s: Quantity
     smallest_s: Quantity | None
     outside_s: float
-    prunable_share: float
+    prunable_share: float | None
     kernels: tuple[KernelAdvice, ...]
     threads: tuple[tuple[int, Quantity], ...]
     verdict: str
     dtypes: tuple[tuple[str, Quantity], ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationError:
+    """What an operation of a file gives in one runtime, held against another. error: largest difference, relative."""
+
+    name: str
+    op: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossCheck:
+    """A file in two runtimes on this machine.
+
+    runtimes: (name, version) of each. output_error: largest difference of any output over its largest value.
+    operations: in the file's order, each by the runtimes' plain kernels, with what those before it left.
+    """
+
+    runtimes: tuple[tuple[str, str], ...]
+    output_error: float
+    operations: tuple[OperationError, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
