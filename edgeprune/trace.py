@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = Fals
 def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: bool = False) -> Graph:
     """As `trace_graph`, of a model that is captured already; `batch` sets the shapes in the record."""
     found = propagate(captured)
-    _freeze_batched(captured, found, batch)
+    _resize_batch(captured, found, batch)
     partition = Partition(found, allow_inexact)
     nodes = [n for n in captured.graph.nodes if n.op in ("placeholder", "call_function") and n.name in found.values]
     return Graph(
@@ -47,14 +48,26 @@ def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: b
     )
 
 
-def _freeze_batched(captured: fx.GraphModule, found: Propagation, batch: int) -> None:
-    """Freeze channels that are merged with the batch: their axis has no size of its own."""
+def _resize_batch(captured: fx.GraphModule, found: Propagation, batch: int) -> None:
+    """Give channels that are merged with the batch as many positions as `batch` has."""
     for node in captured.graph.nodes:
         value = found.values.get(node.name)
         if isinstance(value, Value):
-            for ids, size in zip(value.axes, concrete(node.meta["val"].shape, batch), strict=True):
-                if ids is not None and len(ids) != size:
-                    found.units.freeze(ids, f"is merged with the batch at '{node.name}'")
+            axes = list(value.axes)
+            for axis, size in enumerate(concrete(node.meta["val"].shape, batch)):
+                if (ids := axes[axis]) is not None and len(ids) != size:
+                    axes[axis] = _of_batch(ids, found.batch, batch) if len(ids) * batch == size * found.batch else None
+                    if axes[axis] is None:
+                        found.units.freeze(ids, f"is merged with the batch at '{node.name}'")
+            found.values[node.name] = replace(value, axes=tuple(axes))
+
+
+def _of_batch(ids: IntArray, examples: int, batch: int) -> Axis:
+    """`batch` of the examples instead of all, whether they are the outer part of the axis or the inner one."""
+    outer, inner = ids.reshape(examples, -1), ids.reshape(-1, examples)
+    if (outer == outer[:1]).all():
+        return np.tile(outer[0], batch)
+    return np.repeat(inner[:, 0], batch) if (inner == inner[:, :1]).all() else None
 
 
 class Partition:

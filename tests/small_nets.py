@@ -159,6 +159,45 @@ class Heads(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, width)).transpose(1, 2)
 
 
+class WrittenAttention(nn.Module):
+    """Self-attention written out, by a product or by einsum, over normalised queries and keys or plain ones."""
+
+    def __init__(self, width: int, heads: int, form: str) -> None:
+        super().__init__()
+        self.heads, self.form = heads, form
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.table, self.scale = nn.Parameter(torch.randn(10, heads)), nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+        self.register_buffer("places", torch.arange(64 * 64).reshape(64, 64) % 10, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        batch, count, width = tokens.shape
+        q = self.q(tokens).reshape(batch, count, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(tokens).reshape(batch, count, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if self.form == "cosine":
+            scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).transpose(-2, -1) * self.scale
+        elif self.form == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.scale
+        else:
+            scores = (q * self.scale) @ k.transpose(-2, -1) * 0.3
+        weights = (scores + self.table[self.places].permute(2, 0, 1)).softmax(-1)
+        mixed = torch.einsum("bhij,bhjd->bihd", weights, v) if self.form == "einsum" else (weights @ v).transpose(1, 2)
+        return self.proj(mixed.reshape(batch, count, width)).transpose(1, 2)
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation (ConvNeXt V2): each channel against the mean of all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        share = size / (size.mean(dim=1, keepdim=True) + 1e-6)
+        return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * share)
+
+
 def _seq(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
@@ -184,6 +223,12 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "squeeze_excite": lambda: Chain(8, SqueezeExcite(8), 8),
     "upsampled": lambda: Chain(8, Upsampled(8), 15),
     "heads": lambda: Chain(12, Heads(12, 4), 12),
+    "one_head": lambda: Chain(12, Heads(12, 1), 12),
+    "written_heads": lambda: Chain(12, WrittenAttention(12, 4, "plain"), 12),
+    "written_one_head": lambda: Chain(12, WrittenAttention(12, 1, "plain"), 12),
+    "einsum_heads": lambda: Chain(12, WrittenAttention(12, 3, "einsum"), 12),
+    "cosine_one_head": lambda: Chain(12, WrittenAttention(12, 1, "cosine"), 12),
+    "response_norm": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GELU(), ResponseNorm(12), nn.Conv2d(12, 6, 1)), 6),
     "gated": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GLU(1), nn.Dropout(0.3)), 6),
 }
 """Each reads (batch, 3, 8, 8)."""

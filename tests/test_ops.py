@@ -75,6 +75,9 @@ def test_expected_units() -> None:
     assert units["fixed_shuffle"] == {"stem": 6}
     assert units["heads"]["middle.qkv"] == 4
     assert units["gated"]["middle.0"] == 6
+    assert units["one_head"]["middle.qkv"] == units["written_one_head"]["middle.q"] == 12
+    assert sorted(units["einsum_heads"].values()) == [3, 12, 12]  # heads, stem, projection
+    assert units["response_norm"]["middle.0"] == 12
 
 
 class Custom(nn.Module):
@@ -93,15 +96,18 @@ class Custom(nn.Module):
     [
         (lambda x: x.cumsum(1), "cumsum"),
         (lambda x: x.softmax(1), "softmax"),
-        (lambda x: x - x.mean(1, keepdim=True), "mean"),
+        (lambda x: x - (x + 1).mean(1, keepdim=True), "mean"),
         (lambda x: x.flip(1), "reordered"),
-        (lambda x: x / x.norm(dim=1, keepdim=True), "norm"),
+        (lambda x: x / (x - 1).norm(dim=1, keepdim=True), "norm"),
+        (lambda x: x / x.norm(dim=1, p=0, keepdim=True), "norm"),
+        (lambda x: x * x.sigmoid().sum(1, keepdim=True), "sum"),
         (lambda x: x * x.max(), "max"),
         (lambda x: functional.local_response_norm(x, 3), ""),
         (lambda x: x[:, [3, 1, 0, 2, 7, 6, 5, 4]], "indexed"),
         (lambda x: x.sort(1)[0], "no rule for operator 'sort'"),
         (lambda x: x[:, ::2].repeat(1, 2, 1, 1), "sliced with a step"),
-        (lambda x: torch.einsum("bchw,bdhw->bchw", x, x), "no rule for operator 'einsum'"),
+        (lambda x: torch.einsum("bchw,bdhw->bchw", x + 1, x + 2), "is summed"),
+        (lambda x: torch.einsum("...chw,...chw->...chw", x, x), "no rule for operator 'einsum'"),
         (lambda x: (x.flatten(2) @ x.flatten(2).transpose(1, 2) @ x.flatten(2)).view_as(x), ""),
         (lambda x: functional.pad(x, (0, 0, 0, 0, 1, 1), mode="circular")[:, 1:-1], ""),
     ],
@@ -151,7 +157,8 @@ def test_every_rule_is_listed_once() -> None:
     rules = load_rules()
     assert {"conv2d", "linear", "add", "cat", "view", "pad", "mean", "max_pool2d", "upsample_nearest2d"} <= rules.keys()
     assert list_members("ops") == [
-        "attention", "concat", "conv", "elementwise", "linear", "norm", "pad", "pooling", "resample", "reshape"
+        "attention", "concat", "conv", "einsum", "elementwise", "linear", "norm", "pad", "pooling", "resample",
+        "reshape",
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import copy
 import fnmatch
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -218,7 +219,8 @@ def run_all(names: list[str], log: Path, export: bool, peer: bool, limit_s: floa
     for name in names:
         if name not in known:
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=lambda: sending.send(examine(name, export, peer)))  # noqa: B023
+            send = lambda: sending.send(examine(name, export, peer))  # noqa: B023, E731
+            process = context.Process(target=send, daemon=True)  # ends with this one
             process.start()
             sending.close()
             try:
@@ -253,6 +255,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=TIME_LIMIT_S, help="seconds a model may take")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; a second call with the same --log goes on"))
     names = [name for name in zoo() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
     names = names[::4] if options.quick else names
     export = not (options.quick or options.no_export)

@@ -36,6 +36,8 @@ def _convolve(call: Call, out_axis: int) -> Axes:
         out = _grouped(call, x, channels, weight, out_axis, groups)
     if bias is not None:
         out = call.tie(out, bias.axes[0])
+    batched = any(axis is not None for axis in x.axes[:channel])
+    call.masked = weight.masked and (bias is None or bias.masked) and not batched
     return (*x.axes[:channel], out, *[None] * (len(x.shape) - channel - 1))
 
 

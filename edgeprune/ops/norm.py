@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.ops import Axes, Axis, Call, Rule
 
 
@@ -15,6 +17,7 @@ def per_channel(call: Call) -> Axes:
     if call.op == "instance_norm":
         for space in x.axes[2:]:
             call.freeze(space, "is normalised over")
+    call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
 
 
@@ -30,6 +33,7 @@ def over_channels(call: Call) -> Axes:
         call.mark_inexact(axis, f"{call.op} takes statistics over its channels")
         call.lower("normalized_shape", axis, item)
         axes[first + item] = axis
+    call.masked = len(shape) == 1 and _masked(call, axes[:first])
     return tuple(axes)
 
 
@@ -43,7 +47,15 @@ def group_norm(call: Call) -> Axes:
     for space in x.axes[2:]:
         call.freeze(space, "is normalised over")
     call.lower("num_groups", call.tie_blocks(axis, call.plain("num_groups")))
+    call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
+
+
+def _masked(call: Call, others: Sequence[Axis]) -> bool:
+    """Whether a removed channel comes out as zero, its scale and its shift being zero; `others`: not the channels."""
+    weight, bias = call.optional("weight"), call.optional("bias")
+    scaled = weight is not None and weight.masked and (bias is None or bias.masked)
+    return scaled and all(axis is None for axis in others)
 
 
 RULES: dict[str, Rule] = {

@@ -13,6 +13,7 @@ def pad(call: Call) -> Axes:
     if not all(isinstance(amount, int) for amount in amounts):
         raise NoRule("pad amounts computed at run time")
     constant = call.op == "constant_pad_nd" or call.plain("mode", "constant") == "constant"
+    call.masked = x.masked and (not constant or not call.plain("value"))
     axes: list[Axis] = list(x.axes)
     for pair in range(len(amounts) // 2):
         before, after = amounts[2 * pair : 2 * pair + 2]
