@@ -12,11 +12,9 @@ import torch
 from torch import fx, nn
 
 from edgeprune.core.records import Constant, Extent, Graph, Group, IntArray, Member, Node, Parameter
-from edgeprune.graphs.capture import Inputs, capture, module_path, operator_name, structure_sha256
+from edgeprune.graphs.capture import Inputs, capture, module_path, operator_name, shares_memory, structure_sha256
 from edgeprune.graphs.propagate import Propagation, concrete, propagate
 from edgeprune.ops import Axis, Value
-
-DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
 def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = False) -> Graph:
@@ -200,7 +198,7 @@ def _node(node: fx.Node, found: Propagation, partition: Partition, batch: int) -
         attributes=_attributes(node),
         out_shape=shape,
         out_extents=tuple(partition.extent(ids, size) for ids, size in zip(axes, shape, strict=True)),
-        view=_shares_memory(node),
+        view=shares_memory(node),
     )
 
 
@@ -228,14 +226,6 @@ def _plain(given: Any) -> Any:
     if isinstance(given, float) and not math.isfinite(given):
         return None
     return given if isinstance(given, bool | int | float | str) else None
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return operator_name(node) in DROPOUTS or any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _parameter(captured: fx.GraphModule, key: str, value: Value, partition: Partition) -> Parameter:

@@ -198,6 +198,49 @@ class ResponseNorm(nn.Module):
         return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * share)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over the rows of an image, and its last hidden state as a gate."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, state = self.layer(x.mean(2).transpose(1, 2))
+        last = (state[0] if isinstance(state, tuple) else state)[-1]
+        return self.out(rows).transpose(1, 2)[:, :, None] + x[:, :6] * last.tanh().mean(1)[:, None, None, None]
+
+
+class Outlook(nn.Module):
+    """Patches cut out, weighted and put together again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = functional.unfold(x, 3, padding=1)
+        return functional.fold(patches * patches.relu().mean(2, keepdim=True), (8, 8), 3, padding=1)
+
+
+class Gram(nn.Module):
+    """Attention among channels (cross-covariance)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = functional.normalize(x.flatten(2), dim=-1)
+        return (flat @ flat.transpose(1, 2) @ x.flatten(2)).view_as(x)
+
+
+class Written(nn.Module):
+    """A view of the channels is written to in place, so that what was removed is not zero any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x).flatten(2), self.k(x).flatten(2)
+        q[:, :, 4:] += 1
+        k[:, :, :4].add_(2)
+        return (q.transpose(1, 2) @ k).mean(2).view(-1, 1, 8, 8) * x
+
+
 def _seq(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
@@ -229,6 +272,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "einsum_heads": lambda: Chain(12, WrittenAttention(12, 3, "einsum"), 12),
     "cosine_one_head": lambda: Chain(12, WrittenAttention(12, 1, "cosine"), 12),
     "response_norm": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GELU(), ResponseNorm(12), nn.Conv2d(12, 6, 1)), 6),
+    "lstm": lambda: Chain(8, Recurrent(nn.LSTM(8, 7, 2, batch_first=True, bidirectional=True), 14), 6),
+    "gru": lambda: Chain(8, Recurrent(nn.GRU(8, 7, batch_first=True), 7), 6),
+    "outlook": lambda: Chain(8, _seq(nn.Conv2d(8, 6, 1), Outlook(), nn.Conv2d(6, 4, 1)), 4),
+    "gram": lambda: Chain(8, Gram(), 8),
+    "written_in_place": lambda: Chain(8, Written(), 8),
     "gated": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GLU(1), nn.Dropout(0.3)), 6),
 }
 """Each reads (batch, 3, 8, 8)."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from edgeprune.core.errors import ModelError
 
 Inputs = tuple[torch.Tensor, ...]
+DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
 def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -234,6 +235,23 @@ def operator_name(node: fx.Node) -> str:
     if not name.startswith("__"):
         name = name.removesuffix("_")
     return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether the output may be a view of the first argument; so is what is done in place, or dropout in evaluation."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return operator_name(node) in DROPOUTS or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def writes_memory(node: fx.Node) -> bool:
+    """Whether the first argument is written to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
+        return False
+    alias = node.target._schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
 
 
 def module_path(node: fx.Node) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from edgeprune.core.records import IntArray
 from edgeprune.core.units import Units
-from edgeprune.graphs.capture import operator_name
+from edgeprune.graphs.capture import operator_name, shares_memory, writes_memory
 from edgeprune.ops import Axes, Call, NoRule, Rule, Symbolic, Value, load_rules
 
 
@@ -26,7 +26,8 @@ class Propagation:
     values: node name -> its tensor, or a tuple of them. parameters: state-dict key -> its tensor.
     batch: stands for the free batch size.
     constants: (node, place in its arguments, ids it counts). consumed: parameter axes that take channels in.
-    unsupported: (operator, node) that no rule covers. choices: view -> ids that it splits, axes that could keep them.
+    unsupported: (operator, node) that no rule covers. memory: node -> the node that its output is a view of, or itself.
+    choices: view -> ids that it splits, axes that could keep them.
     """
 
     batch: int
@@ -36,13 +37,15 @@ class Propagation:
     constants: list[tuple[str, tuple[int, ...], IntArray]] = field(default_factory=list)
     consumed: set[tuple[str, int]] = field(default_factory=set)
     unsupported: list[tuple[str, str]] = field(default_factory=list)
+    memory: dict[str, str] = field(default_factory=dict)
     choices: dict[str, tuple[IntArray, int]] = field(default_factory=dict)
 
 
 def propagate(captured: fx.GraphModule) -> Propagation:
     """Follow every channel from the parameters that make it to those that read it.
 
-    Where a view splits channels along several axes, one of them keeps its units: the first that is not frozen later.
+    Where a view splits channels along several axes, or merges several axes of channels, one of them keeps its units:
+    the first that is not frozen later.
     """
     options: dict[str, int] = {}
     batch = _stand_in(captured)
@@ -65,8 +68,8 @@ def _stand_in(captured: fx.GraphModule) -> int:
 
 
 def _stuck(found: Propagation) -> list[tuple[str, int]]:
-    """Views that split channels which are frozen, with the number of axes to choose from."""
-    frozen = np.array(sorted(found.units.frozen()), np.int64)
+    """Views whose choice ended frozen or inexact, with the number of axes to choose from."""
+    frozen = np.array(sorted({**found.units.inexact(), **found.units.frozen()}), np.int64)
     return [(name, n) for name, (ids, n) in found.choices.items() if np.isin(found.units.find(ids), frozen).all()]
 
 
@@ -125,6 +128,7 @@ def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node, option: i
         assert isinstance(whole, fx.Node) and isinstance(index, int)
         if isinstance(parts := found.values.get(whole.name), tuple):
             found.values[node.name] = parts[index]
+            found.memory[node.name] = found.memory[whole.name]
         return
     outputs = node.meta.get("val")
     several = isinstance(outputs, list | tuple)
@@ -146,6 +150,18 @@ def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node, option: i
     inherited = next((v.fixed_because for v in call.values()), None)
     values = tuple(_value(shape, a, call, inherited) for shape, a in zip(shapes, axes, strict=True))
     found.values[node.name] = values if several else values[0]
+    _share_memory(found, node, call.masked)
+
+
+def _share_memory(found: Propagation, node: fx.Node, masked: bool) -> None:
+    """Note whose memory the output is; what was written to is no longer zero where the written was not."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    shares = source is not None and shares_memory(node) and source.name in found.memory
+    found.memory[node.name] = owner = found.memory[source.name] if shares and source is not None else node.name
+    if shares and writes_memory(node) and not masked:
+        for name, value in found.values.items():
+            if found.memory.get(name) == owner and isinstance(value, Value):
+                found.values[name] = replace(value, masked=False)
 
 
 def _apply(rule: Rule | None, call: Call) -> tuple[list[Axes], bool]:

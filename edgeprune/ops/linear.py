@@ -8,7 +8,7 @@ from edgeprune.ops import Axes, Call, NoRule, Rule, Value
 def linear(call: Call) -> Axes:
     """weight (out, in)."""
     x, weight, bias = call.value("input"), call.value("weight"), call.optional("bias")
-    call.contract(x.axes[-1], x.fixed_because, weight, len(weight.shape) - 1)
+    call.contract_any(x, len(x.shape) - 1, weight, len(weight.shape) - 1)
     out = weight.axes[0]
     if bias is not None:
         out = call.tie(out, bias.axes[0])

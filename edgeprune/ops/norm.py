@@ -8,7 +8,10 @@ from edgeprune.ops import Axes, Axis, Call, Rule
 
 
 def per_channel(call: Call) -> Axes:
-    """Batch and instance norm: each channel by itself, so a removed one takes its parameters along."""
+    """Batch and instance norm: each channel by itself, so a removed one takes its parameters along.
+
+    A weight that is standardised by it at run time has its inputs' axis among those that are normalised over.
+    """
     x = call.value("input")
     axis = x.axes[1]
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -17,6 +20,9 @@ def per_channel(call: Call) -> Axes:
     if call.op == "instance_norm":
         for space in x.axes[2:]:
             call.freeze(space, "is normalised over")
+    elif call.plain("training"):  # of a weight, to standardise it
+        for space in (x.axes[0], *x.axes[2:]):
+            call.mark_inexact(space, "is normalised over")
     call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
 

@@ -35,6 +35,7 @@ def pad(call: Call) -> Axes:
 def create(call: Call) -> Axes:
     """A tensor of one value: all its channels can be asked for or not."""
     axes: list[Axis] = []
+    call.masked = call.op in ("zeros", "new_zeros")
     for item, size in enumerate(call.plain("size", [])):
         axis = call.units.fresh(size) if isinstance(size, int) and size > 1 else None
         call.lower("size", axis, item)

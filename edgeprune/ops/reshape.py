@@ -58,18 +58,20 @@ def factorise(inner: tuple[int, ...], outer: tuple[int, ...]) -> Iterator[tuple[
 
 
 def _merge(call: Call, x: Value, axes: list[int]) -> Axis:
-    """Ids of the flattened axes: those of the one axis that has any, repeated along the others."""
+    """Ids of the flattened axes: those of one axis that has any, repeated along the others."""
     carrying = [a for a in axes if x.axes[a] is not None]
     if not carrying:
         return None
-    if len(carrying) > 1:
-        for axis in carrying:
+    carrier = carrying[min(call.option, len(carrying) - 1)]
+    for axis in carrying:
+        if axis != carrier:
             call.freeze(x.axes[axis], "is merged with another pruned axis")
-        return None
     shape = [1] * len(axes)
-    shape[axes.index(carrying[0])] = -1
-    ids = x.axes[carrying[0]]
+    shape[axes.index(carrier)] = -1
+    ids = x.axes[carrier]
     assert ids is not None
+    if len(carrying) > 1:
+        call.choices = (ids, len(carrying))
     return np.broadcast_to(ids.reshape(shape), [x.shape[a] for a in axes]).ravel()
 
 
