@@ -91,8 +91,12 @@ def evaluate(polynomial: Polynomial, widths: Widths, units: Widths) -> int:
 
 def count_parameters(graph: Graph, widths: Widths) -> int:
     """Trainable parameters of the network at `widths`."""
-    numel = add(volume(p.extents) for p in graph.parameters if p.trainable)
-    return evaluate(numel, widths, graph.units)
+    return evaluate(parameter_polynomial(graph), widths, graph.units)
+
+
+def parameter_polynomial(graph: Graph) -> Polynomial:
+    """Trainable parameters of the network."""
+    return add(volume(p.extents) for p in graph.parameters if p.trainable)
 
 
 def mac_polynomial(graph: Graph) -> Polynomial:

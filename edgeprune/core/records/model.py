@@ -128,7 +128,7 @@ class Constant:
 class Group:
     """Channels that can only be removed together.
 
-    units: how many there are. step: a width must be a multiple of it (or all units).
+    units: how many there are. step: a width must be a multiple of it (or all units). least: fewest to keep.
     frozen_because: why it keeps every unit, or None when it may be pruned.
     inexact_because: why removing units changes more than the removed channels, or None.
     """
@@ -136,10 +136,25 @@ class Group:
     name: str
     units: int
     step: int = 1
+    least: int = 1
     members: tuple[Member, ...] = ()
     constants: tuple[Constant, ...] = ()
     frozen_because: str | None = None
     inexact_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthRules:
+    """What a user says about widths.
+
+    freeze: shell patterns of groups or modules that keep all channels. only: of those that may lose some; empty: all.
+    step: channels of a layer fall by multiples of it. least: channels that are left of a layer.
+    """
+
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    step: int = 1
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
