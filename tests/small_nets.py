@@ -219,6 +219,22 @@ class Outlook(nn.Module):
         return functional.fold(patches * patches.relu().mean(2, keepdim=True), (8, 8), 3, padding=1)
 
 
+class Shared(nn.Module):
+    """One depthwise layer under two names, one convolution used twice, and a linear that shares the other's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.second, self.point = self.first, nn.Conv2d(8, 8, 1)
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(functional.relu(self.point(self.first(x))))
+        x = (self.point(x) + x).permute(0, 2, 3, 1)
+        return (self.left(x) * self.right(x + 1)).permute(0, 3, 1, 2)
+
+
 class Gram(nn.Module):
     """Attention among channels (cross-covariance)."""
 
@@ -276,6 +292,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "gru": lambda: Chain(8, Recurrent(nn.GRU(8, 7, batch_first=True), 7), 6),
     "outlook": lambda: Chain(8, _seq(nn.Conv2d(8, 6, 1), Outlook(), nn.Conv2d(6, 4, 1)), 4),
     "gram": lambda: Chain(8, Gram(), 8),
+    "shared": lambda: Chain(8, Shared(), 6),
     "written_in_place": lambda: Chain(8, Written(), 8),
     "gated": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GLU(1), nn.Dropout(0.3)), 6),
 }

@@ -75,6 +75,7 @@ def _stuck(found: Propagation) -> list[tuple[str, int]]:
 
 def _follow_all(captured: fx.GraphModule, batch: int, options: Mapping[str, int]) -> Propagation:
     found, rules = Propagation(batch=batch), load_rules()
+    attributes = {node: operator.attrgetter(node.target)(captured) for node in captured.graph.find_nodes(op="get_attr")}
     canonical: dict[int, str] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder":
@@ -82,12 +83,13 @@ def _follow_all(captured: fx.GraphModule, batch: int, options: Mapping[str, int]
             fixed = f"reads model input '{node.name}'"
             found.values[node.name] = Value(shape=shape, axes=(None,) * len(shape), fixed_because=fixed)
         elif node.op == "get_attr":
-            tensor = operator.attrgetter(node.target)(captured)
+            tensor = attributes[node]
             if not isinstance(tensor, torch.Tensor):
                 continue  # the body of an operator without a rule
             key = canonical.setdefault(id(tensor), node.target)
             if key not in found.parameters:
-                found.parameters[key] = _parameter(found.units, key, tensor, _kernel_axes(node))
+                names = [other for other, same in attributes.items() if same is tensor]
+                found.parameters[key] = _parameter(found.units, key, tensor, _kernel_axes(names))
             found.values[node.name] = found.parameters[key]
         elif node.op == "call_function":
             _follow(found, rules, node, options.get(node.name, 0))
@@ -107,11 +109,15 @@ def _evaluate(size: torch.SymInt, batch: int) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
-def _kernel_axes(node: fx.Node) -> int:
-    """First spatial axis of a convolution's weight; far beyond the last for other parameters; 0 for unused ones."""
-    if not node.users:
+def _kernel_axes(names: list[fx.Node]) -> int:
+    """First spatial axis of a convolution's weight; far beyond the last for other parameters; 0 for unused ones.
+
+    names: the nodes that stand for the parameter, several where it is shared.
+    """
+    users = [user for name in names for user in name.users]
+    if not users:
         return 0
-    convolved = any(operator_name(user).startswith("conv") and user.args[1] is node for user in node.users)
+    convolved = any(operator_name(user).startswith("conv") and user.args[1] in names for user in users)
     return 2 if convolved else 1 << 16
 
 

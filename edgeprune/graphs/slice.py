@@ -54,11 +54,10 @@ def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Mod
 
 def replace_tensors(module: nn.Module, slices: Mapping[str, Mapping[int, IntArray]]) -> None:
     """Put a sliced copy in the place of every tensor named in `slices`; what is shared stays shared."""
-    copies = {
-        id(tensor): slice_tensor(tensor, slices[name])
-        for name, tensor in named_tensors(module).items()
-        if name in slices
-    }
+    named = [(name, tensor) for name, tensor in named_tensors(module).items() if name in slices]
+    # A graph knows a shared tensor by one of its names; the others have no slices and must not win.
+    named.sort(key=lambda item: bool(slices[item[0]]))
+    copies = {id(tensor): slice_tensor(tensor, slices[name]) for name, tensor in named}
     for part in module.modules():
         for owned in (part._parameters, part._buffers):
             owned.update({name: copies[id(t)] for name, t in owned.items() if id(t) in copies})  # type: ignore[misc]
