@@ -114,7 +114,19 @@ def test_compacted_equals_masked(name: str, tmp_path: Path) -> None:
         assert relative_error(_onnx_runtime(compact, images, tmp_path / "model.onnx"), ours) < LIMIT
 
 
-@pytest.mark.parametrize("name", ["transposed", "skip_and_cut"])
+ON_RUNTIME_SMALL = [
+    "transposed",
+    "skip_and_cut",
+    "response_norm",
+    "lstm",
+    "one_head",
+    "einsum_heads",
+    "outlook",
+    "shared",
+]
+
+
+@pytest.mark.parametrize("name", ON_RUNTIME_SMALL)
 def test_onnx_runtime_agrees_on_small_nets(name: str, tmp_path: Path) -> None:
     module = randomise(NETS[name]())
     images = torch.randn(2, 3, 8, 8)
