@@ -40,6 +40,7 @@ from edgeprune.core.records import (
     PrecisionChoice,
     Report,
 )
+from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
@@ -112,12 +113,13 @@ class Stages:
 
     def trace(self) -> Graph:
         """What can be pruned."""
-        made_from = [*self.sources, self.run.prune.allow_inexact]
+        inexact, rules = self.run.prune.allow_inexact, self.run.prune.rules
+        made_from = [*self.sources, inexact, rules]
         return self.folder.record(
             Graph,
             "graph.json",
             made_from,
-            lambda: trace_graph(self.model, self.inputs, allow_inexact=self.run.prune.allow_inexact),
+            lambda: apply_rules(trace_graph(self.model, self.inputs, allow_inexact=inexact), rules),
         )
 
     def export_dense(self, graph: Graph) -> Artifact:

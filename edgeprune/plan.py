@@ -237,7 +237,7 @@ def candidate_widths(group: Group, tile: int, levels: int, min_keep: float, fine
     time without need), thinned evenly to `levels`. fine: budgets other than latency also gain below
     the tile, so a group with few tiles is offered widths between them.
     """
-    floor = max(group.step, int(np.ceil(min_keep * group.units)))
+    floor = max(group.step, group.least, int(np.ceil(min_keep * group.units)))
     quantum = lcm(group.step, tile)
     if fine and group.units < levels * quantum:
         quantum = group.step * max(1, group.units // (levels * group.step))

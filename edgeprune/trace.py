@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,9 @@ import torch
 from torch import fx, nn
 
 from edgeprune.core.records import Constant, Extent, Graph, Group, IntArray, Member, Node, Parameter
-from edgeprune.graphs.capture import Inputs, capture, module_path, operator_name, structure_sha256
+from edgeprune.graphs.capture import Inputs, capture, module_path, operator_name, shares_memory, structure_sha256
 from edgeprune.graphs.propagate import Propagation, concrete, propagate
 from edgeprune.ops import Axis, Value
-
-DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
 def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = False) -> Graph:
@@ -33,7 +32,7 @@ def trace_graph(module: nn.Module, inputs: Inputs, *, allow_inexact: bool = Fals
 def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: bool = False) -> Graph:
     """As `trace_graph`, of a model that is captured already; `batch` sets the shapes in the record."""
     found = propagate(captured)
-    _freeze_batched(captured, found, batch)
+    _resize_batch(captured, found, batch)
     partition = Partition(found, allow_inexact)
     nodes = [n for n in captured.graph.nodes if n.op in ("placeholder", "call_function") and n.name in found.values]
     return Graph(
@@ -47,14 +46,26 @@ def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: b
     )
 
 
-def _freeze_batched(captured: fx.GraphModule, found: Propagation, batch: int) -> None:
-    """Freeze channels that are merged with the batch: their axis has no size of its own."""
+def _resize_batch(captured: fx.GraphModule, found: Propagation, batch: int) -> None:
+    """Give channels that are merged with the batch as many positions as `batch` has."""
     for node in captured.graph.nodes:
         value = found.values.get(node.name)
         if isinstance(value, Value):
-            for ids, size in zip(value.axes, concrete(node.meta["val"].shape, batch), strict=True):
-                if ids is not None and len(ids) != size:
-                    found.units.freeze(ids, f"is merged with the batch at '{node.name}'")
+            axes = list(value.axes)
+            for axis, size in enumerate(concrete(node.meta["val"].shape, batch)):
+                if (ids := axes[axis]) is not None and len(ids) != size:
+                    axes[axis] = _of_batch(ids, found.batch, batch) if len(ids) * batch == size * found.batch else None
+                    if axes[axis] is None:
+                        found.units.freeze(ids, f"is merged with the batch at '{node.name}'")
+            found.values[node.name] = replace(value, axes=tuple(axes))
+
+
+def _of_batch(ids: IntArray, examples: int, batch: int) -> Axis:
+    """`batch` of the examples instead of all, whether they are the outer part of the axis or the inner one."""
+    outer, inner = ids.reshape(examples, -1), ids.reshape(-1, examples)
+    if (outer == outer[:1]).all():
+        return np.tile(outer[0], batch)
+    return np.repeat(inner[:, 0], batch) if (inner == inner[:, :1]).all() else None
 
 
 class Partition:
@@ -187,7 +198,7 @@ def _node(node: fx.Node, found: Propagation, partition: Partition, batch: int) -
         attributes=_attributes(node),
         out_shape=shape,
         out_extents=tuple(partition.extent(ids, size) for ids, size in zip(axes, shape, strict=True)),
-        view=_shares_memory(node),
+        view=shares_memory(node),
     )
 
 
@@ -215,14 +226,6 @@ def _plain(given: Any) -> Any:
     if isinstance(given, float) and not math.isfinite(given):
         return None
     return given if isinstance(given, bool | int | float | str) else None
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return operator_name(node) in DROPOUTS or any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _parameter(captured: fx.GraphModule, key: str, value: Value, partition: Partition) -> Parameter:

@@ -159,6 +159,104 @@ class Heads(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, width)).transpose(1, 2)
 
 
+class WrittenAttention(nn.Module):
+    """Self-attention written out, by a product or by einsum, over normalised queries and keys or plain ones."""
+
+    def __init__(self, width: int, heads: int, form: str) -> None:
+        super().__init__()
+        self.heads, self.form = heads, form
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.table, self.scale = nn.Parameter(torch.randn(10, heads)), nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+        self.register_buffer("places", torch.arange(64 * 64).reshape(64, 64) % 10, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        batch, count, width = tokens.shape
+        q = self.q(tokens).reshape(batch, count, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(tokens).reshape(batch, count, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if self.form == "cosine":
+            scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).transpose(-2, -1) * self.scale
+        elif self.form == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.scale
+        else:
+            scores = (q * self.scale) @ k.transpose(-2, -1) * 0.3
+        weights = (scores + self.table[self.places].permute(2, 0, 1)).softmax(-1)
+        mixed = torch.einsum("bhij,bhjd->bihd", weights, v) if self.form == "einsum" else (weights @ v).transpose(1, 2)
+        return self.proj(mixed.reshape(batch, count, width)).transpose(1, 2)
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation (ConvNeXt V2): each channel against the mean of all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        share = size / (size.mean(dim=1, keepdim=True) + 1e-6)
+        return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * share)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the rows of an image, and its last hidden state as a gate."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, state = self.layer(x.mean(2).transpose(1, 2))
+        last = (state[0] if isinstance(state, tuple) else state)[-1]
+        return self.out(rows).transpose(1, 2)[:, :, None] + x[:, :6] * last.tanh().mean(1)[:, None, None, None]
+
+
+class Outlook(nn.Module):
+    """Patches cut out, weighted and put together again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = functional.unfold(x, 3, padding=1)
+        return functional.fold(patches * patches.relu().mean(2, keepdim=True), (8, 8), 3, padding=1)
+
+
+class Shared(nn.Module):
+    """One depthwise layer under two names, one convolution used twice, and a linear that shares the other's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.second, self.point = self.first, nn.Conv2d(8, 8, 1)
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(functional.relu(self.point(self.first(x))))
+        x = (self.point(x) + x).permute(0, 2, 3, 1)
+        return (self.left(x) * self.right(x + 1)).permute(0, 3, 1, 2)
+
+
+class Gram(nn.Module):
+    """Attention among channels (cross-covariance)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = functional.normalize(x.flatten(2), dim=-1)
+        return (flat @ flat.transpose(1, 2) @ x.flatten(2)).view_as(x)
+
+
+class Written(nn.Module):
+    """A view of the channels is written to in place, so that what was removed is not zero any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x).flatten(2), self.k(x).flatten(2)
+        q[:, :, 4:] += 1
+        k[:, :, :4].add_(2)
+        return (q.transpose(1, 2) @ k).mean(2).view(-1, 1, 8, 8) * x
+
+
 def _seq(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
@@ -184,6 +282,18 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "squeeze_excite": lambda: Chain(8, SqueezeExcite(8), 8),
     "upsampled": lambda: Chain(8, Upsampled(8), 15),
     "heads": lambda: Chain(12, Heads(12, 4), 12),
+    "one_head": lambda: Chain(12, Heads(12, 1), 12),
+    "written_heads": lambda: Chain(12, WrittenAttention(12, 4, "plain"), 12),
+    "written_one_head": lambda: Chain(12, WrittenAttention(12, 1, "plain"), 12),
+    "einsum_heads": lambda: Chain(12, WrittenAttention(12, 3, "einsum"), 12),
+    "cosine_one_head": lambda: Chain(12, WrittenAttention(12, 1, "cosine"), 12),
+    "response_norm": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GELU(), ResponseNorm(12), nn.Conv2d(12, 6, 1)), 6),
+    "lstm": lambda: Chain(8, Recurrent(nn.LSTM(8, 7, 2, batch_first=True, bidirectional=True), 14), 6),
+    "gru": lambda: Chain(8, Recurrent(nn.GRU(8, 7, batch_first=True), 7), 6),
+    "outlook": lambda: Chain(8, _seq(nn.Conv2d(8, 6, 1), Outlook(), nn.Conv2d(6, 4, 1)), 4),
+    "gram": lambda: Chain(8, Gram(), 8),
+    "shared": lambda: Chain(8, Shared(), 6),
+    "written_in_place": lambda: Chain(8, Written(), 8),
     "gated": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GLU(1), nn.Dropout(0.3)), 6),
 }
 """Each reads (batch, 3, 8, 8)."""

@@ -114,6 +114,7 @@ def test_every_command_is_in_the_readme() -> None:
         (["profile", "nets.py:net", "--input", "1x3x12x12", "--target", "nope", "-o", "p.jsonl"], 2, "known: "),
         (["plan", "nets.py:net", "--input", "1x3x12x12", "--profile", "absent.jsonl", "--importance", "i.json",
           "-o", "plan.json", "--latency", "0.5x"], 4, "absent.jsonl"),
+        (["trace", "nets.py:net", "--input", "1x3x12x12", "--freeze", "nope"], 2, "no group of channels matches"),
         (["run", "absent.toml"], 2, "there is no absent.toml"),
         (["targets", "check", "nope"], 2, "known: "),
     ],

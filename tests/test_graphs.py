@@ -149,7 +149,33 @@ def test_structured_outputs_and_several_inputs() -> None:
         ours, theirs = lifted(*inputs), module(*inputs)
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     graph = trace_graph(module, inputs)
-    assert graph.inputs == ("x", "y") and len(graph.outputs) == 2 and not graph.prunable
+    assert graph.inputs == ("x", "y") and len(graph.outputs) == 2 and [g.name for g in graph.prunable] == ["a"]
+    keep = {"a": np.array([1, 4])}
+    with torch.no_grad():
+        compact, masked = slice_model(module, inputs, graph, keep).eval()(*inputs), mask_model(module, graph, keep)
+        assert all(torch.allclose(compact[key], value, atol=1e-6) for key, value in masked(*inputs).items())
+
+
+def test_blocks_without_gradient_or_autocast_are_part_of_the_graph() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                y = self.inner(x)
+                with torch.no_grad():
+                    low, high = y.relu().chunk(2, 1)
+            return self.outer(torch.cat([high, low], 1) + x)
+
+    module = randomise(Chain(8, Blocks(), 8))
+    graph = trace_graph(module, (IMAGES[:1],))
+    assert not graph.unsupported and {"stem", "middle.outer"} <= {g.name for g in graph.prunable}
+    keep = random_keep(graph, np.random.default_rng(0))
+    with torch.no_grad():
+        ours = slice_model(module, (IMAGES[:1],), graph, keep).eval()(IMAGES)
+        assert relative_error(ours, mask_model(module, graph, keep)(IMAGES)) < LIMIT
 
 
 def test_a_batch_the_model_fixes_is_captured_as_it_is() -> None:

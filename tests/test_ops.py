@@ -75,6 +75,12 @@ def test_expected_units() -> None:
     assert units["fixed_shuffle"] == {"stem": 6}
     assert units["heads"]["middle.qkv"] == 4
     assert units["gated"]["middle.0"] == 6
+    assert units["one_head"]["middle.qkv"] == units["written_one_head"]["middle.q"] == 12
+    assert sorted(units["einsum_heads"].values()) == [3, 12, 12]  # heads, stem, projection
+    assert units["response_norm"]["middle.0"] == 12
+    assert units["lstm"]["middle.layer"] == units["gru"]["middle.layer"] == 7
+    assert units["outlook"]["middle.0"] == 6
+    assert units["written_in_place"] == {"stem": 8}
 
 
 class Custom(nn.Module):
@@ -93,16 +99,19 @@ class Custom(nn.Module):
     [
         (lambda x: x.cumsum(1), "cumsum"),
         (lambda x: x.softmax(1), "softmax"),
-        (lambda x: x - x.mean(1, keepdim=True), "mean"),
+        (lambda x: x - (x + 1).mean(1, keepdim=True), "mean"),
         (lambda x: x.flip(1), "reordered"),
-        (lambda x: x / x.norm(dim=1, keepdim=True), "norm"),
+        (lambda x: x / (x - 1).norm(dim=1, keepdim=True), "norm"),
+        (lambda x: x / x.norm(dim=1, p=0, keepdim=True), "norm"),
+        (lambda x: x * x.sigmoid().sum(1, keepdim=True), "sum"),
         (lambda x: x * x.max(), "max"),
         (lambda x: functional.local_response_norm(x, 3), ""),
         (lambda x: x[:, [3, 1, 0, 2, 7, 6, 5, 4]], "indexed"),
         (lambda x: x.sort(1)[0], "no rule for operator 'sort'"),
         (lambda x: x[:, ::2].repeat(1, 2, 1, 1), "sliced with a step"),
-        (lambda x: torch.einsum("bchw,bdhw->bchw", x, x), "no rule for operator 'einsum'"),
-        (lambda x: (x.flatten(2) @ x.flatten(2).transpose(1, 2) @ x.flatten(2)).view_as(x), ""),
+        (lambda x: torch.einsum("bchw,bdhw->bchw", x + 1, x + 2), "is summed"),
+        (lambda x: torch.einsum("...chw,...chw->...chw", x, x), "no rule for operator 'einsum'"),
+        (lambda x: ((x.exp().flatten(2) @ x.exp().flatten(2).transpose(1, 2)) @ x.exp().flatten(2)).view_as(x), ""),
         (lambda x: functional.pad(x, (0, 0, 0, 0, 1, 1), mode="circular")[:, 1:-1], ""),
     ],
 )
@@ -147,11 +156,31 @@ def test_layer_norm_is_inexact_and_freed_on_demand() -> None:
     assert compact.eval()(IMAGES).shape == (3, 5)
 
 
+def test_a_weight_standardised_at_run_time_is_inexact() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = functional.batch_norm(self.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0)
+            return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+    module = randomise(Chain(12, nn.Sequential(Standardised(12, 8, 3, padding=1), nn.Conv2d(8, 6, 1)), 6))
+    graph = trace_graph(module, (IMAGES,))
+    groups = {g.name: g for g in graph.groups}
+    assert groups["stem"].frozen_because is not None and "normalised over" in groups["stem"].frozen_because
+    assert {g.name for g in graph.prunable} == {"middle.0", "middle.1"}
+    keep = {"middle.0": np.array([1, 2, 6]), "middle.1": np.array([0, 4])}
+    with torch.no_grad():
+        ours = slice_model(module, (IMAGES,), graph, keep).eval()(IMAGES)
+        assert relative_error(ours, mask_model(module, graph, keep)(IMAGES)) < LIMIT
+    freed = trace_graph(module, (IMAGES,), allow_inexact=True)
+    assert "stem" not in {g.name for g in freed.groups if g.frozen_because}
+
+
 def test_every_rule_is_listed_once() -> None:
     rules = load_rules()
     assert {"conv2d", "linear", "add", "cat", "view", "pad", "mean", "max_pool2d", "upsample_nearest2d"} <= rules.keys()
     assert list_members("ops") == [
-        "attention", "concat", "conv", "elementwise", "linear", "norm", "pad", "pooling", "resample", "reshape"
+        "attention", "concat", "conv", "einsum", "elementwise", "linear", "norm", "pad", "pooling", "recurrent",
+        "resample", "reshape", "unfold",
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exactness import random_keep, randomise
+from exactness import LIMIT, random_keep, randomise, relative_error
 from small_nets import NETS, Chain, ResNet20, WideResNet
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph
 from edgeprune.core.store import read_record, write_record
 from edgeprune.core.units import Units
-from edgeprune.graphs.slice import slice_model
+from edgeprune.graphs.slice import mask_model, slice_model
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def test_a_wrong_input_shape_is_told_from_it() -> None:
         trace_graph(NETS["gated"](), (torch.randn(1, 4, 8, 8),))
 
 
-def test_channels_merged_with_the_batch_are_frozen() -> None:
+def test_channels_merged_with_the_batch_are_followed() -> None:
     class Folded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -156,8 +156,15 @@ def test_channels_merged_with_the_batch_are_frozen() -> None:
             y = self.inner(x.reshape(batch * channels, 1, height, width))
             return y.reshape(batch, 2 * channels, height, width)
 
-    graph = trace_graph(Chain(4, Folded(), 8), (torch.randn(1, 3, 8, 8),))
-    assert not any(g.name == "stem" for g in graph.prunable)
+    module, images = randomise(Chain(4, Folded(), 8)), torch.randn(3, 3, 8, 8)
+    graph = trace_graph(module, (images,))
+    assert {g.name: g.units for g in graph.prunable} == {"stem": 4}
+    inner = next(node for node in graph.nodes if node.path == "middle.inner")
+    assert inner.out_shape[0] == 12 and dict(inner.out_extents[0].groups) == {"stem": 3}
+    keep = {"stem": np.array([0, 3])}
+    with torch.no_grad():
+        ours = slice_model(module, (images,), graph, keep).eval()(images)
+        assert relative_error(ours, mask_model(module, graph, keep)(images)) < LIMIT
 
 
 def test_union_find() -> None:

@@ -12,7 +12,7 @@ import torch
 from exactness import LIMIT, random_keep, randomise, relative_error
 from small_nets import NETS, ResNet20, WideResNet
 from torch import nn
-from zoo import torchvision_models
+from zoo import timm_model, torchvision_models
 
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.slice import mask_model, slice_captured, slice_model
@@ -43,6 +43,14 @@ def _swin() -> nn.Module:
     return torchvision_models().SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4])
 
 
+def _maxvit() -> nn.Module:
+    return torchvision_models().MaxVit((32, 32), 16, 4, [16], [1], 8, 0.0)
+
+
+def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: timm_model(name, **options)
+
+
 # name -> (builder, input size, groups that must be prunable at least)
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet20_option_a": (ResNet20, 32, 12),
@@ -68,7 +76,13 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "regnet_y_400mf": (_zoo("regnet_y_400mf"), 64, 50),
     "convnext_tiny": (_zoo("convnext_tiny"), 32, 18),
     "swin": (_swin, 32, 8),
-    "vit": (_vit, 32, 2),
+    "vit": (_vit, 32, 4),
+    "maxvit": (_maxvit, 32, 8),
+    "timm_convnextv2": (_timm("convnextv2_atto", depths=(1, 1, 1, 1)), 32, 4),
+    "timm_eva02": (_timm("eva02_tiny_patch14_224", depth=1, img_size=28), 28, 2),
+    "timm_xcit": (_timm("xcit_nano_12_p16_224", depth=1, img_size=32), 32, 9),
+    "timm_levit": (_timm("levit_128s", depth=(1, 1, 1), img_size=64), 64, 16),
+    "timm_coatnet": (_timm("coatnet_nano_rw_224", depths=(1, 1, 1, 1), img_size=64), 64, 12),
 }
 ON_RUNTIME = {"resnet20_option_a", "resnext_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1"}
 
@@ -100,7 +114,19 @@ def test_compacted_equals_masked(name: str, tmp_path: Path) -> None:
         assert relative_error(_onnx_runtime(compact, images, tmp_path / "model.onnx"), ours) < LIMIT
 
 
-@pytest.mark.parametrize("name", ["transposed", "skip_and_cut"])
+ON_RUNTIME_SMALL = [
+    "transposed",
+    "skip_and_cut",
+    "response_norm",
+    "lstm",
+    "one_head",
+    "einsum_heads",
+    "outlook",
+    "shared",
+]
+
+
+@pytest.mark.parametrize("name", ON_RUNTIME_SMALL)
 def test_onnx_runtime_agrees_on_small_nets(name: str, tmp_path: Path) -> None:
     module = randomise(NETS[name]())
     images = torch.randn(2, 3, 8, 8)

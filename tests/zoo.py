@@ -1,4 +1,4 @@
-"""torchvision next to a CPU build of torch: its operators are declared before it is imported."""
+"""torchvision and timm next to a CPU build of torch: torchvision's operators are declared before it is imported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
 _LIBRARY: Any = None
 
@@ -25,7 +26,19 @@ def torchvision_models() -> ModuleType:
         _LIBRARY = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return _imported("torchvision.models")
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """A timm model without weights, or a skip where timm is not installed."""
+    torchvision_models()  # timm imports it
+    model = _imported("timm").create_model(name, pretrained=False, **options)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _imported(module: str) -> ModuleType:
     try:
-        return importlib.import_module("torchvision.models")
+        return importlib.import_module(module)
     except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed (pip install 'edgeprune[zoo]')")
+        pytest.skip(f"{module.partition('.')[0]} is not installed (pip install 'edgeprune[zoo]')")

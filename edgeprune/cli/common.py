@@ -23,6 +23,10 @@ Model = Annotated[str, typer.Argument(help="path.py:function, package.module:fun
 Weights = Annotated[Path | None, typer.Option(help=".safetensors, or a state dict")]
 Shapes = Annotated[list[str] | None, typer.Option("--input", help="shape of an input, batch first: 1x3x224x224")]
 Inexact = Annotated[bool, typer.Option("--allow-inexact", help="also prune across layer norms")]
+Freeze = Annotated[list[str] | None, typer.Option(help="group or module that keeps all channels, such as head*")]
+Only = Annotated[list[str] | None, typer.Option(help="groups or modules that may lose channels, and no others")]
+Step = Annotated[int, typer.Option(help="channels of a layer fall by multiples of it")]
+MinWidth = Annotated[int, typer.Option(help="channels that are left of a layer at least")]
 TargetName = Annotated[str, typer.Option("--target", help="a board of the inventory (edgeprune targets list)")]
 EffortName = Annotated[str, typer.Option("--effort", help="board time: quick, default or thorough")]
 Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime on the board")]
@@ -85,6 +89,15 @@ def load_graph(
     """The module, its example inputs and its graph."""
     module, inputs = load(model, weights, shapes)
     return module, inputs, edgeprune.trace_graph(module, inputs, allow_inexact=allow_inexact)
+
+
+def rule_widths(graph: Graph, freeze: list[str] | None, only: list[str] | None, step: int, min_width: int) -> Graph:
+    """The graph with what the user says about widths."""
+    from edgeprune.core.records import WidthRules
+    from edgeprune.core.rules import apply_rules
+
+    rules = WidthRules(freeze=tuple(freeze or ()), only=tuple(only or ()), step=step, least=min_width)
+    return apply_rules(graph, rules)
 
 
 def show(record: Any, as_json: bool, describe: str, *extra: Any) -> None:

@@ -24,6 +24,7 @@ from edgeprune.core.records import (
     Fold,
     Graph,
     Kernel,
+    Node,
     Profile,
     Quantity,
     Table,
@@ -94,8 +95,12 @@ def evaluate(polynomial: Polynomial, widths: Widths, units: Widths) -> int:
 
 def count_parameters(graph: Graph, widths: Widths) -> int:
     """Trainable parameters of the network at `widths`."""
-    numel = add(volume(p.extents) for p in graph.parameters if p.trainable)
-    return evaluate(numel, widths, graph.units)
+    return evaluate(parameter_polynomial(graph), widths, graph.units)
+
+
+def parameter_polynomial(graph: Graph) -> Polynomial:
+    """Trainable parameters of the network."""
+    return add(volume(p.extents) for p in graph.parameters if p.trainable)
 
 
 def mac_polynomial(graph: Graph) -> Polynomial:
@@ -117,6 +122,13 @@ def mac_terms(graph: Graph) -> dict[str, Polynomial]:
             inner = nodes[node.inputs[0]].out_extents[-1]
             terms[node.name] = volume((*node.out_extents, inner))
             continue
+        if node.op == "einsum" and len(node.inputs) == 2:
+            terms[node.name] = volume(_einsum_extents(node, [nodes[name] for name in node.inputs]))
+            continue
+        if node.op == "scaled_dot_product_attention" and len(node.inputs) > 2:
+            query, key = nodes[node.inputs[0]].out_extents, nodes[node.inputs[1]].out_extents
+            terms[node.name] = add([volume((*query, key[-2])), volume((*node.out_extents, key[-2]))])
+            continue
         if not node.parameters or node.parameters[0] not in parameters:
             continue
         weight = parameters[node.parameters[0]]
@@ -130,6 +142,17 @@ def mac_terms(graph: Graph) -> dict[str, Polynomial]:
             continue
         terms[node.name] = volume((*positions, *weight.extents))
     return terms
+
+
+def _einsum_extents(node: Node, operands: Sequence[Node]) -> list[Extent]:
+    """One size for each letter of a product of two activations."""
+    letters = str(node.attributes["equation"]).replace(" ", "").partition("->")[0].split(",")
+    sizes = {
+        letter: extent
+        for term, operand in zip(letters, operands, strict=True)
+        for letter, extent in zip(term, operand.out_extents, strict=True)
+    }
+    return list(sizes.values())
 
 
 def count_macs(graph: Graph, widths: Widths) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
-from edgeprune.core.cost import mac_polynomial
+from edgeprune.core.cost import mac_polynomial, parameter_polynomial
 from edgeprune.core.records import (
     Advice,
     Artifact,
@@ -15,6 +16,7 @@ from edgeprune.core.records import (
     Cost,
     CrossCheck,
     Graph,
+    Group,
     Inspection,
     Measured,
     Plan,
@@ -28,13 +30,13 @@ from edgeprune.core.records import (
 UNKNOWN = "not measured"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; numbers (all but the first column) to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Columns as wide as their widest cell; numbers (all but the columns `left`) to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         cells = [
-            cell.ljust(width) if not i else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(cells).rstrip()
@@ -63,24 +65,71 @@ def prunable_macs(graph: Graph) -> float:
 
 
 def describe_graph(graph: Graph) -> str:
-    """Groups with what they reach, then what is frozen and why."""
-    rows = []
-    for group in graph.prunable:
-        parameters = sorted({member.parameter.rsplit(".", 1)[0] for member in group.members})
-        note = "inexact: " + group.inexact_because if group.inexact_because else ""
-        rows.append((group.name, str(group.units), str(group.step), str(len(parameters)), note))
-    parts = [table(("group", "units", "step", "modules", "note"), rows) if rows else "nothing can be pruned"]
-    reasons: dict[str, list[str]] = {}
+    """Every group under the module that makes it, with what shrinks with it, or why it stays whole."""
+    tree: dict[str, Any] = {}
     for group in graph.groups:
-        if group.frozen_because is not None:
-            reasons.setdefault(group.frozen_because, []).append(f"{group.name} ({group.units})")
-    if reasons:
-        parts.append("frozen:\n" + "\n".join(f"  {why}: {', '.join(names)}" for why, names in sorted(reasons.items())))
+        place = tree
+        for part in group.name.split("."):
+            place = place.setdefault(part, {})
+        place[""] = group
+    macs, parameters = _shares(mac_polynomial(graph), graph), _shares(parameter_polynomial(graph), graph)
+    rows = [
+        (f"{'  ' * depth}{label}", *(_group_cells(group, macs, parameters) if group else ("",) * 5))
+        for depth, label, group in _walk(tree)
+    ]
+    parts = [table(("group", "units", "step", "MACs", "parameters", "note"), rows, left=(0, 5))]
     if graph.unsupported:
         names = sorted({f"{op} at {node}" for op, node in graph.unsupported})
         parts.append("operators without a rule (what touches them is frozen):\n" + "\n".join(f"  {n}" for n in names))
-    parts.append(f"{len(rows)} groups can be pruned; {prunable_macs(graph):.1%} of the multiply-adds are in them")
+    count = len(graph.prunable)
+    parts.append(
+        f"{count} groups can be pruned; {prunable_macs(graph):.1%} of the multiply-adds are in them"
+        if count
+        else "nothing can be pruned"
+    )
     return "\n\n".join(parts)
+
+
+def _walk(tree: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[int, str, Group | None]]:
+    """Depth, label and group of every line; modules with one child and no group of their own share its line."""
+    for part, below in tree.items():
+        if not part:
+            continue
+        label = part
+        while "" not in below and len(below) == 1:
+            ((inner, below),) = below.items()
+            label = f"{label}.{inner}"
+        yield depth, label, below.get("")
+        yield from _walk(below, depth + 1)
+
+
+def _group_cells(group: Group, macs: Mapping[str, float], parameters: Mapping[str, float]) -> tuple[str, ...]:
+    notes = [f"frozen: {group.frozen_because}"] if group.frozen_because else []
+    if group.inexact_because and group.inexact_because != group.frozen_because:
+        notes.append(f"inexact: {group.inexact_because}")
+    if group.least > 1:
+        notes.append(f"at least {group.least}")
+    step = "" if group.frozen_because else str(group.step)
+    sizes = (_short(macs.get(group.name, 0)), _short(parameters.get(group.name, 0)))
+    return (str(group.units), step, *sizes, "; ".join(notes))
+
+
+def _shares(polynomial: Mapping[tuple[str, ...], float], graph: Graph) -> dict[str, float]:
+    """What each group takes part in, so that the sum over groups counts twice what two groups share."""
+    units, found = graph.units, dict.fromkeys(graph.units, 0.0)
+    for names, coefficient in polynomial.items():
+        for name in set(names):
+            found[name] += coefficient * prod(units[each] for each in names)
+    return found
+
+
+def _short(number: float) -> str:
+    """Three digits and k, M or G."""
+    for suffix in ("", " k", " M"):
+        if number < 999.5:
+            return f"{number:.3g}{suffix}"
+        number /= 1000
+    return f"{number:.3g} G"
 
 
 def describe_profile(profile: Profile) -> str:

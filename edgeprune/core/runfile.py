@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import msgspec
 
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import ModelSpec
+from edgeprune.core.records import ModelSpec, WidthRules
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +68,15 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     compensate: bool = True
     allow_inexact: bool = False
     batches: int = 8
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    step: int = 1
+    min_width: int = 1
+
+    @property
+    def rules(self) -> WidthRules:
+        """What it says about widths."""
+        return WidthRules(freeze=self.freeze, only=self.only, step=self.step, least=self.min_width)
 
 
 class RecoverSection(_Section, frozen=True, kw_only=True):

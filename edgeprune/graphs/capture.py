@@ -6,7 +6,7 @@ import hashlib
 import operator
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from edgeprune.core.errors import ModelError
 
 Inputs = tuple[torch.Tensor, ...]
+DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
 def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -47,23 +48,66 @@ def import_program(program: ExportedProgram) -> fx.GraphModule:
     assert isinstance(source, fx.GraphModule)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in source.graph.nodes:
-        if node.op == "call_module":
-            continue
-        if node.op == "output":
-            out_spec = source._out_spec
-            assert out_spec is not None
-            leaves = [copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in pytree.tree_leaves(node.args[0])]
-            graph.output(pytree.tree_unflatten(leaves, out_spec))
-            continue
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "call_function":
-            _normalise(copies[node])
+    leaves = [
+        copies[leaf] if isinstance(leaf, fx.Node) else leaf
+        for leaf in pytree.tree_leaves(_copy_nodes(source, graph, copies))
+    ]
+    out_spec = source._out_spec
+    assert out_spec is not None
+    graph.output(pytree.tree_unflatten(leaves, out_spec))
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users and isinstance(_attribute(source, node), nn.Module):
+            graph.erase_node(node)  # the body of a block
     captured = fx.GraphModule(source, graph)
     _keep_counters(source, captured)
     mark_persistent(captured, set(program.state_dict))
     captured.graph.lint()
     return captured
+
+
+def _copy_nodes(source: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> Any:
+    """Append the nodes of `source` to `graph`, those of blocks that change nothing in their place.
+
+    copies: node -> its copy, for those in `source` and, before the call, its placeholders in a block.
+    returns: what `source` returns, in its own nodes.
+    """
+    blocks: dict[fx.Node, Sequence[Any]] = {}
+    for node in source.graph.nodes:
+        if node.op == "output":
+            return node.args[0]
+        if node in copies or node.op == "call_module" or operator_name(node) == "_assert_tensor_metadata":
+            continue
+        if (block := _plain_block(source, node)) is not None:
+            body, operands = block
+            places = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+            copies.update({place: copies[given] for place, given in zip(places, operands, strict=True)})
+            blocks[node] = _copy_nodes(body, graph, copies)
+        elif node.target is operator.getitem and node.args[0] in blocks:
+            copies[node] = copies[blocks[node.args[0]][node.args[1]]]
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "call_function":
+                _normalise(copies[node])
+    return None
+
+
+def _plain_block(source: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, Sequence[Any]] | None:
+    """Body and operands of a `with torch.no_grad()` or `with torch.autocast(enabled=False)` block, else None."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name == "wrap_with_autocast":
+        (_, _, enabled, _, body), operands = node.args[:5], node.args[5:]
+        if enabled:
+            return None
+    elif name == "wrap_with_set_grad_enabled":
+        body, operands = node.args[1], node.args[2:]
+    else:
+        return None
+    assert isinstance(body, fx.Node)
+    return _attribute(source, body), operands
+
+
+def _attribute(module: nn.Module, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(module)
 
 
 def mark_persistent(module: nn.Module, keys: set[str]) -> None:
@@ -165,6 +209,13 @@ def _normalise(node: fx.Node) -> None:
         if isinstance(size, int):
             bounds = args[2:4] if name == "slice" else args[2:3]
             args[2 : 2 + len(bounds)] = [b + size if isinstance(b, int) and b < 0 else b for b in bounds]
+    elif name in ("view", "reshape") and sum(not isinstance(size, int) or size < 0 for size in args[1]) == 1:
+        # The one size that follows from the batch also follows from the others.
+        args[1] = [size if isinstance(size, int) else -1 for size in args[1]]
+    elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+        depth = _value(args[0]).shape[-1]
+        if isinstance(depth, int):
+            kwargs["scale"] = depth**-0.5  # that of the dense model
     node.args, node.kwargs = tuple(args), kwargs
 
 
@@ -184,6 +235,23 @@ def operator_name(node: fx.Node) -> str:
     if not name.startswith("__"):
         name = name.removesuffix("_")
     return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether the output may be a view of the first argument; so is what is done in place, or dropout in evaluation."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return operator_name(node) in DROPOUTS or any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def writes_memory(node: fx.Node) -> bool:
+    """Whether the first argument is written to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
+        return False
+    alias = node.target._schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
 
 
 def module_path(node: fx.Node) -> str:

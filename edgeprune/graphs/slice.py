@@ -42,7 +42,10 @@ def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Mod
     for group in graph.groups:
         if group.name in removed:
             for constant in group.constants:
-                _lower(nodes[constant.node], constant, removed[group.name])
+                if constant.argument:
+                    _lower(nodes[constant.node], constant, removed[group.name])
+    for name, share in _kept_shares(graph, removed).items():
+        _scale(captured.graph, nodes[name], share)
     slices = parameter_slices(graph, removed)
     replace_tensors(captured, {name: slices.get(name, {}) for name in named_tensors(captured)})
     captured.recompile()
@@ -51,11 +54,10 @@ def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Mod
 
 def replace_tensors(module: nn.Module, slices: Mapping[str, Mapping[int, IntArray]]) -> None:
     """Put a sliced copy in the place of every tensor named in `slices`; what is shared stays shared."""
-    copies = {
-        id(tensor): slice_tensor(tensor, slices[name])
-        for name, tensor in named_tensors(module).items()
-        if name in slices
-    }
+    named = [(name, tensor) for name, tensor in named_tensors(module).items() if name in slices]
+    # A graph knows a shared tensor by one of its names; the others have no slices and must not win.
+    named.sort(key=lambda item: bool(slices[item[0]]))
+    copies = {id(tensor): slice_tensor(tensor, slices[name]) for name, tensor in named}
     for part in module.modules():
         for owned in (part._parameters, part._buffers):
             owned.update({name: copies[id(t)] for name, t in owned.items() if id(t) in copies})  # type: ignore[misc]
@@ -134,6 +136,25 @@ def _tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in tensors:
         raise RecordError(f"the model has no parameter '{name}'; the graph was traced from another model")
     return tensors[name]
+
+
+def _kept_shares(graph: Graph, removed: Mapping[str, IntArray]) -> dict[str, float]:
+    """Node of a mean -> share of the positions that it is left with."""
+    all_positions: dict[str, int] = defaultdict(int)
+    gone: dict[str, int] = defaultdict(int)
+    for group in graph.groups:
+        for constant in group.constants:
+            if not constant.argument:
+                all_positions[constant.node] += int(constant.count.sum())
+                gone[constant.node] += int(constant.count[removed.get(group.name, [])].sum())
+    return {name: 1 - fall / all_positions[name] for name, fall in gone.items() if fall}
+
+
+def _scale(graph: fx.Graph, node: fx.Node, factor: float) -> None:
+    with graph.inserting_after(node):
+        scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+    scaled.meta = dict(node.meta)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
 def _lower(node: fx.Node, constant: Constant, removed: IntArray) -> None:

@@ -40,8 +40,8 @@ class Value:
     """A tensor in the graph.
 
     axes: channel ids per axis. parameter: its state-dict key, or None.
-    masked: True where a removed unit's entries are zero in the masked model: parameters, and what
-        only moves their entries about. fixed_because: why the axes without ids are fixed.
+    masked: True where a removed unit's entries are zero in the masked model, along every axis with ids:
+        parameters, and what a rule says keeps their zeros. fixed_because: why the axes without ids are fixed.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +57,8 @@ class Call:
 
     arguments: by schema name; tensors as `Value`, run-time integers as `Symbolic`. places: schema
     name -> position in the node's arguments. out_shapes: one per output tensor.
+    option: which of several axes that could keep a unit each is to, counted from the most likely one.
+    choices: set by the rule where there are several: the ids, and how many axes.
     """
 
     node: str
@@ -65,10 +67,12 @@ class Call:
     places: Mapping[str, int]
     out_shapes: Sequence[tuple[int, ...]]
     units: Units
+    option: int = 0
+    choices: tuple[IntArray, int] | None = None
     lowered: list[tuple[tuple[int, ...], IntArray]] = field(default_factory=list)
     consumed: list[tuple[str, int]] = field(default_factory=list)
     masked: bool = False
-    """Set by a rule that only moves entries: the output is `masked` as its input is."""
+    """Set by a rule: removed entries of the output are zero too."""
 
     def value(self, name: str) -> Value:
         """A tensor argument. raises: NoRule where it is absent or no tensor."""
@@ -135,14 +139,37 @@ class Call:
             return
         self.lowered.append(((self.places[argument], *item), ids))
 
+    def rescale(self, ids: Axis) -> None:
+        """Say that the output is a mean over `ids`, whose removed positions count as zeros."""
+        if ids is not None:
+            self.lowered.append(((), ids))
+
     def contract(self, axis: Axis, because: str, weight: Value, weight_axis: int) -> None:
         """Say that an axis is summed against an axis of a weight whose masked entries are zero."""
         if not weight.masked:
-            self.freeze(axis, "is multiplied with a computed weight")
-            self.freeze(weight.axes[weight_axis], "is multiplied with a computed weight")
+            self.freeze(axis, "is multiplied and summed")
+            self.freeze(weight.axes[weight_axis], "is multiplied and summed")
         self.tie(axis, weight.axes[weight_axis], because)
         if weight.parameter is not None:
             self.consumed.append((weight.parameter, weight_axis))
+
+    def contract_any(self, left: Value, left_axis: int, right: Value, right_axis: int) -> None:
+        """Say that two axes are summed against each other, where either tensor may be the one with zeros."""
+        if right.masked or not left.masked:
+            self.contract(left.axes[left_axis], left.fixed_because, right, right_axis)
+        else:
+            self.contract(right.axes[right_axis], right.fixed_because, left, left_axis)
+
+    def product_masked(self, axes: Axes, *factors: tuple[Value, Axes]) -> bool:
+        """Whether a product is zero where a unit is removed: along every axis with ids some factor is.
+
+        factors: each with its axes in the order of the product's, aligned at the last.
+        """
+        return all(
+            any(value.masked and len(own) >= back and own[-back] is not None for value, own in factors)
+            for back in range(1, len(axes) + 1)
+            if axes[-back] is not None
+        )
 
     def tie_parts(self, ids: Axis, parts: int) -> Axis:
         """Tie the same positions of `parts` equal parts, and return the ids of the first part."""

@@ -1,4 +1,4 @@
-"""Attention: whole heads are channels; what is summed within a head is not."""
+"""Attention: whole heads are channels, and so are what queries and keys, or values, have within a head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from edgeprune.ops import Axes, Call, Rule, Value
 def attention(call: Call) -> Axes:
     """softmax(query key^T) value over (..., heads, tokens, depth); heads pass, and so does the values' depth."""
     query, key, value = call.value("query"), call.value("key"), call.value("value")
-    for tensor, axis in ((query, -1), (key, -1), (query, -2), (key, -2), (value, -2)):
-        call.freeze(tensor.axes[axis], "is summed in attention")
+    if call.plain("scale") is None:  # follows the depth
+        call.freeze(query.axes[-1], "is summed in attention")
+    call.contract_any(query, len(query.shape) - 1, key, len(key.shape) - 1)
+    for tensor in (query, key, value):
+        call.freeze(tensor.axes[-2], "is summed in attention")
     batch = list(query.axes[:-2])
     sources: list[Value] = [key, value]
     if (mask := call.optional("attn_mask")) is not None:
@@ -22,7 +25,9 @@ def attention(call: Call) -> Axes:
             else:
                 call.freeze(source.axes[-back], "is shared between heads")
                 call.freeze(query.axes[-back], "is shared between heads")
-    return (*batch, None, value.axes[-1])
+    axes = (*batch, None, value.axes[-1])
+    call.masked = call.product_masked(axes, (value, value.axes))
+    return axes
 
 
 RULES: dict[str, Rule] = {"scaled_dot_product_attention": attention}

@@ -34,6 +34,7 @@ def stack(call: Call) -> Axes:
     for part in parts[1:]:
         axes = [call.tie(a, b) for a, b in zip(axes, part.axes, strict=True)]
     axes.insert(dim, None)
+    call.masked = all(part.masked for part in parts)
     return tuple(axes)
 
 
@@ -115,12 +116,14 @@ def unbind(call: Call) -> list[Axes]:
     x = call.value("self")
     dim = call.plain("dim", 0) % len(x.shape)
     call.freeze(x.axes[dim], "is unbound")
+    call.masked = x.masked
     return [(*x.axes[:dim], *x.axes[dim + 1 :])] * len(call.out_shapes)
 
 
 def glu(call: Call) -> Axes:
     """First half times sigmoid of the second half: the halves go together."""
     x = call.value("self")
+    call.masked = x.masked
     dim = call.plain("dim", -1) % len(x.shape)
     return (*x.axes[:dim], call.tie_parts(x.axes[dim], 2), *x.axes[dim + 1 :])
 

@@ -27,7 +27,7 @@ def _convolve(call: Call, out_axis: int) -> Axes:
         call.freeze(space, "is a kernel's spatial axis")  # of a weight that is computed or used elsewhere
     channels = x.axes[channel]
     if groups == 1:
-        call.contract(channels, x.fixed_because, weight, 1 - out_axis)
+        call.contract_any(x, channel, weight, 1 - out_axis)
         out = weight.axes[out_axis]
     elif groups == x.shape[channel]:
         call.lower("groups", channels)
@@ -36,6 +36,8 @@ def _convolve(call: Call, out_axis: int) -> Axes:
         out = _grouped(call, x, channels, weight, out_axis, groups)
     if bias is not None:
         out = call.tie(out, bias.axes[0])
+    batched = any(axis is not None for axis in x.axes[:channel])
+    call.masked = weight.masked and (bias is None or bias.masked) and not batched
     return (*x.axes[:channel], out, *[None] * (len(x.shape) - channel - 1))
 
 

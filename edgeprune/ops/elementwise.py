@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeprune.ops import Axes, Axis, Call, NoRule, Rule
+from edgeprune.ops import Axes, Axis, Call, NoRule, Rule, Value
 
 UNARY = set(
     """
@@ -23,8 +23,16 @@ BROADCAST = set(
     __and__ __or__ addcmul addcdiv lerp copy masked_fill xlogy hypot
     """.split()  # noqa: SIM905
 )
-# What is zero stays zero, so that a weight computed by these is masked as its parameter is.
-KEEPS_ZEROS = frozenset({"alias", "clone", "contiguous", "detach", "to", "_to_copy", "neg", "mul"})
+# f(0) = 0, so that what is computed by these is masked as its argument is; those of the second line by their bounds.
+KEEPS_ZEROS = set(
+    """
+    hardtanh clamp clamp_max clamp_min clip
+    abs alias asin asinh atan ceil celu clone contiguous detach dropout elu erf expm1 feature_dropout floor frac gelu
+    hardshrink hardswish leaky_relu log1p mish nan_to_num neg positive relu relu6 round selu sgn sign silu sin sinh
+    softshrink softsign sqrt square tan tanh to _to_copy _to_dtype trunc type_as float half double zeros_like
+    """.split()  # noqa: SIM905
+)
+SUMS = {"add", "sub", "subtract", "maximum", "minimum"}
 
 
 def elementwise(call: Call) -> Axes:
@@ -32,7 +40,6 @@ def elementwise(call: Call) -> Axes:
     rank, values = len(call.out_shape), call.values()
     if np.broadcast_shapes(*(v.shape for v in values)) != call.out_shape:
         raise NoRule("the output has another shape than its inputs together")
-    call.masked = call.op in KEEPS_ZEROS and all(v.masked for v in values)
     axes: list[Axis] = []
     for back in range(rank, 0, -1):
         meeting = [v for v in values if len(v.shape) >= back and v.shape[-back] == call.out_shape[-back]]
@@ -41,12 +48,34 @@ def elementwise(call: Call) -> Axes:
             fixed = meeting[0] if axis is None else other
             axis = call.tie(axis, other.axes[-back], fixed.fixed_because)
         axes.append(axis)
+    call.masked = _masked(call, tuple(axes))
     return tuple(axes)
+
+
+def _masked(call: Call, axes: Axes) -> bool:
+    """Whether zeros of removed channels stay zeros."""
+    values = call.values()
+    if call.op in KEEPS_ZEROS:
+        low = max((call.plain(name) or 0 for name in ("min", "min_val")), default=0)
+        high = min((call.plain(name) or 0 for name in ("max", "max_val")), default=0)
+        return values[0].masked and len(values) == 1 and low <= 0 <= high
+    if call.op in ("mul", "multiply"):
+        return call.product_masked(axes, *((value, value.axes) for value in values))
+    if call.op in SUMS:
+        both = isinstance(call.plain("self"), Value) and isinstance(call.plain("other"), Value)
+        return both and all(call.product_masked(axes, (value, value.axes)) for value in values)
+    if call.op in ("div", "divide", "true_divide") and isinstance(call.plain("self"), Value):
+        # A divisor with zeros of its own would make them undefined.
+        return call.product_masked(axes, (values[0], values[0].axes)) and not any(v.masked for v in values[1:])
+    if call.op == "pow" and isinstance(power := call.plain("exponent"), int | float):
+        return power > 0 and values[0].masked
+    return False
 
 
 def prelu(call: Call) -> Axes:
     """A slope per channel (axis 1), or one for all."""
     x, weight = call.value("self"), call.value("weight")
+    call.masked = x.masked
     if weight.shape and weight.shape[0] > 1:
         return (x.axes[0], call.tie(x.axes[1], weight.axes[0], x.fixed_because), *x.axes[2:])
     return x.axes

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.ops import Axes, Axis, Call, Rule
 
 
 def per_channel(call: Call) -> Axes:
-    """Batch and instance norm: each channel by itself, so a removed one takes its parameters along."""
+    """Batch and instance norm: each channel by itself, so a removed one takes its parameters along.
+
+    A weight that is standardised by it at run time has its inputs' axis among those that are normalised over.
+    """
     x = call.value("input")
     axis = x.axes[1]
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -15,6 +20,10 @@ def per_channel(call: Call) -> Axes:
     if call.op == "instance_norm":
         for space in x.axes[2:]:
             call.freeze(space, "is normalised over")
+    elif call.plain("training"):  # of a weight, to standardise it
+        for space in (x.axes[0], *x.axes[2:]):
+            call.mark_inexact(space, "is normalised over")
+    call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
 
 
@@ -30,6 +39,7 @@ def over_channels(call: Call) -> Axes:
         call.mark_inexact(axis, f"{call.op} takes statistics over its channels")
         call.lower("normalized_shape", axis, item)
         axes[first + item] = axis
+    call.masked = len(shape) == 1 and _masked(call, axes[:first])
     return tuple(axes)
 
 
@@ -43,7 +53,15 @@ def group_norm(call: Call) -> Axes:
     for space in x.axes[2:]:
         call.freeze(space, "is normalised over")
     call.lower("num_groups", call.tie_blocks(axis, call.plain("num_groups")))
+    call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
+
+
+def _masked(call: Call, others: Sequence[Axis]) -> bool:
+    """Whether a removed channel comes out as zero, its scale and its shift being zero; `others`: not the channels."""
+    weight, bias = call.optional("weight"), call.optional("bias")
+    scaled = weight is not None and weight.masked and (bias is None or bias.masked)
+    return scaled and all(axis is None for axis in others)
 
 
 RULES: dict[str, Rule] = {

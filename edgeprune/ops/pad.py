@@ -13,6 +13,7 @@ def pad(call: Call) -> Axes:
     if not all(isinstance(amount, int) for amount in amounts):
         raise NoRule("pad amounts computed at run time")
     constant = call.op == "constant_pad_nd" or call.plain("mode", "constant") == "constant"
+    call.masked = x.masked and (not constant or not call.plain("value"))
     axes: list[Axis] = list(x.axes)
     for pair in range(len(amounts) // 2):
         before, after = amounts[2 * pair : 2 * pair + 2]
@@ -34,6 +35,7 @@ def pad(call: Call) -> Axes:
 def create(call: Call) -> Axes:
     """A tensor of one value: all its channels can be asked for or not."""
     axes: list[Axis] = []
+    call.masked = call.op in ("zeros", "new_zeros")
     for item, size in enumerate(call.plain("size", [])):
         axis = call.units.fresh(size) if isinstance(size, int) and size > 1 else None
         call.lower("size", axis, item)

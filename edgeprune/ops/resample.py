@@ -8,6 +8,7 @@ from edgeprune.ops import Axes, Call, Rule
 def upsample(call: Call) -> Axes:
     """(N, C, *space) -> (N, C, *other space)."""
     x = call.value("input" if "input" in call.arguments else "self")
+    call.masked = x.masked
     for space in x.axes[2:]:
         call.freeze(space, "is resampled")
     return (x.axes[0], x.axes[1], *[None] * (len(x.shape) - 2))

@@ -29,6 +29,12 @@ def view(call: Call) -> Axes:
     return tuple(out)
 
 
+def view_as(call: Call) -> Axes:
+    """As `view`, to the shape of `other`, whose axes it must keep following."""
+    axes, other = view(call), call.value("other")
+    return tuple(call.tie(a, b) for a, b in zip(axes, other.axes, strict=True))
+
+
 def factorise(inner: tuple[int, ...], outer: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
     """Pairs of runs of axes of equal product, as short as they can be; axes of one position are left out.
 
@@ -52,18 +58,20 @@ def factorise(inner: tuple[int, ...], outer: tuple[int, ...]) -> Iterator[tuple[
 
 
 def _merge(call: Call, x: Value, axes: list[int]) -> Axis:
-    """Ids of the flattened axes: those of the one axis that has any, repeated along the others."""
+    """Ids of the flattened axes: those of one axis that has any, repeated along the others."""
     carrying = [a for a in axes if x.axes[a] is not None]
     if not carrying:
         return None
-    if len(carrying) > 1:
-        for axis in carrying:
+    carrier = carrying[min(call.option, len(carrying) - 1)]
+    for axis in carrying:
+        if axis != carrier:
             call.freeze(x.axes[axis], "is merged with another pruned axis")
-        return None
     shape = [1] * len(axes)
-    shape[axes.index(carrying[0])] = -1
-    ids = x.axes[carrying[0]]
+    shape[axes.index(carrier)] = -1
+    ids = x.axes[carrier]
     assert ids is not None
+    if len(carrying) > 1:
+        call.choices = (ids, len(carrying))
     return np.broadcast_to(ids.reshape(shape), [x.shape[a] for a in axes]).ravel()
 
 
@@ -77,11 +85,15 @@ def _split(call: Call, ids: Axis, sizes: list[int], axes: list[int]) -> list[Axi
         call.freeze(ids, "is one unit that a view splits")
         return [None] * len(sizes)
     # The largest part leaves most units. Only in channels-last tensors, split into attention heads, is
-    # the innermost part summed head by head, so there the part before it can be removed.
-    if axes[-1] == len(call.out_shape) - 1 and len(varying) > 1:
-        carrier = varying[-2]
-    else:
-        carrier = max(varying, key=lambda axis: (sizes[axis], axis))
+    # the innermost part summed head by head, so there the part before it can be removed; a single head
+    # shows as an axis of one position between them.
+    order = sorted(varying, key=lambda axis: (sizes[axis], axis), reverse=True)
+    if axes[-1] == len(call.out_shape) - 1 and len(varying) > 1 and axes[-1] - axes[-2] == 1:
+        order.remove(heads := varying[-2])
+        order.insert(0, heads)
+    if len(order) > 1:
+        call.choices = (ids, len(order))
+    carrier = order[min(call.option, len(order) - 1)]
     first = roots
     for axis in range(len(sizes)):
         if axis != carrier:
@@ -93,6 +105,7 @@ def _split(call: Call, ids: Axis, sizes: list[int], axes: list[int]) -> list[Axi
 def same(call: Call) -> Axes:
     """The shape stays; used for what only moves along fixed axes."""
     x = call.value("self")
+    call.masked = x.masked
     dims = call.plain("dims", [])
     for dim in dims if isinstance(dims, list) else [dims]:
         call.freeze(x.axes[dim], "is reordered")
@@ -161,6 +174,7 @@ def expand_as(call: Call) -> Axes:
 def repeat(call: Call) -> Axes:
     """The whole tensor several times along each axis."""
     x, times = call.value("self"), call.plain("repeats")
+    call.masked = x.masked
     new = len(times) - len(x.shape)
     if not all(isinstance(t, int) or x.axes[a - new] is None for a, t in enumerate(times) if a >= new):
         raise NoRule("repeats computed at run time")
@@ -171,6 +185,7 @@ def repeat(call: Call) -> Axes:
 def repeat_interleave(call: Call) -> Axes:
     """Each position several times in place."""
     x, times, dim = call.value("self"), call.plain("repeats"), call.plain("dim")
+    call.masked = x.masked
     if not isinstance(times, int) or dim is None:
         raise NoRule("repeats that differ")
     dim %= len(x.shape)
@@ -180,6 +195,7 @@ def repeat_interleave(call: Call) -> Axes:
 def pixel_shuffle(call: Call) -> Axes:
     """(..., C r r, H, W) -> (..., C, H r, W r): the r r channels of one output go together."""
     x, factor = call.value("self"), call.plain("upscale_factor")
+    call.masked = x.masked
     for space in x.axes[-2:]:
         call.freeze(space, "is shuffled into space")
     return (*x.axes[:-3], call.tie_blocks(x.axes[-3], x.shape[-3] // factor**2), None, None)
@@ -188,6 +204,7 @@ def pixel_shuffle(call: Call) -> Axes:
 def pixel_unshuffle(call: Call) -> Axes:
     """(..., C, H r, W r) -> (..., C r r, H, W)."""
     x, factor = call.value("self"), call.plain("downscale_factor")
+    call.masked = x.masked
     for space in x.axes[-2:]:
         call.freeze(space, "is shuffled into channels")
     return (*x.axes[:-3], repeated(x.axes[-3], factor**2), None, None)
@@ -196,12 +213,14 @@ def pixel_unshuffle(call: Call) -> Axes:
 def channel_shuffle(call: Call) -> Axes:
     """(N, g c, ...) -> channels in the order of (c, g): the same positions of all groups go together."""
     x, groups = call.value("self"), call.plain("groups")
+    call.masked = x.masked
     return (x.axes[0], repeated(call.tie_parts(x.axes[1], groups), groups), *x.axes[2:])
 
 
 RULES: dict[str, Rule] = dict.fromkeys(
     ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "ravel"), view
 )
+RULES |= dict.fromkeys(("view_as", "reshape_as"), view_as)
 RULES |= dict.fromkeys(("roll", "flip"), same)
 RULES |= dict.fromkeys(("transpose", "t", "swapaxes", "swapdims", "numpy_T"), transpose)
 RULES |= {

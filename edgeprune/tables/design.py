@@ -96,7 +96,7 @@ def _widths(graph: Graph, groups: tuple[Group, ...], shares: FloatArray, multipl
         coarse = multiple
         while (step := int(np.lcm(group.step, coarse))) >= group.units and coarse > 1:
             coarse //= 2
-        width = step * max(round(share * group.units / step), 1)
+        width = step * max(round(share * group.units / step), -(-group.least // step))
         # The full width counts as a multiple of every step.
         widths[group.name] = group.units if width > group.units else width
     return widths

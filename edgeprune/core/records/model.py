@@ -114,7 +114,8 @@ class Member:
 class Constant:
     """A number in the graph that falls when units are removed (view sizes, split sizes, pads, groups).
 
-    node, argument: the place, as a path into the node's arguments: (1, 2) is `args[1][2]`.
+    node, argument: the place, as a path into the node's arguments: (1, 2) is `args[1][2]`. An empty path: the count
+        that the node's mean divides by, which is to stay as it was.
     count: (units,) by how much it falls for each removed unit.
     """
 
@@ -127,7 +128,7 @@ class Constant:
 class Group:
     """Channels that can only be removed together.
 
-    units: how many there are. step: a width must be a multiple of it (or all units).
+    units: how many there are. step: a width must be a multiple of it (or all units). least: fewest to keep.
     frozen_because: why it keeps every unit, or None when it may be pruned.
     inexact_because: why removing units changes more than the removed channels, or None.
     """
@@ -135,10 +136,25 @@ class Group:
     name: str
     units: int
     step: int = 1
+    least: int = 1
     members: tuple[Member, ...] = ()
     constants: tuple[Constant, ...] = ()
     frozen_because: str | None = None
     inexact_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthRules:
+    """What a user says about widths.
+
+    freeze: shell patterns of groups or modules that keep all channels. only: of those that may lose some; empty: all.
+    step: channels of a layer fall by multiples of it. least: channels that are left of a layer.
+    """
+
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    step: int = 1
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

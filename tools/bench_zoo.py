@@ -1,0 +1,321 @@
+"""Which models of torchvision and timm are traced, compacted and exported exactly, and how much of each can be pruned.
+
+Each model is built without weights, its parameters made as training would leave them, and traced. Then random units
+of every prunable group go, in three draws of which the last leaves one unit a group; `error` is the largest
+difference between the smaller model and the dense one with those units masked, relative to the largest output; in
+float64 where float32 comes near the limit.
+The first draw is exported to ONNX and run on the host against the module; `in place` says whether the user's own
+module can be sliced. `MACs` is the share of multiply-adds in prunable groups; what keeps the others is listed below.
+A model has a process and a time limit of its own; results are kept in a JSONL file, where a second call goes on.
+
+    python tools/bench_zoo.py [--quick] [--models PATTERN ...] [--log FILE] [--no-export] [--peer]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from exactness import LIMIT, random_keep, randomise, relative_error
+from zoo import timm_model, torchvision_models
+
+from edgeprune.compact import compact_model
+from edgeprune.core.cost import mac_terms
+from edgeprune.core.describe import prunable_macs
+from edgeprune.core.errors import EdgepruneError
+from edgeprune.core.records import Graph
+from edgeprune.export import export_model
+from edgeprune.graphs.capture import capture
+from edgeprune.graphs.slice import mask_model, slice_captured
+from edgeprune.trace import trace_captured
+
+TIME_LIMIT_S = 240.0
+TORCHVISION = {
+    64: """
+        resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn squeezenet1_0 squeezenet1_1 densenet121 googlenet
+        mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 efficientnet_b0 efficientnet_v2_s
+        shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0 regnet_x_400mf regnet_y_400mf
+        convnext_tiny swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
+        lraspp_mobilenet_v3_large
+    """,
+    96: "alexnet inception_v3",
+    224: "vit_b_32 maxvit_t",
+}
+TIMM = {
+    64: """
+        resnet18d ecaresnet26t resnetv2_18 resnest14d res2net50_14w_8s res2next50 skresnet18 legacy_seresnet18
+        seresnext26d_32x4d ghostnet_050 ghostnetv2_100 repghostnet_050 mobilenetv3_small_050 mobilenetv4_conv_small
+        lcnet_050 tinynet_e mnasnet_050 fbnetc_100 fbnetv3_b spnasnet_100 hardcorenas_a semnasnet_075 mixnet_s
+        efficientnet_lite0 efficientnet_es efficientnetv2_rw_t tf_efficientnetv2_b0 tf_mobilenetv3_small_minimal_100
+        rexnet_100 regnetx_002 regnety_002 regnetz_005 repvgg_a0 mobileone_s0 hgnetv2_b0 dla34 dla46x_c dpn48b
+        hrnet_w18_small densenet121 vgg11 cspdarknet53 cs3darknet_focus_s cspresnet50 darknet53 gernet_s vovnet39a
+        ese_vovnet19b_dw selecsls42 xception41 legacy_xception nf_regnet_b0
+        dm_nfnet_f0 tresnet_m convnext_atto convnextv2_atto convmixer_768_32 inception_next_atto rdnet_tiny
+        starnet_s1 lcnetv2_small fasternet_t0 mambaout_femto repvit_m0_9 poolformer_s12 poolformerv2_s12
+        caformer_s18 convformer_s18 edgenext_xx_small efficientvit_b0 pvt_v2_b0
+    """,
+    128: """
+        inception_v4 inception_resnet_v2 shvit_s1 mobilevit_xxs mobilevitv2_050 fastvit_t8 efficientvim_m1
+        focalnet_tiny_srf
+    """,
+    224: """
+        efficientformer_l1 efficientformerv2_s0 efficientvit_m0 swiftformer_xs tiny_vit_5m_224 levit_128s
+        deit_tiny_patch16_224 cait_xxs24_224 coat_lite_tiny xcit_nano_12_p16_224 pit_ti_224 mixer_s32_224 resmlp_12_224
+        gmlp_ti16_224 convit_tiny visformer_tiny twins_svt_small swin_s3_tiny_224 nest_tiny gcvit_xxtiny
+        coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256 beit_base_patch16_224 vit_relpos_small_patch16_224
+        eva02_tiny_patch14_224 davit_tiny tnt_s_patch16_224 crossvit_tiny_240 mvitv2_tiny sequencer2d_s hiera_tiny_224
+        volo_d1_224 nextvit_small botnet26t_256 halonet26t lambda_resnet26t
+    """,
+}
+OWN_SIZE = {"maxvit_rmlp_pico_rw_256": 256, "crossvit_tiny_240": 240, "botnet26t_256": 256, "halonet26t": 256}
+OWN_SIZE |= {"lambda_resnet26t": 256, "swiftformer_xs": 224}
+Entry = tuple[Callable[[], nn.Module], tuple[int, ...]]
+
+
+def zoo() -> dict[str, Entry]:
+    """Name -> (builder, shape of the input)."""
+    entries: dict[str, Entry] = {}
+    for size, names in TORCHVISION.items():
+        for name in names.split():
+            entries[f"torchvision/{name}"] = (lambda name=name: build_torchvision(name)), (1, 3, size, size)
+    for size, names in TIMM.items():
+        for name in names.split():
+            own = OWN_SIZE.get(name, size)
+            entries[f"timm/{name}"] = (lambda name=name: timm_model(name)), (1, 3, own, own)
+    return entries
+
+
+def build_torchvision(name: str) -> nn.Module:
+    """A torchvision model without weights, neither its own nor its backbone's."""
+    options: dict[str, Any] = {"weights": None}
+    if name.startswith(("deeplabv3", "fcn", "lraspp")):
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    model = torchvision_models().get_model(name, **options)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
+    """Every tensor that the module returns."""
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(module(images)) if isinstance(leaf, Tensor)]
+
+
+def difference(ours: list[Tensor], reference: list[Tensor]) -> float:
+    """Largest relative error over all outputs; infinite where one is not a number."""
+    errors = [relative_error(a, b) for a, b in zip(ours, reference, strict=True)]
+    return max(error if np.isfinite(error) else float("inf") for error in errors)
+
+
+def examine(name: str, export: bool, peer: bool) -> dict[str, Any]:
+    """One row of the table."""
+    build, shape = zoo()[name]
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"model": name, "stage": "build"}
+    try:
+        module = randomise(build())
+        images = torch.randn(2, *shape[1:])
+        row |= {"stage": "trace", "parameters": sum(p.numel() for p in module.parameters())}
+        dense = outputs(module, images)
+        started = time.perf_counter()
+        captured = capture(module, (images[:1],))
+        graph = trace_captured(captured)
+        row["trace_s"] = time.perf_counter() - started
+        row |= {"stage": "compact", "groups": len(graph.prunable), "macs": prunable_macs(graph)}
+        row |= {"kept": kept_macs(graph), "unsupported": dict(Counter(op for op, _ in graph.unsupported))}
+        rng = np.random.default_rng(0)
+        draws = [random_keep(graph, rng), random_keep(graph, rng, 0.0)]
+        draws.append({group.name: np.array([rng.integers(group.units)]) for group in graph.prunable})
+        row["errors"], row["changes"] = [], []
+        for number, keep in enumerate(draws):
+            started = time.perf_counter()
+            compact = slice_captured(copy.deepcopy(captured), graph, keep).eval()
+            row["compact_s"] = time.perf_counter() - started
+            masked = mask_model(module, graph, keep)
+            expected = outputs(masked, images)
+            row["changes"].append(difference(dense, expected))
+            error = difference(outputs(compact, images), expected)
+            if error > LIMIT / 10:  # rounding, or more?
+                wide = copy.deepcopy(compact).double(), masked.double()
+                error = difference(*(outputs(each, images.double()) for each in wide))
+            row["errors"].append(error)
+            if not number:
+                first = compact
+        if export:
+            row["stage"] = "export"
+            with tempfile.TemporaryDirectory() as folder:
+                export_model(first, (images[:1],), Path(folder) / "model.onnx", graph=graph)
+            row |= {"stage": "in place", "onnx": True}
+            row["in_place"] = sliced_in_place(module, images, graph, draws[0])
+        row["stage"] = "done"
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        row["trace"] = traceback.format_exc().splitlines()[-12:]
+    if peer:
+        row["peer"] = examine_peer(build, shape)
+    return row
+
+
+def sliced_in_place(module: nn.Module, images: Tensor, graph: Graph, keep: Any) -> bool:
+    """Whether the module's own code runs on its sliced layers."""
+    try:
+        compact_model(module, (images[:1],), graph, keep, in_place=True)
+    except EdgepruneError:
+        return False
+    return True
+
+
+def kept_macs(graph: Graph) -> dict[str, float]:
+    """Share of the multiply-adds that no prunable group shrinks, by the reason that keeps them."""
+    prunable = {group.name for group in graph.prunable}
+    reasons = {group.name: group.frozen_because or "" for group in graph.groups}
+    units, kept, total = graph.units, Counter[str](), 0.0
+    for node, polynomial in mac_terms(graph).items():
+        for names, coefficient in polynomial.items():
+            macs = coefficient * float(np.prod([units[name] for name in names]))
+            total += macs
+            if not prunable & set(names):
+                why = {reasons[name].rpartition(" at '")[0] or reasons[name] for name in names}
+                kept[" | ".join(sorted(why)) or f"no channels at '{node}'"] += macs
+    return {why: share / total for why, share in kept.most_common(6) if total}
+
+
+def examine_peer(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Torch-Pruning on the same model: half of every layer by magnitude; does the model still run?"""
+    import torch_pruning
+
+    images = torch.randn(shape)
+    try:
+        module = build().eval()
+        started = time.perf_counter()
+        heads = [part for part in module.modules() if isinstance(part, nn.Linear)][-1:]
+        importance = torch_pruning.importance.MagnitudeImportance(p=2)
+        options: dict[str, Any] = {"importance": importance, "pruning_ratio": 0.5, "ignored_layers": heads}
+        torch_pruning.pruner.MetaPruner(module, images, **options).step()
+        seconds = time.perf_counter() - started
+        outputs(module, images)
+    except Exception as error:
+        return {"runs": False, "error": f"{type(error).__name__}: {str(error).strip()[:120]}"}
+    return {"runs": True, "seconds": seconds}
+
+
+def run_all(names: list[str], log: Path, export: bool, peer: bool, limit_s: float) -> Iterator[dict[str, Any]]:
+    """Rows as they come, those in the log first."""
+    known = {row["model"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    torchvision_models()
+    context = multiprocessing.get_context("fork")  # the libraries are imported once
+    for name in names:
+        if name not in known:
+            receiving, sending = context.Pipe(duplex=False)
+            send = lambda: sending.send(examine(name, export, peer))  # noqa: B023, E731
+            process = context.Process(target=send, daemon=True)  # ends with this one
+            process.start()
+            sending.close()
+            try:
+                row = receiving.recv() if receiving.poll(limit_s) else {"error": f"took more than {limit_s:.0f} s"}
+            except EOFError:
+                row = {"error": "the process died"}
+            process.kill()
+            process.join()
+            known[name] = {"model": name, **row}
+            with log.open("a") as file:
+                file.write(json.dumps(known[name]) + "\n")
+        yield known[name]
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """exact, frozen (nothing can be pruned), wrong, or what failed."""
+    if "error" in row:
+        return f"{row.get('stage', 'process')}: {row['error']}"
+    if max(row["errors"]) >= LIMIT:
+        return "WRONG"
+    return "exact" if row["groups"] else "frozen"
+
+
+def main() -> None:
+    """Print the table, what keeps multiply-adds, and the result line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every fourth model, without export")
+    parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, such as timm/*vit*")
+    parser.add_argument("--log", type=Path, help="where rows are kept; those in it are not made again")
+    parser.add_argument("--no-export", action="store_true", help="trace and compact only")
+    parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
+    parser.add_argument("--limit", type=float, default=TIME_LIMIT_S, help="seconds a model may take")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; a second call with the same --log goes on"))
+    names = [name for name in zoo() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
+    names = names[::4] if options.quick else names
+    export = not (options.quick or options.no_export)
+    print(f"{'model':44s} groups   MACs     error  trace s  cut s  ONNX  in place  peer  verdict")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = options.log or Path(folder) / "zoo.jsonl"
+        for row in run_all(names, log, export, options.peer, options.limit):
+            rows.append(row)
+            print(describe(row), flush=True)
+    reasons = Counter[str]()
+    for row in rows:
+        reasons.update(row.get("kept", {}))
+    print("\nwhat keeps multiply-adds, summed over the models (1 = all of one model)")
+    for why, share in reasons.most_common(25):
+        print(f"{share:7.2f}  {why}")
+    print("\noperators without a rule:", dict(sum((Counter(r.get("unsupported", {})) for r in rows), Counter())))
+    print("RESULT " + json.dumps({"aims": aims(rows)}))
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    error = max(row["errors"], default=0.0) if row.get("errors") else None
+    peer = row.get("peer")
+    cells = (
+        f"{row['model']:44s}",
+        f"{row.get('groups', '-')!s:>6}",
+        f"{row['macs']:6.1%}" if "macs" in row else f"{'-':>6}",
+        f"{error:9.1e}" if error is not None else f"{'-':>9}",
+        f"{row['trace_s']:8.1f}" if "trace_s" in row else f"{'-':>8}",
+        f"{row['compact_s']:6.1f}" if "compact_s" in row else f"{'-':>6}",
+        f"{'yes' if row.get('onnx') else '-':>5}",
+        f"{ {True: 'yes', False: 'no'}.get(row.get('in_place'), '-'):>9}",  # type: ignore[call-overload]
+        f"{'-' if peer is None else 'yes' if peer['runs'] else 'no':>5}",
+        f" {verdict(row)}",
+    )
+    return " ".join(cells)
+
+
+def aims(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of the models, against what they should be."""
+    found: dict[str, Any] = {}
+    for library, aim in (("torchvision", 1.0), ("timm", 0.95)):
+        verdicts = [verdict(row) for row in rows if row["model"].startswith(library)]
+        if verdicts:
+            share = verdicts.count("exact") / len(verdicts)
+            found[f"{library}_exact"] = {"value": share, "aim": f">= {aim:g}", "met": share >= aim}
+    wrong = sum(verdict(row) == "WRONG" for row in rows)
+    found["wrong"] = {"value": wrong, "aim": "== 0", "met": not wrong}
+    return found
+
+
+if __name__ == "__main__":
+    main()
