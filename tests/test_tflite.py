@@ -244,6 +244,7 @@ SHARED = ("resnet", "mobilenet_v2", "shufflenet", "densenet", "option_a", "squee
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{name: MODELS[name] for name in SHARED},
     "mobilenet_v3": (_mobilenet_v3, 32),
+    "mobilenet_v3_small": (lambda: torchvision_models().mobilenet_v3_small(num_classes=10), 32),
 }
 TRANSPOSED = {"squeeze_excite", "shufflenet"}
 """The one's head reads every position of an image in the module's order, the other shuffles channels."""
