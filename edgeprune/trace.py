@@ -188,7 +188,8 @@ def _node(node: fx.Node, found: Propagation, partition: Partition, batch: int) -
     shape = () if isinstance(value, tuple) else concrete(node.meta["val"].shape, batch)
     axes = () if isinstance(value, tuple) else value.axes
     sources = node.all_input_nodes
-    parameters = [found.values[s.name].parameter for s in sources if s.op == "get_attr"]  # type: ignore[union-attr]
+    read = [found.values.get(s.name) for s in sources if s.op == "get_attr"]
+    parameters = [value.parameter for value in read if isinstance(value, Value)]
     return Node(
         name=node.name,
         path=module_path(node),

@@ -200,6 +200,32 @@ def test_a_size_that_is_computed_freezes() -> None:
     assert set(call.units.frozen()) == {0}
 
 
+def test_a_branch_that_the_data_decides_freezes_what_it_reads() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.mean() > 0, lambda y: y.relu(), lambda y: y.sin(), (x,))
+
+    module = randomise(Chain(8, nn.Sequential(Branching(), nn.Conv2d(8, 8, 1)), 8))
+    graph = trace_graph(module, (IMAGES,))
+    assert {op for op, _ in graph.unsupported} == {"cond"}
+    assert {group.name for group in graph.prunable} == {"middle.1"}
+    keep = {"middle.1": np.array([0, 5])}
+    with torch.no_grad():
+        ours = slice_model(module, (IMAGES,), graph, keep).eval()(IMAGES)
+        assert relative_error(ours, mask_model(module, graph, keep)(IMAGES)) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "bounds", [(-1.0, 6.0), (None, 0.0), (0.5, 6.0), (-2.0, -1.0), (torch.zeros(8, 1, 1), None)], ids=str
+)
+def test_a_clamp_keeps_zeros_where_its_bounds_hold_zero(bounds: tuple[float | None, float | None]) -> None:
+    module = randomise(Chain(8, Custom(lambda x: x * x.clamp(*bounds).sum(1, keepdim=True)), 8))
+    (stem,) = (group for group in trace_graph(module, (IMAGES,)).groups if group.name == "stem")
+    low, high = bounds
+    keeps = not isinstance(low, Tensor) and (low or 0) <= 0 <= (high or 0)
+    assert (stem.frozen_because is None) == keeps
+
+
 def test_axes_of_unlike_length_have_no_rule() -> None:
     call = _call()
     with pytest.raises(NoRule):

@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "squeezenet1_0": (_zoo("squeezenet1_0"), 64, 25),
     "squeezenet1_1": (_zoo("squeezenet1_1"), 64, 25),
     "densenet": (_densenet, 32, 20),
-    "googlenet": (_zoo("googlenet", init_weights=False), 64, 60),
+    "googlenet": (_zoo("googlenet", init_weights=False), 64, 57),
     "inception_v3": (_zoo("inception_v3", init_weights=False), 80, 90),
     "mobilenet_v2": (_zoo("mobilenet_v2"), 64, 25),
     "mobilenet_v3_small": (_zoo("mobilenet_v3_small"), 64, 27),

@@ -268,7 +268,7 @@ def structure_sha256(captured: fx.GraphModule) -> str:
     for node in captured.graph.nodes:
         line = [node.op, node.name, operator_name(node) if node.op == "call_function" else str(node.target)]
         if node.op == "get_attr":
-            line.append(str(tuple(operator.attrgetter(str(node.target))(captured).shape)))
+            line.append(str(tuple(getattr(_attribute(captured, node), "shape", ()))))
         elif node.op == "placeholder":
             # The first axis is the batch; its symbol's name changes from run to run.
             line.append(str([size if isinstance(size, int) else "batch" for size in node.meta["val"].shape]))

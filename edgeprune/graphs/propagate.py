@@ -91,6 +91,7 @@ def _follow_all(captured: fx.GraphModule, batch: int, options: Mapping[str, int]
                 names = [other for other, same in attributes.items() if same is tensor]
                 found.parameters[key] = _parameter(found.units, key, tensor, _kernel_axes(names))
             found.values[node.name] = found.parameters[key]
+            found.memory[node.name] = key
         elif node.op == "call_function":
             _follow(found, rules, node, options.get(node.name, 0))
         elif node.op == "output":

@@ -56,9 +56,10 @@ def _masked(call: Call, axes: Axes) -> bool:
     """Whether zeros of removed channels stay zeros."""
     values = call.values()
     if call.op in KEEPS_ZEROS:
-        low = max((call.plain(name) or 0 for name in ("min", "min_val")), default=0)
-        high = min((call.plain(name) or 0 for name in ("max", "max_val")), default=0)
-        return values[0].masked and len(values) == 1 and low <= 0 <= high
+        lows = [call.plain(name) for name in ("min", "min_val")]
+        highs = [call.plain(name) for name in ("max", "max_val")]
+        known = all(bound is None or isinstance(bound, int | float) for bound in lows + highs)
+        return values[0].masked and known and all((b or 0) <= 0 for b in lows) and all((b or 0) >= 0 for b in highs)
     if call.op in ("mul", "multiply"):
         return call.product_masked(axes, *((value, value.axes) for value in values))
     if call.op in SUMS:
