@@ -13,12 +13,16 @@ import onnxruntime
 import pytest
 from boards.cache import CannotBuild
 from boards.raspi import THROTTLED, RaspiBoard
+from evidence import make_evidence
 from loopback.models import write_model
+from tflite_files import write_classifier
 
+from edgeprune.bundle import KINDS, try_bundle, write_bundle
 from edgeprune.core.errors import AgentError
+from edgeprune.core.family import load_member
 from edgeprune.core.records import Step, StepResult, Target
 from edgeprune.device.session import open_session
-from edgeprune.device.targets import check_target
+from edgeprune.device.targets import check_target, runtime_format
 
 pytestmark = [pytest.mark.device, pytest.mark.board]
 NOISE = "printf 'Bem-vindo \\377\\376 ao quadro\\n'; printf 'warning: setlocale: \\351\\n' >&2\n"
@@ -98,6 +102,26 @@ def test_tflite_computes_and_tells_its_kernels(raspi: tuple[RaspiBoard, Target],
     assert timed.samples is not None
     assert [kernel.name for kernel in kernels.kernels] == ["delegate:0", "delegate:1"]
     assert memory.activation_bytes is not None and memory.activation_bytes >= 16 * 32 * 32 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tflite"])
+def test_a_bundles_own_example_runs_there(
+    runtime: str, raspi: tuple[RaspiBoard, Target], model: Path, tmp_path: Path
+) -> None:
+    """What an app embeds, unpacked and run by its own example on arm64: the outputs that were recorded here."""
+    format = load_member("formats", runtime_format(runtime))
+    path = model
+    if runtime == "tflite":
+        path = tmp_path / "model.tflite"
+        write_classifier(path, "int8")
+    artifact = format.inspect(path)
+    evidence = make_evidence()
+    report = replace(evidence.report, artifact_sha256=artifact.sha256)
+    made = write_bundle(path, artifact, evidence.plan, report, tmp_path / "bundle.zip", kinds=KINDS)
+    with open_session(replace(raspi[1], runtime=runtime), space="bundle") as session:
+        check = try_bundle(Path(made.path), session)
+    assert check.passed and check.measured is not None and check.measured < 1e-4
 
 
 @pytest.mark.slow
