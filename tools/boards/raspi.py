@@ -24,6 +24,8 @@ from edgeprune.core.records import Target
 START_S = 60.0
 NAMESPACE = Path(__file__).with_name("_namespace.py")
 CORES = 4
+CPU = "cortex-a72"
+"""What programs see; qemu's own choice has extensions that no Pi has, and runtimes then take other kernels."""
 # As a Raspberry Pi 4's /proc/cpuinfo under a 64-bit kernel; the serial number is made up.
 CORE = """\
 processor	: {number}
@@ -135,6 +137,7 @@ class RaspiBoard:
             str(folder),
         ]
         argv += [str(emulator), "/usr/sbin/sshd", "-D", "-e", "-p", str(self._port), "-o", "ListenAddress=127.0.0.1"]
+        argv += ["-o", f"SetEnv=QEMU_CPU={CPU}"]
         with (folder / "sshd.log").open("ab") as log:
             self._server = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent
