@@ -139,6 +139,7 @@ def test_a_runtime_that_tells_no_kernels(session: Session, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("litert_torch") is None, reason="pip install 'edgeprune[tflite]'")
+@pytest.mark.long
 def test_the_format_is_that_of_the_runtime(tmp_path: Path) -> None:
     """The same net as TFLite: XNNPACK's kernels, and the one int8 that TFLite has."""
     net = top_heavy()

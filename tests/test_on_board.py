@@ -33,9 +33,10 @@ def net() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", [FLOAT32, Precision(dtype="dynamic"), Precision(dtype="int8")], ids=str)
-@pytest.mark.parametrize("share", [0.75, 0.5])
-def test_a_size_budget_is_met_by_the_file(precision: Precision, share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "precision", [FLOAT32, Precision(dtype="dynamic"), Precision(dtype="int8")], ids=lambda p: p.name
+)
+def test_a_size_budget_is_met_by_the_file(precision: Precision, tmp_path: Path) -> None:
     """To the byte, labels and all, in every precision; and nearly used up."""
     module = net()
     graph = trace_graph(module, INPUTS)
@@ -52,7 +53,7 @@ def test_a_size_budget_is_met_by_the_file(precision: Precision, share: float, tm
     resizer.dense_bytes += dense.metadata_bytes
     assert resizer.dense_bytes == pytest.approx(dense.bytes, abs=200)
     profile = replace(synthetic_profile(graph), dense_bytes=resizer.dense_bytes, precision=precision)
-    budget = make_budget(predict_cost(graph, {}, profile), size=f"{int(share * dense.bytes)}B")
+    budget = make_budget(predict_cost(graph, {}, profile), size=f"{int(0.5 * dense.bytes)}B")
     plan = choose_written(graph, profile, synthetic_importance(graph), budget, resizer)
     assert plan.budget == budget
     compact = export(compact_model(module, INPUTS, graph, plan.keep), "compact.onnx")
