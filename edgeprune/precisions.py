@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +49,9 @@ SLOWER = 1.1
 """A kernel that takes this many times as long in 8 bits as in float32 is slowed by them; less is noise."""
 BREAKS = 0.25
 """Share of the divergence that is left which an operation alone has to make up for to count as broken by 8 bits."""
+EXAMPLES = 128
+"""Calibration examples whose outputs the divergence is taken over, once for every rounded tensor."""
+SHORT_LIST = 12
 MENDED = 0.1
 """Share of the divergence at which no more is looked for."""
 MOST_IN_FLOAT = 6
@@ -219,7 +221,7 @@ def leave_broken_in_float(
     lost = wanted - judge.accuracy(model, precision)
     if lost <= tolerance:
         return precision
-    examples = [_as_tuple(inputs) for inputs, _ in judge.batches]
+    examples = _first_examples(judge.batches, EXAMPLES)
     simulated = simulate_int8(model, judge.inputs, precision, examples)
     model.eval()
     with torch.no_grad():
@@ -234,12 +236,15 @@ def leave_broken_in_float(
             return float(sum(found))
 
         chosen: list[str] = []
+        candidates = simulated.neighbours
         whole = left = divergence(())
         while len(chosen) < MOST_IN_FLOAT and left > MENDED * whole:
             gains: dict[tuple[str, ...], float] = {}
-            for names in simulated.neighbours:
-                progress("looking for layers that 8 bits break", len(gains), len(simulated.neighbours))
+            for names in candidates:
+                progress("looking for layers that 8 bits break", len(gains), len(candidates))
                 gains[names] = left - divergence([*chosen, *names])
+            # What hardly helps alone hardly helps the best of them.
+            candidates = tuple(sorted(gains, key=lambda names: -gains[names])[:SHORT_LIST])
             best = max(gains, key=lambda names: (gains[names], -len(names)), default=())
             if not best or gains[best] < BREAKS * left:
                 break
@@ -286,8 +291,16 @@ def train_in_8_bits(
     return f"8 bits keep {found:.2%} of {wanted:.2%} on calibration data, {trained:.2%} after training: {outcome}"
 
 
-def _as_tuple(inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+def _first_examples(batches: Batches, count: int) -> list[tuple[Tensor, ...]]:
+    """Batches of the first examples, the last one cut."""
+    found: list[tuple[Tensor, ...]] = []
+    for inputs, _ in batches:
+        tensors = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        found.append(tuple(tensor[:count] for tensor in tensors))
+        count -= len(tensors[0])
+        if count <= 0:
+            break
+    return found
 
 
 def slower_operations(float_times: Sequence[NodesTime], int8_times: Sequence[NodesTime]) -> frozenset[str]:
