@@ -4,9 +4,9 @@
 
 A share of the dense float32 latency, as measured on the loopback board, is reached twice: by pruning alone, and with
 widths planned for int8, which leaves more of them where 8 bits are fast. Beside them stand the dense model in int8, and
-the net that was pruned in float32 and then stored in 8 bits: as it is, after further training in float32 (the control), and after as
-much training with 8 bits simulated. Every pruned net is trained alike before. Latencies are in turns with the dense
-float32 artifact; accuracies are of the artifacts, on test images that decide nothing.
+the net that was pruned in float32 and then stored in 8 bits: as it is, after further training in float32 (the control),
+and after as much training with 8 bits simulated. Every pruned net is trained alike before. Latencies are in turns with
+the dense float32 artifact; accuracies are of the artifacts, on test images that decide nothing.
 Needs `pip install .[bench]`, and `.[tflite]` for that format.
 """
 
@@ -67,13 +67,8 @@ class Bench:
     def __init__(
         self, net: nn.Module, limit: float, data: Cifar, session: Session, effort: Effort, configurations: int
     ) -> None:
-        self.limit, self.net, self.data, self.session, self.effort, self.configurations = (
-            net,
-            data,
-            session,
-            effort,
-            configurations,
-        )
+        self.net, self.limit, self.data, self.session = net, limit, data, session
+        self.effort, self.configurations = effort, configurations
         self.graph: Graph = trace_graph(net, INPUTS)
         calibration = as_arrays(list(data.calibration))
         self.judge = Judge(
@@ -184,14 +179,13 @@ def main() -> None:
         print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
         return
     data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
+    limit = LIMITS[options.net]
     with connect("embedded", runtime=choose_runtime("embedded", None, options.format)) as session:
         rows = bench_net(
-            load_net(options.net, folder), LIMITS[options.net], data, session, EFFORTS["quick" if options.quick else "default"],
+            load_net(options.net, folder), limit, data, session, EFFORTS["quick" if options.quick else "default"],
             options.epochs or (1 if options.quick else 4), options.quick,
         )  # fmt: skip
-    print(
-        f"\n{options.net}, {options.format}: {len(data.test.y)} test images; limit {LIMITS[options.net]:.3f} of the dense latency"
-    )
+    print(f"\n{options.net}, {options.format}: {len(data.test.y)} test images; limit {limit:.3f} of the dense latency")
     print(f"{'':26} {'precision':>16} {'latency/dense':>22} {'top-1':>8} {'KiB':>7} {'training s':>10}")
     for row in rows:
         share = f"{row.share.median:.3f} [{row.share.low:.3f}, {row.share.high:.3f}]"
@@ -200,7 +194,7 @@ def main() -> None:
     found = {row.name.strip(): row for row in rows}
     planned, alone = found["pruned for 8 bits"], found["pruned"]
     aims = {
-        "latency": aim(planned.share.median, "<=", LIMITS[options.net] * SPREAD),
+        "latency": aim(planned.share.median, "<=", limit * SPREAD),
         "together against pruning alone": aim(planned.accuracy, ">=", alone.accuracy - LOST_AIM),
         "training in 8 bits against the control": aim(
             found["trained on in 8 bits"].accuracy, ">=", found["trained on in float32"].accuracy
