@@ -13,6 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 QUICK  ?= --quick
 BOARD_TESTS ?= board
+WORKERS ?= 2
 
 .PHONY: demo test long-test board-test lint bench clean
 .NOTPARALLEL:
@@ -21,8 +22,9 @@ BOARD_TESTS ?= board
 demo: $(VENV)/.demo
 	$(BIN)/edgeprune demo
 
+# By file, so that what a module sets up is set up once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 long-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long --timeout 1800
