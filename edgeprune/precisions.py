@@ -155,7 +155,8 @@ def leave_slow_in_float(
         against_plain = _share(_time_in_turns(session, {mixed: names[mixed]}, names[precision], effort)[mixed])
         if against_plain is None or against_plain.high >= 1:
             return trial
-    return time_precision(model, inputs, graph, session, mixed, effort=effort, progress=progress)
+        share = _share(_time_in_turns(session, {mixed: names[mixed]}, names[FLOAT32], effort)[mixed])
+    return trial if share is None else PrecisionTrial(precision=mixed, latency_share=share)
 
 
 def time_precision(
