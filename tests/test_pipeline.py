@@ -86,8 +86,8 @@ epochs = 2
 dir = "run"
 """
 FILES = {"graph.json", "profile.jsonl", "importance.json", "search.jsonl", "plan.json", "tournament.json",
-         "compact.pt2", "compact.safetensors", "recovered.pt2", "recovered.safetensors", "model.onnx", "report.json", "report.html",
-         "bundle.zip", "run.log"}  # fmt: skip
+         "compact.pt2", "compact.safetensors", "recovered.pt2", "recovered.safetensors", "model.onnx",
+         "report.json", "report.html", "bundle.zip", "run.log"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
