@@ -63,8 +63,8 @@ AUTO = "auto"
 CURVES, UNIFORM = "curves", "uniform"
 NEAR = re.compile(r"near-(\d+)")
 """Contenders of a tournament besides criteria."""
-SEARCH_SOLVER = "greedy"
-"""Plans that only the search sees: within a percent of the optimum in a hundredth of its time."""
+SEARCH_SECONDS = 5.0
+"""Time limit of the solver for a plan that only the search sees."""
 
 
 @dataclass(frozen=True)
@@ -204,27 +204,34 @@ class Planning:
 
     def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
         """Loss curves that know what groups lose together."""
-        settings = self.run.search
+        run, settings = self.run, self.run.search
         if not importance.curves or settings.trials < 2:
             return importance
-        fitting, judging = split_examples(first(self.data.require("calibration"), self.run.prune.batches))
+        fitting, judging = split_examples(first(self.data.require("calibration"), run.prune.batches))
         wanted = outputs_of(self.model, judging)
 
         def judge(plan: Plan) -> float:
-            fit = fitting if self.run.prune.compensate else None
+            fit = fitting if run.prune.compensate else None
             net = compact_and_compensate(self.model, self.inputs, graph, plan, fit)
             return divergence(outputs_of(net, judging), wanted)
 
         return weigh_curves(
             importance,
             lambda weighed: choose_widths(
-                graph, profile, weighed, budget, solver=SEARCH_SOLVER, compare=(), levels=self.run.prune.levels
+                graph,
+                profile,
+                weighed,
+                budget,
+                solver=run.prune.solver,
+                compare=(),
+                levels=run.prune.levels,
+                time_limit_s=SEARCH_SECONDS,
             ),
             judge,
             trials=settings.trials,
             seconds=settings.seconds,
             checkpoint=self.folder / "search.jsonl",
-            seed=self.run.seed,
+            seed=run.seed,
             progress=self.progress,
         )
 

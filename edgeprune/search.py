@@ -34,7 +34,7 @@ NOISE = 0.1
 LEAST_WEIGHT, MOST_WEIGHT = 0.1, 8.0
 DRAWS = 4
 """Draws of weights per net at most: many lead to widths that were seen before."""
-FITTING_EXAMPLES, JUDGING_EXAMPLES = 128, 256
+FITTING_EXAMPLES, JUDGING_EXAMPLES = 128, 1024
 """Calibration examples that a net is refitted on in a search, and others that it is judged by, at most."""
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -138,7 +138,7 @@ def _read_trials(checkpoint: Path | None, base: str) -> list[CurveTrial]:
 
 
 def split_examples(batches: Batches) -> tuple[list[tuple[Any, Tensor]], list[tuple[Any, Tensor]]]:
-    """Examples to refit on and others to judge by: at most half of all each, and no more than a search needs."""
+    """Examples to refit on, at most half of all, and others to judge by; no more than a search needs."""
     tensors, targets = [], []
     for inputs, target in batches:
         tensors.append(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
@@ -146,8 +146,8 @@ def split_examples(batches: Batches) -> tuple[list[tuple[Any, Tensor]], list[tup
     columns, labels = [torch.cat(column) for column in zip(*tensors, strict=True)], torch.cat(targets)
     if len(labels) < 2:
         raise DataError("a search needs at least two calibration examples; set [search] trials = 0")
-    half = len(labels) // 2
-    parts = (slice(0, min(half, FITTING_EXAMPLES)), slice(half, half + JUDGING_EXAMPLES))
+    fitted = min(len(labels) // 2, FITTING_EXAMPLES)
+    parts = (slice(0, fitted), slice(fitted, fitted + JUDGING_EXAMPLES))
     fitting, judging = ([(tuple(column[part] for column in columns), labels[part])] for part in parts)
     return fitting, judging
 

@@ -150,7 +150,10 @@ def test_examples_are_split_and_never_shared() -> None:
     x = torch.arange(100.0)[:, None]
     batches = [(x[i : i + 30], torch.arange(i, min(i + 30, 100))) for i in range(0, 100, 30)]
     (fit,), (judge,) = split_examples(batches)
-    assert len(fit[1]) == len(judge[1]) == 50 and not set(fit[1].tolist()) & set(judge[1].tolist())
+    assert len(fit[1]) == len(judge[1]) == 50
+    (few,), (rest,) = split_examples([(torch.zeros(400, 1), torch.arange(400))])
+    assert (len(few[1]), len(rest[1])) == (128, 272)
+    assert not set(fit[1].tolist()) & set(judge[1].tolist())
     assert torch.equal(fit[0][0][:, 0].long(), fit[1])
     with pytest.raises(DataError, match="two calibration examples"):
         split_examples([(x[:1], torch.zeros(1))])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_cifar import INPUTS, SPEED_UP, aim, log, show
+from bench_accuracy import INPUTS, SPEED_UP, aim, log, show
 from cifar import Cifar, find_data, load_net
 from torch import nn
 
