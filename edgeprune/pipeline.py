@@ -6,14 +6,12 @@ and writes its own record there, so that a run that was killed goes on at the st
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.export import export_model
 from edgeprune.load import as_arrays, example_inputs, load_data, load_model
-from edgeprune.planning import Planning, first
+from edgeprune.planning import Planning, first, weights_digest
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -60,10 +58,10 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
-        stages = Stages(run, base, folder, sources, model, inputs, data, progress)
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model)
         graph = stages.trace()
         dense = stages.export_dense(graph)
-        importance = stages.score(graph)
+        stages, importance = stages.narrow(graph, stages.score(graph), dense)
         plan = stages.profile_and_plan(graph, importance, dense)
         compact, accuracy = stages.compact(graph, plan)
         recovered, accuracy = stages.recover(plan, compact, accuracy)
@@ -114,7 +112,7 @@ class Stages(Planning):
         made_from = [digest(plan), *self.sources, self.run.prune.compensate]
         files = ["compact.pt2", "compact.safetensors"]
         accuracy = self.folder.record(Accuracy, "compact.json", made_from, make, also=files)
-        smaller = compact_model(self.model, self.inputs, graph, plan.keep)
+        smaller = compact_model(self.start, self.inputs, graph, plan.keep)
         smaller.load_state_dict(load_file(self.folder / "compact.safetensors"))
         return smaller.eval(), accuracy
 
@@ -257,15 +255,6 @@ class Stages(Planning):
         return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and values of everything in the state dict."""
-    whole = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        whole.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
-
-
 def file_digest(path: Path) -> list[str]:
     """The digest of a file that may change under its name; nothing for what is not a file."""
     return [sha256_file(path)] if path.is_file() else []
@@ -274,13 +263,14 @@ def file_digest(path: Path) -> list[str]:
 def report_run(directory: Path, path: Path) -> Path:
     """Write the HTML page of a finished run from the records in its folder. returns: `path`."""
     folder = RunFolder(directory)
+    scored = sorted(directory.glob("importance-[0-9].json"))  # of the steps of a schedule
     write_report(
         path,
         report=read_record(Report, folder / "report.json"),
         plan=read_record(Plan, folder / "plan.json"),
         graph=read_record(Graph, folder / "graph.json"),
         profile=read_profile(folder / "profile.jsonl"),
-        importance=read_record(Importance, folder / "importance.json"),
+        importance=read_record(Importance, scored[-1] if scored else folder / "importance.json"),
         bracket=read_record(Bracket, held) if (held := folder / "tournament.json").is_file() else None,
     )
     return path

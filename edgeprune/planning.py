@@ -5,6 +5,8 @@ The longest part of a run, and the part that decides what comes out. Each step i
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import re
 import shutil
 from collections.abc import Iterable
@@ -13,12 +15,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import msgspec
+import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from edgeprune.core.budget import make_budget
+from edgeprune.core.budget import budget_between, make_budget
 from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import DataError, InfeasibleBudget
 from edgeprune.core.family import load_member
@@ -38,11 +42,12 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
-from edgeprune.core.store import digest, read_record, sha256_file
+from edgeprune.core.store import digest, read_record, sha256_file, write_atomic
 from edgeprune.core.tensors import Calibration
 from edgeprune.device.session import Session
 from edgeprune.device.targets import runtime_format
 from edgeprune.formats import Resizer
+from edgeprune.graphs.slice import expand_tensors
 from edgeprune.load import Data, as_arrays
 from edgeprune.on_board import (
     choose_runtime,
@@ -54,6 +59,7 @@ from edgeprune.on_board import (
 from edgeprune.plan import choose_widths
 from edgeprune.precisions import Judge, leave_in_float, try_precisions, worth_planning
 from edgeprune.profile import profile_target, read_profile
+from edgeprune.recover import recover_accuracy
 from edgeprune.score import score_groups
 from edgeprune.search import divergence, outputs_of, scatter_weights, split_examples, weigh_curves
 from edgeprune.tournament import Contender, check_training, hold_tournament
@@ -71,7 +77,8 @@ SEARCH_SECONDS = 5.0
 class Planning:
     """The stages that lead to a plan, and what all stages of a run share.
 
-    sources: what identifies the model's weights and the data.
+    sources: what identifies the weights and the data. start: the model whose units are removed: `model`, or after a
+    step of a schedule that with zeros in the place of what went.
     """
 
     run: RunFile
@@ -82,6 +89,7 @@ class Planning:
     inputs: tuple[Tensor, ...]
     data: Data
     progress: Progress
+    start: nn.Module
 
     def score(self, graph: Graph) -> Importance:
         """What each unit is worth."""
@@ -96,7 +104,7 @@ class Planning:
             f"{file}.json",
             [digest(graph), *self.sources, chosen, curves, batches],
             lambda: score_groups(
-                self.model,
+                self.start,
                 self.inputs,
                 graph,
                 self.data.calibration and first(self.data.calibration, batches),
@@ -107,6 +115,53 @@ class Planning:
                 progress=self.progress,
             ),
         )
+
+    def narrow(self, graph: Graph, importance: Importance, dense: Artifact) -> tuple[Self, Importance]:
+        """The steps of a schedule before the last: a part of the way to the budget each, trained, and scored anew.
+
+        What remains of the model stays in its shape, with zeros, so that graph and tables hold for all steps.
+        """
+        stages, settings = self, self.run.prune
+        for step in range(1, settings.steps):
+            start = stages._take_step(graph, importance, dense, step)
+            stages = replace(stages, start=start, sources=(*self.sources, weights_digest(start)))
+            importance = stages._score(graph, settings.criterion, f"importance-{step}", curves=settings.curves)
+        return stages, importance
+
+    def _take_step(self, graph: Graph, importance: Importance, dense: Artifact, step: int) -> nn.Module:
+        run, weights = self.run, self.folder / f"step-{step}.safetensors"
+        checkpoint = self.folder / "step.checkpoint"
+
+        def make() -> Plan:
+            with self._board() as session:
+                profile = self._profile(graph, session, FLOAT32)
+            cost = dense_cost(graph, profile, dense.bytes)
+            budget = make_budget(cost, **msgspec.to_builtins(run.budget))
+            part = budget_between(cost, budget, step / run.prune.steps)
+            plan = choose_widths(graph, profile, importance, part, solver=run.prune.solver, levels=run.prune.levels)
+            smaller = self._assemble(graph, plan)
+            result = recover_accuracy(
+                smaller,
+                self.data,
+                teacher=self.model if run.recover.distil else None,
+                epochs=run.prune.step_epochs,
+                lr=run.recover.lr,
+                checkpoint=checkpoint,
+                seed=run.seed,
+                progress=self.progress,
+            )
+            self.folder.log(f"step {step} of {run.prune.steps}: {result.note or 'nothing to note'}")
+            write_atomic(weights, save(expand_tensors(self.model, smaller, graph, plan.keep)))
+            checkpoint.unlink(missing_ok=True)
+            return plan
+
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target, run.recover)]
+        settings += [run.prune.steps, run.prune.step_epochs, run.prune.compensate]
+        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning, *self.sources]
+        self.folder.record(Plan, f"step-{step}.json", made_from, make, also=[weights.name])
+        start = copy.deepcopy(self.model)
+        start.load_state_dict(load_file(weights))
+        return start.eval()
 
     def profile_and_plan(self, graph: Graph, importance: Importance, dense: Artifact) -> Plan:
         """Latency tables from the board, then widths that the board confirms, in the precision that serves best.
@@ -176,22 +231,8 @@ class Planning:
         run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
 
         def make() -> Plan:
-            resizer = self._resizer(graph, precision)
             with self._board() as session:
-                profile = profile_target(
-                    self.model,
-                    self.inputs,
-                    graph,
-                    session,
-                    path=path,
-                    **msgspec.to_builtins(run.profile),
-                    around=run.budget.latency,
-                    effort=self._effort,
-                    seed=run.seed,
-                    resizer=resizer,
-                    precision=precision,
-                    progress=self.progress,
-                )
+                profile = self._profile(graph, session, precision)
                 cost = dense_cost(graph, profile, dense.bytes)
                 budget = make_budget(cost, **msgspec.to_builtins(run.budget))
                 weighed = self._weigh(graph, importance, profile, budget)
@@ -202,17 +243,35 @@ class Planning:
         made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
         return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
 
+    def _profile(self, graph: Graph, session: Session, precision: Precision) -> Profile:
+        """Latency tables; what is in the profile's file is not measured again."""
+        run = self.run
+        return profile_target(
+            self.model,
+            self.inputs,
+            graph,
+            session,
+            path=self.folder / f"profile-{precision.name}.jsonl",
+            **msgspec.to_builtins(run.profile),
+            around=run.budget.latency,
+            effort=self._effort,
+            seed=run.seed,
+            resizer=self._resizer(graph, precision),
+            precision=precision,
+            progress=self.progress,
+        )
+
     def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
         """Loss curves that know what groups lose together."""
         run, settings = self.run, self.run.search
         if not importance.curves or settings.trials < 2:
             return importance
         fitting, judging = split_examples(first(self.data.require("calibration"), run.prune.batches))
-        wanted = outputs_of(self.model, judging)
+        wanted = outputs_of(self.start, judging)
 
         def judge(plan: Plan) -> float:
             fit = fitting if run.prune.compensate else None
-            net = compact_and_compensate(self.model, self.inputs, graph, plan, fit)
+            net = compact_and_compensate(self.start, self.inputs, graph, plan, fit)
             return divergence(outputs_of(net, judging), wanted)
 
         return weigh_curves(
@@ -327,7 +386,7 @@ class Planning:
     def _assemble(self, graph: Graph, plan: Plan) -> nn.Module:
         """The net of a plan before any training."""
         calibration = self.data.require("calibration") if self.run.prune.compensate else None
-        return compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+        return compact_and_compensate(self.start, self.inputs, graph, plan, calibration, progress=self.progress)
 
     def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
         """Of its artifact on the host before any training."""
@@ -394,6 +453,15 @@ class Planning:
     def _calibration(self) -> Calibration:
         """What ranges of activations come from."""
         return as_arrays(first(self.data.require("calibration"), self.run.prune.batches))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over names, shapes and values of everything in the state dict."""
+    whole = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        whole.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def first(batches: Batches, count: int) -> list[tuple[Any, Tensor]]:

@@ -14,10 +14,10 @@ from small_nets import NETS, ResNet20, WideResNet
 from torch import nn
 
 from edgeprune.compact import compact_model, save_compact
-from edgeprune.core.errors import ModelError, UsageError
+from edgeprune.core.errors import ModelError, RecordError, UsageError
 from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
-from edgeprune.graphs.slice import mask_model
+from edgeprune.graphs.slice import expand_tensors, mask_model
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -89,3 +89,34 @@ def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match="cannot write"):
         save_compact(randomise(NETS["depthwise"]()), (IMAGES[:1],), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", [*NETS, "resnet20", "wide"])
+def test_a_trained_compact_model_fits_back_into_the_dense_one(name: str) -> None:
+    module = randomise({"resnet20": ResNet20, "wide": WideResNet, **NETS}[name]())
+    images = torch.randn(2, 3, 32, 32) if name in ("resnet20", "wide") else IMAGES
+    graph = trace_graph(module, (images[:1],))
+    keep = random_keep(graph, np.random.default_rng(7))
+    compact = compact_model(module, (images[:1],), graph, keep)
+    for number, parameter in enumerate(compact.parameters()):  # as training would
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.data.add_(0.05 * noise)
+    state = expand_tensors(module, compact, graph, keep)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    full = copy.deepcopy(module)
+    full.load_state_dict(state)
+    with torch.no_grad():
+        assert relative_error(full(images), compact(images)) < LIMIT
+        # What was removed is worth nothing, so that it goes first in the next step.
+        assert relative_error(mask_model(full, graph, keep)(images), full(images)) < LIMIT
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_compact_model_of_other_widths_does_not_fit() -> None:
+    module = randomise(ResNet20())
+    example = torch.randn(1, 3, 32, 32)
+    graph = trace_graph(module, (example,))
+    keep = random_keep(graph, np.random.default_rng(8))
+    compact = compact_model(module, (example,), graph, keep)
+    with pytest.raises(RecordError, match="does not fit"):
+        expand_tensors(module, compact, graph, {})

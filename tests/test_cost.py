@@ -15,9 +15,9 @@ from zoo import torchvision_models
 from edgeprune.compact import compact_model
 from edgeprune.core import cost
 from edgeprune.core.arena import COPY, HANDLE_SHARE, Arena, Buffer, lower, pattern_bytes, peak_memory_bytes
-from edgeprune.core.budget import format_amount, format_bytes, format_seconds, make_budget, parse_limit
+from edgeprune.core.budget import budget_between, format_amount, format_bytes, format_seconds, make_budget, parse_limit
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import Cost, Extent, Graph, Node, Quantity, Table
+from edgeprune.core.records import Budget, Cost, Extent, Graph, Node, Quantity, Table
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -362,6 +362,16 @@ def test_budget_relative_to_the_dense_model() -> None:
         make_budget(dense, energy="0.5x")
     with pytest.raises(UsageError, match="no budget"):
         make_budget(dense)
+
+
+def test_a_part_of_the_way_to_a_budget() -> None:
+    """Three equal ratios from 16 ms to 2 ms are halvings; what the dense model already meets stays a limit."""
+    dense = Cost(latency_s=Quantity(median=0.016, low=0.016, high=0.016), artifact_bytes=1000)
+    budget = Budget(latency_s=0.002, artifact_bytes=4000, energy_j=0.5)
+    parts = [budget_between(dense, budget, share / 3) for share in range(4)]
+    assert [part.latency_s for part in parts] == pytest.approx([0.016, 0.008, 0.004, 0.002])
+    assert {part.artifact_bytes for part in parts} <= {3999, 4000} and {part.energy_j for part in parts} == {0.5}
+    assert parts[1].peak_memory_bytes is None
 
 
 def test_energy_by_a_power_model_is_a_latency() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgeprune.core.energy import PowerModel, parse_power_model
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import Budget, Cost
+from edgeprune.core.records import Budget, Cost, Quantity
 
 Kind = Literal["time", "bytes", "energy"]
 
@@ -142,3 +142,27 @@ def format_amount(name: str, value: float) -> str:
     if name.endswith("_s"):
         return format_seconds(value)
     return format_energy(value) if name.endswith("_j") else format_bytes(value)
+
+
+def budget_between(cost: Cost, budget: Budget, share: float) -> Budget:
+    """Limits a part of the way from what the dense model takes to a budget, in equal ratios.
+
+    share: in [0, 1]; 0: of the dense model, 1: the budget. What is not limited, or not known of it, stays as it is.
+    """
+
+    def part(start: float | Quantity | None, end: float | None) -> float | None:
+        if start is None or end is None:
+            return end
+        dense = start.median if isinstance(start, Quantity) else start
+        return float(max(dense, end) ** (1 - share) * end**share)
+
+    def whole(value: float | None) -> int | None:
+        return None if value is None else int(value)
+
+    return replace(
+        budget,
+        latency_s=part(cost.latency_s, budget.latency_s),
+        artifact_bytes=whole(part(cost.artifact_bytes, budget.artifact_bytes)),
+        peak_memory_bytes=whole(part(cost.peak_memory_bytes, budget.peak_memory_bytes)),
+        energy_j=part(cost.energy_j, budget.energy_j),
+    )

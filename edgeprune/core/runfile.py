@@ -59,7 +59,10 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
 
 
 class PruneSection(_Section, frozen=True, kw_only=True):
-    """How importance is measured and widths are chosen."""
+    """How importance is measured and widths are chosen.
+
+    steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
+    """
 
     criterion: str = "taylor"
     solver: str = "milp"
@@ -72,6 +75,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     only: tuple[str, ...] = ()
     step: int = 1
     min_width: int = 1
+    steps: int = 1
+    step_epochs: int = 1
 
     @property
     def rules(self) -> WidthRules:

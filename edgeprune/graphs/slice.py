@@ -80,6 +80,30 @@ def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
     return masked
 
 
+@torch.no_grad()
+def expand_tensors(module: nn.Module, compact: nn.Module, graph: Graph, keep: Keep) -> dict[str, torch.Tensor]:
+    """The compact model's tensors in the shapes of the model it was cut from, zero where units were removed.
+
+    The model computes with them what the compact one does, and can be pruned further under the same graph.
+    returns: a state dict for `module`. raises: RecordError when the compact model was cut in another way.
+    """
+    slices = parameter_slices(graph, removed_units(graph, keep))
+    own, small = named_tensors(module), named_tensors(compact)
+    # A tensor that is shared has one of its names in the graph, and one in the compact model.
+    sliced = {id(tensor): slices[name] for name, tensor in own.items() if name in slices}
+    values = {id(tensor): small[name] for name, tensor in own.items() if name in small}
+    state: dict[str, torch.Tensor] = {}
+    for name in module.state_dict():
+        tensor = own[name]
+        value, gone = values.get(id(tensor)), sliced.get(id(tensor), {})
+        kept = [np.setdiff1d(np.arange(size), gone.get(axis, [])) for axis, size in enumerate(tensor.shape)]
+        if value is None or list(value.shape) != [len(positions) for positions in kept]:
+            raise RecordError(f"'{name}' of the compact model does not fit the kept units; compact the model again")
+        state[name] = torch.zeros_like(tensor)
+        state[name][tuple(torch.from_numpy(grid) for grid in np.ix_(*kept))] = value.detach().to(tensor)
+    return state
+
+
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by state-dict key, shared ones under each of theirs."""
     return {
