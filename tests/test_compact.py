@@ -97,7 +97,7 @@ def test_a_trained_compact_model_fits_back_into_the_dense_one(name: str) -> None
     images = torch.randn(2, 3, 32, 32) if name in ("resnet20", "wide") else IMAGES
     graph = trace_graph(module, (images[:1],))
     keep = random_keep(graph, np.random.default_rng(7))
-    compact = compact_model(module, (images[:1],), graph, keep)
+    compact = compact_model(module, (images[:1],), graph, keep).eval()
     for number, parameter in enumerate(compact.parameters()):  # as training would
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         parameter.data.add_(0.05 * noise)
