@@ -142,6 +142,7 @@ class Stages:
         settings, (criterion, _, options) = self.run.prune, self.run.prune.criterion.partition(":")
         calibration = self.data.calibration and first(self.data.calibration, settings.batches)
         made_from = [digest(graph), *self.sources, settings.criterion, settings.curves, settings.batches]
+        made_from += [settings.depth] if settings.depth else []
         return self.folder.record(
             Importance,
             "importance.json",
@@ -154,6 +155,7 @@ class Stages:
                 criterion=criterion,
                 options=options,
                 curves=settings.curves,
+                depth=settings.depth,
                 checkpoint=self.folder / "importance.jsonl",
                 progress=self.progress,
             ),
