@@ -395,8 +395,8 @@ def test_the_loop_on_a_board_drops_a_branch(tmp_path: Path) -> None:
             effort=effort, max_rounds=3,
         )  # fmt: skip
     assert dropped_branches(graph, found.widths)
-    (chosen,) = (turn for turn in found.rounds if turn.widths == found.widths)
-    assert chosen.measured.median <= 0.9 * least * 1.25  # the machine's noise, not a claim about the tables
+    chosen = next(turn for turn in found.rounds if turn.widths == found.widths)
+    assert chosen.measured.median < 1.25 * budget.latency_s  # that it ends closer is what quiet machines show
     measured = read_profile(path, graph)
     without = [item for item in measured.measurements if not all(item.widths.values())]
     assert without and not any(item.kernels for item in without)
