@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgeprune.compact import compact_model
-from edgeprune.compensation.batch_norm import reestimate_batch_norm
+from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.closed_loop import best_round, corrected_limit
 from edgeprune.core.cost import predict_cost
@@ -206,12 +206,16 @@ def compact_and_compensate(
 ) -> nn.Module:
     """The smaller model; with calibration batches the layers that read removed channels are refitted.
 
-    Refitted outputs match the dense model's, so its batch-norm statistics still hold: taking them anew
-    costs accuracy. Only where nothing could be refitted they are.
+    Refitted outputs match the dense model's, so what its batch norms compute still holds, and only how they say it is
+    brought up to date: with other statistics for the same scales accuracy would be lost. Where nothing could be
+    refitted the statistics are taken anew.
     """
     smaller = compact_model(model, inputs, graph, plan.keep)
-    if calibration is not None and not compensate(smaller, model, graph, plan.keep, calibration, progress=progress):
-        reestimate_batch_norm(smaller, calibration)
+    if calibration is not None:
+        if compensate(smaller, model, graph, plan.keep, calibration, progress=progress):
+            match_batch_norm(smaller, calibration)
+        else:
+            reestimate_batch_norm(smaller, calibration)
     return smaller.eval()
 
 

@@ -7,13 +7,9 @@ and writes its own record there, so that a run that was killed goes on at the st
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -23,50 +19,33 @@ from torch import Tensor, nn
 
 from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
-from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import predict_cost
-from edgeprune.core.effort import Effort, find_effort
-from edgeprune.core.errors import InfeasibleBudget
-from edgeprune.core.family import load_member
+from edgeprune.core.effort import find_effort
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
-    FLOAT32,
     Accuracy,
     Artifact,
+    Bracket,
     Graph,
     Importance,
     Plan,
-    Precision,
-    PrecisionChoice,
     Report,
 )
 from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
-from edgeprune.core.tensors import Calibration
-from edgeprune.device.session import Session
-from edgeprune.device.targets import runtime_format
 from edgeprune.export import export_model
-from edgeprune.formats import Resizer
-from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
-from edgeprune.on_board import (
-    choose_runtime,
-    compact_and_compensate,
-    connect,
-    dense_cost,
-    plan_on_board,
-)
-from edgeprune.precisions import FLOATS, Judge, leave_in_float, train_in_8_bits, try_precisions, worth_planning
-from edgeprune.profile import profile_target, read_profile
+from edgeprune.load import as_arrays, example_inputs, load_data, load_model
+from edgeprune.planning import Planning, first
+from edgeprune.precisions import FLOATS, train_in_8_bits
+from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
-from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
-AUTO = "auto"
 
 
 def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Report:
@@ -95,21 +74,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         return report
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The stages of one run. Each is skipped when what it is made from and its files are what they were.
-
-    sources: what identifies the model's weights and the data.
-    """
-
-    run: RunFile
-    base: Path
-    folder: RunFolder
-    sources: tuple[str, ...]
-    model: nn.Module
-    inputs: tuple[Tensor, ...]
-    data: Data
-    progress: Progress
+class Stages(Planning):
+    """The stages of one run. Each is skipped when what it is made from and its files are what they were."""
 
     def trace(self) -> Graph:
         """What can be pruned."""
@@ -137,158 +103,11 @@ class Stages:
         )
         return replace(artifact, path=str(path))
 
-    def score(self, graph: Graph) -> Importance:
-        """What each unit is worth."""
-        settings, (criterion, _, options) = self.run.prune, self.run.prune.criterion.partition(":")
-        calibration = self.data.calibration and first(self.data.calibration, settings.batches)
-        made_from = [digest(graph), *self.sources, settings.criterion, settings.curves, settings.batches]
-        made_from += [settings.depth] if settings.depth else []
-        return self.folder.record(
-            Importance,
-            "importance.json",
-            made_from,
-            lambda: score_groups(
-                self.model,
-                self.inputs,
-                graph,
-                calibration,
-                criterion=criterion,
-                options=options,
-                curves=settings.curves,
-                depth=settings.depth,
-                checkpoint=self.folder / "importance.jsonl",
-                progress=self.progress,
-            ),
-        )
-
-    def profile_and_plan(self, graph: Graph, importance: Importance, dense: Artifact) -> Plan:
-        """Latency tables from the board, then widths that the board confirms, in the precision that serves best."""
-        choice = self._choose_precision(graph, importance, dense)
-        name = choice.chosen.name
-        files = [f"plan-{name}.json", f"profile-{name}.jsonl"]
-
-        def make() -> Plan:
-            shutil.copyfile(self.folder / files[1], self.folder / "profile.jsonl")
-            return read_record(Plan, self.folder / files[0])
-
-        made_from = [sha256_file(self.folder / file) for file in files]
-        return self.folder.record(Plan, "plan.json", made_from, make, also=["profile.jsonl"])
-
-    def _choose_precision(self, graph: Graph, importance: Importance, dense: Artifact) -> PrecisionChoice:
-        """Of the dtype that was asked for; of `auto` the one whose plan for the same budget is most accurate.
-
-        Judged before any training, by the artifact itself, on the data that the refitting saw.
-        """
-        run = self.run
-        dtype = "int8" if run.export.dtype == AUTO else run.export.dtype
-
-        def make() -> PrecisionChoice:
-            if dtype == FLOAT32.dtype:
-                return self._plan_all(graph, importance, dense, (), (FLOAT32,))
-            with self._board() as session:
-                trials = try_precisions(
-                    self.model, self.inputs, session, dtype, effort=self._effort, progress=self.progress
-                )
-                if dtype == "int8":
-                    mixed = leave_in_float(
-                        self.model, self.inputs, graph, session, trials[0], self._resizer(graph, trials[0].precision),
-                        self._judge(graph), tolerance=run.export.tolerance, effort=self._effort, progress=self.progress,
-                    )  # fmt: skip
-                    trials = tuple(dict.fromkeys((mixed, *trials)))
-            if run.export.dtype != AUTO:
-                return self._plan_all(graph, importance, dense, trials, (trials[0].precision,))
-            limits = msgspec.to_builtins(run.budget)
-            latency_only = not any(limits[name] for name in ("memory", "size", "energy"))
-            candidates = worth_planning(trials, latency_only=latency_only)
-            return self._plan_all(graph, importance, dense, trials, candidates)
-
-        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target, run.export)]
-        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
-        return self.folder.record(PrecisionChoice, "precision.json", made_from, make)
-
-    def _plan_all(
-        self, graph: Graph, importance: Importance, dense: Artifact, trials: Any, candidates: tuple[Precision, ...]
-    ) -> PrecisionChoice:
-        found: list[tuple[Precision, float | None]] = []
-        for precision in candidates:
-            try:
-                plan = self._plan(graph, importance, dense, precision)
-            except InfeasibleBudget:
-                if precision == candidates[-1] and not found:
-                    raise
-                continue  # what another precision may reach
-            found.append((precision, self._accuracy_of_plan(graph, plan) if len(candidates) > 1 else None))
-        best = max(found, key=lambda item: item[1] or 0.0)[0]
-        return PrecisionChoice(trials=tuple(trials), candidates=tuple(found), chosen=best)
-
-    def _plan(self, graph: Graph, importance: Importance, dense: Artifact, precision: Precision) -> Plan:
-        run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
-
-        def make() -> Plan:
-            resizer = self._resizer(graph, precision)
-            with self._board() as session:
-                profile = profile_target(
-                    self.model,
-                    self.inputs,
-                    graph,
-                    session,
-                    path=path,
-                    **msgspec.to_builtins(run.profile),
-                    around=run.budget.latency,
-                    effort=self._effort,
-                    seed=run.seed,
-                    resizer=resizer,
-                    precision=precision,
-                    progress=self.progress,
-                )
-                cost = dense_cost(graph, profile, dense.bytes)
-                budget = make_budget(cost, **msgspec.to_builtins(run.budget))
-                return plan_on_board(
-                    self.model,
-                    self.inputs,
-                    graph,
-                    profile,
-                    importance,
-                    budget,
-                    session,
-                    path,
-                    solver=run.prune.solver,
-                    levels=run.prune.levels,
-                    effort=self._effort,
-                    resizer=resizer,
-                    progress=self.progress,
-                )
-
-        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
-        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
-        return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
-
-    def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
-        """Of its artifact on the host before any training."""
-        calibration = self.data.require("calibration")
-        smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
-        return self._judge(graph).accuracy(smaller, plan.precision)
-
-    def _judge(self, graph: Graph) -> Judge:
-        return Judge(
-            inputs=self.inputs, graph=graph, format=self.format_name, calibration=self._calibration,
-            batches=self.data.require("calibration"),
-        )  # fmt: skip
-
-    def _resizer(self, graph: Graph, precision: Precision) -> Resizer:
-        """Other widths of the model in a precision: made once, which takes several exports."""
-        if precision not in self._resizers:
-            made: Resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
-            made.dense_bytes += read_record(Artifact, self.folder / "dense.json").metadata_bytes
-            self._resizers[precision] = made
-        return self._resizers[precision]
-
     def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
         """The smaller model, refitted, and how accurate it is before any training."""
 
         def make() -> Accuracy:
-            calibration = self.data.require("calibration") if self.run.prune.compensate else None
-            smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+            smaller = self._assemble(graph, plan)
             save_compact(smaller, self.inputs, self.folder.path)
             return Accuracy(dense=self._accuracy(self.model), before_recovery=self._accuracy(smaller))
 
@@ -434,54 +253,6 @@ class Stages:
         )
         self.folder.stage("page", made_from, [page.name], lambda: report_run(self.folder.path, page))
 
-    def _board(self) -> AbstractContextManager[Session]:
-        target = self.run.target
-        return connect(
-            target.name,
-            threads=target.threads,
-            runtime=self.runtime,
-            meter=target.meter,
-            space=self.folder.path,
-            progress=self.progress,
-        )
-
-    @cached_property
-    def _resizers(self) -> dict[Precision, Resizer]:
-        return {}
-
-    @cached_property
-    def runtime(self) -> str:
-        """What executes the artifacts on the board."""
-        return choose_runtime(self.run.target.name, self.run.target.runtime, self.run.export.format)
-
-    @cached_property
-    def format_name(self) -> str:
-        """The member of `formats` that it runs."""
-        return runtime_format(self.runtime)
-
-    @property
-    def format(self) -> ModuleType:
-        """That member."""
-        return load_member("formats", self.format_name)
-
-    @property
-    def _described(self) -> dict[str, Any]:
-        """What an artifact says of itself to apps."""
-        return {"labels": self.data.labels, "preprocessing": self.data.preprocessing}
-
-    @property
-    def _effort(self) -> Effort:
-        return find_effort(self.run.target.effort)
-
-    @property
-    def _planning(self) -> list[Any]:
-        return [self.run.prune.solver, self.run.prune.levels, self.run.seed]
-
-    @property
-    def _calibration(self) -> Calibration:
-        """What ranges of activations come from."""
-        return as_arrays(first(self.data.require("calibration"), self.run.prune.batches))
-
     def _accuracy(self, module: nn.Module) -> float | None:
         return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
 
@@ -500,11 +271,6 @@ def file_digest(path: Path) -> list[str]:
     return [sha256_file(path)] if path.is_file() else []
 
 
-def first(batches: Batches, count: int) -> list[tuple[Any, Tensor]]:
-    """The first `count` batches, kept in memory."""
-    return [batch for batch, _ in zip(batches, range(count), strict=False)]
-
-
 def report_run(directory: Path, path: Path) -> Path:
     """Write the HTML page of a finished run from the records in its folder. returns: `path`."""
     folder = RunFolder(directory)
@@ -515,5 +281,6 @@ def report_run(directory: Path, path: Path) -> Path:
         graph=read_record(Graph, folder / "graph.json"),
         profile=read_profile(folder / "profile.jsonl"),
         importance=read_record(Importance, folder / "importance.json"),
+        bracket=read_record(Bracket, held) if (held := folder / "tournament.json").is_file() else None,
     )
     return path

@@ -178,7 +178,7 @@ def recover_accuracy(
 
 def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int) -> nn.Module:
     device = _device(module)
-    with _seeded(seed):
+    with seeded(seed):
         batches = [_inputs(inputs, device) for inputs, _ in itertools.islice(train, RANGE_BATCHES)]
     if not batches:
         raise DataError("the training data gave no batches to take the ranges of int8 from")
@@ -227,14 +227,14 @@ class _Trainer:
         self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         self.best = self._state()
         if self.settings.epochs and self.given_autocast is None:
-            with _seeded(self.settings.seed):
+            with seeded(self.settings.seed):
                 self.autocast = self._autocast_is_faster()
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
         losses: list[float] = []
         self.module.train()
-        with _seeded(settings.seed + 1 + epoch):
+        with seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
             for step, (inputs, targets) in enumerate(self.train):
@@ -353,7 +353,7 @@ class _Trainer:
 
         After few steps that alone can cost several points of accuracy.
         """
-        with _seeded(self.settings.seed):
+        with seeded(self.settings.seed):
             few = itertools.islice(self.train, SETTLING_BATCHES)
             reestimate_batch_norm(self.module, ((_inputs(inputs, self.device), targets) for inputs, targets in few))
 
@@ -435,7 +435,7 @@ def _check_targets(logits: Any, targets: Tensor) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators for a while, so that an epoch draws the same after a resume."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.describe import interval
 from edgeprune.core.family import list_members, load_member
-from edgeprune.core.records import Advice, Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
+from edgeprune.core.records import Advice, Bracket, Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
 from edgeprune.core.store import to_builtins, write_atomic
 from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
 
@@ -24,17 +24,33 @@ AMOUNTS = {"s": "latency_s", "bytes": "artifact_bytes", "J": "energy_j"}
 
 
 def write_report(
-    path: Path, *, report: Report, plan: Plan, graph: Graph, profile: Profile, importance: Importance
+    path: Path,
+    *,
+    report: Report,
+    plan: Plan,
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    bracket: Bracket | None = None,
 ) -> None:
     """Write the page, whole or not at all. raises: UsageError when the folder cannot be written."""
-    page = render_report(report=report, plan=plan, graph=graph, profile=profile, importance=importance)
+    page = render_report(report=report, plan=plan, graph=graph, profile=profile, importance=importance, bracket=bracket)
     write_atomic(path, page.encode())
 
 
-def render_report(*, report: Report, plan: Plan, graph: Graph, profile: Profile, importance: Importance) -> str:
+def render_report(
+    *,
+    report: Report,
+    plan: Plan,
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    bracket: Bracket | None = None,
+) -> str:
     """The page: needs no network, works in light and dark and on a narrow screen.
 
     report, plan, graph, profile, importance: of one run; the profile with the closed loop's measurements.
+    bracket: of the tournament that the plan came from, where there was one.
     """
     run = Run(report=report, plan=plan, graph=graph, profile=profile, importance=importance)
     environment = Environment(
@@ -54,6 +70,7 @@ def render_report(*, report: Report, plan: Plan, graph: Graph, profile: Profile,
         costs=tabulate_costs(report),
         checks=tabulate_checks(report.checks),
         rounds=tabulate_rounds(plan, report.budget),
+        tournament=tabulate_bracket(bracket),
         solvers=tabulate_solvers(plan, graph),
         frozen=tabulate_frozen(graph),
         conditions=_facts(to_builtins(report.conditions)),
@@ -191,6 +208,38 @@ def tabulate_rounds(plan: Plan, budget: Budget) -> Table:
     taken = [number for number, turn in enumerate(plan.rounds) if turn.widths == plan.widths]
     header = ("round", "asked", "predicted", "measured", "of the budget")
     return Table(header=header, rows=rows, marked=frozenset(taken[-1:]))
+
+
+def tabulate_bracket(bracket: Bracket | None) -> Table:
+    """Accuracy of each contender after each rung, and why some could not take part. The winner is marked."""
+    if bracket is None or not bracket.rungs:
+        return Table(header=(), rows=())
+    reached = {heat.contender: heat.accuracy for heat in bracket.rungs[0]}
+    later = [{heat.contender: heat.accuracy for heat in rung} for rung in bracket.rungs[1:]]
+    # Who got furthest first; of those the most accurate.
+    names = sorted(reached, key=lambda name: [-rung.get(name, -2.0) for rung in [*reversed(later), reached]])
+    rows = [
+        (
+            name,
+            format_seconds(bracket.latency_s[name]) if name in bracket.latency_s else UNKNOWN,
+            *(_heat_share(rung.get(name)) for rung in (reached, *later)),
+            "",
+        )
+        for name in names
+    ]
+    rows += [(name, UNKNOWN, *[UNKNOWN] * len(bracket.rungs), why) for name, why in bracket.left_out.items()]
+    steps = (f"after {rung[0].steps} steps" for rung in bracket.rungs)
+    return Table(
+        header=("plan", "measured latency", *steps, "note"),
+        rows=tuple(rows),
+        marked=frozenset([names.index(bracket.winner)]),
+    )
+
+
+def _heat_share(accuracy: float | None) -> str:
+    if accuracy is None:
+        return UNKNOWN
+    return "diverged" if accuracy < 0 else f"{accuracy:.2%}"
 
 
 def tabulate_solvers(plan: Plan, graph: Graph) -> Table:

@@ -30,7 +30,7 @@ from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, RecordError, UsageError
 from edgeprune.core.family import list_members
 from edgeprune.core.problem import costs_of
-from edgeprune.core.records import Branch, Budget, Graph, Importance, LossCurve, Plan, Profile, WidthRules
+from edgeprune.core.records import Branch, Budget, CurveTrial, Graph, Importance, LossCurve, Plan, Profile, WidthRules
 from edgeprune.core.rules import apply_rules
 from edgeprune.device.session import open_session
 from edgeprune.device.targets import read_target
@@ -42,6 +42,7 @@ from edgeprune.on_board import plan_on_board
 from edgeprune.plan import build_problem, choose_widths
 from edgeprune.profile import profile_target, read_profile
 from edgeprune.score import score_groups
+from edgeprune.search import rises, weigh_curves
 from edgeprune.trace import trace_captured, trace_graph
 
 torch.set_num_threads(1)
@@ -333,6 +334,25 @@ def test_a_budget_that_widths_alone_cannot_meet_drops_a_branch() -> None:
     budget = make_budget(predict_cost(graph, {}, profile), latency=f"{0.97 * floor * 1e3} ms")
     found = choose_widths(graph, profile, importance, budget, compare=())
     assert 0 in found.widths.values()
+
+
+def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
+    """A branch that costs eight times what was measured alone is dropped no more."""
+    graph, profile, importance = setting()
+    budget = make_budget(predict_cost(graph, {}, profile), latency="0.6x")
+    names = sorted(importance.curves)
+
+    def choose(weighed: Importance) -> Plan:
+        return choose_widths(graph, profile, weighed, budget, compare=(), levels=4)
+
+    def judge(plan: Plan) -> float:
+        trial = CurveTrial(base="", weights={}, widths=plan.widths, loss=0.0)
+        (alone,) = rises(importance, names, [trial])
+        return 0.01 + float(sum(alone)) + 7 * float(alone[names.index("first")])
+
+    before, after = choose(importance), choose(weigh_curves(importance, choose, judge, trials=12))
+    assert "first" in before.widths and "first" not in after.widths
+    assert judge(after) < judge(before)
 
 
 # --- files ---------------------------------------------------------------------------------------

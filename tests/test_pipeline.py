@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.core.closed_loop import best_round
-from edgeprune.core.records import Graph, Plan, PlanRound, Quantity, Report
+from edgeprune.core.records import Bracket, Graph, Plan, PlanRound, Quantity, Report
 from edgeprune.core.store import read_record
 
 pytest.importorskip("asyncssh")
@@ -50,12 +50,12 @@ class Source:
         generator = torch.Generator().manual_seed(1)
         self.y = torch.randint(0, 4, (96,), generator=generator)
         self.x = torch.randn(96, 3, 24, 24, generator=generator) + self.y[:, None, None, None] - 1.5
-        self.train = self.batches(0, 64)
-        self.calibration = self.batches(0, 64)
-        self.test = self.batches(64, 96)
+        self.train = self.batches(0, 64, 4)
+        self.calibration = self.batches(0, 64, 32)
+        self.test = self.batches(64, 96, 32)
 
-    def batches(self, start, stop):
-        return [(self.x[i : i + 32], self.y[i : i + 32]) for i in range(start, stop, 32)]
+    def batches(self, start, stop, size):
+        return [(self.x[i : i + size], self.y[i : i + size]) for i in range(start, stop, size)]
 
 
 def source():
@@ -77,14 +77,17 @@ configurations = 8
 held_out = 2
 [prune]
 levels = 6
+[search]
+trials = 3
+contenders = ["curves", "magnitude"]
 [recover]
-epochs = 1
+epochs = 2
 [output]
 dir = "run"
 """
-FILES = {"graph.json", "profile.jsonl", "importance.json", "plan.json", "compact.pt2", "compact.safetensors",
-         "recovered.pt2", "recovered.safetensors", "model.onnx", "report.json", "report.html", "bundle.zip",
-         "run.log"}  # fmt: skip
+FILES = {"graph.json", "profile.jsonl", "importance.json", "search.jsonl", "plan.json", "tournament.json",
+         "compact.pt2", "compact.safetensors", "recovered.pt2", "recovered.safetensors", "model.onnx",
+         "report.json", "report.html", "bundle.zip", "run.log"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 180.0) -> None:
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 600.0) -> None:
     """Until the file is there; fails when the process ends before."""
     deadline = time.monotonic() + seconds
     while not file.exists():
@@ -114,6 +117,7 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 180.0)
 
 @pytest.mark.slow
 @pytest.mark.device
+@pytest.mark.timeout(900)
 def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path) -> None:
     run = project / "run"
     for awaited in ("profile-float32.jsonl", "importance.json", "compact.pt2"):
@@ -130,7 +134,7 @@ def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path)
     assert "goes on from there" in errors
 
     process = start(project)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=600)
     report = read_record(Report, run / "report.json")
     # Whether the budget is met within a percent is the machine's noise; that the exit code says so is ours.
     assert process.returncode == (0 if report.passed else 1), errors
@@ -141,6 +145,11 @@ def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path)
 
     graph, plan = read_record(Graph, run / "graph.json"), read_record(Plan, run / "plan.json")
     assert plan.rounds
+    bracket = read_record(Bracket, run / "tournament.json")
+    assert {heat.contender for heat in bracket.rungs[0]} == {"curves", "magnitude"} == bracket.latency_s.keys()
+    winner = "plan-float32.json" if bracket.winner == "curves" else f"plan-float32-{bracket.winner}.json"
+    assert read_record(Plan, run / winner).widths == plan.widths
+    assert "The tournament" in (run / "report.html").read_text()
     assert all(1 <= width <= graph.units[name] for name, width in plan.widths.items())
     assert report.compact.parameters is not None
     assert report.dense.parameters is not None
@@ -150,7 +159,7 @@ def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path)
     assert report.accuracy.after_recovery is not None
 
     process = start(project)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == (0 if report.passed else 1), errors
     assert read_record(Report, run / "report.json") == report
     last = (run / "run.log").read_text().splitlines()[-5:]

@@ -80,6 +80,19 @@ class PruneSection(_Section, frozen=True, kw_only=True):
         return WidthRules(freeze=self.freeze, only=self.only, step=self.step, least=self.min_width)
 
 
+class SearchSection(_Section, frozen=True, kw_only=True):
+    """How far a plan is looked for beyond the sum of loss curves.
+
+    trials, seconds: whole nets judged to weigh the curves, at most so many and for so long. contenders: plans of which
+    a short training, where one is to follow, picks one: "curves", "uniform", "near-1" and on (random neighbours), or a
+    criterion whose scores are added.
+    """
+
+    trials: int = 16
+    seconds: float = 600.0
+    contenders: tuple[str, ...] = ("curves", "magnitude", "uniform")
+
+
 class RecoverSection(_Section, frozen=True, kw_only=True):
     """How the compact model is trained after pruning; epochs = 0 leaves it as it is."""
 
@@ -124,6 +137,7 @@ class RunFile(_Section, frozen=True, kw_only=True):
     output: OutputSection
     profile: ProfileSection = ProfileSection()
     prune: PruneSection = PruneSection()
+    search: SearchSection = SearchSection()
     recover: RecoverSection = RecoverSection()
     export: ExportSection = ExportSection()
     bundle: BundleSection = BundleSection()

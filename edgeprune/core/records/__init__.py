@@ -54,6 +54,9 @@ from edgeprune.core.records.model import Node as Node
 from edgeprune.core.records.model import Parameter as Parameter
 from edgeprune.core.records.model import Precision as Precision
 from edgeprune.core.records.model import WidthRules as WidthRules
+from edgeprune.core.records.plan import Bracket as Bracket
+from edgeprune.core.records.plan import CurveTrial as CurveTrial
+from edgeprune.core.records.plan import Heat as Heat
 from edgeprune.core.records.plan import Importance as Importance
 from edgeprune.core.records.plan import LossCurve as LossCurve
 from edgeprune.core.records.plan import Plan as Plan

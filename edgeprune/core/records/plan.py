@@ -83,3 +83,45 @@ class Plan:
     precision: Precision = FLOAT32
     finer_step: str | None = None
     """Why the measured latency may stay below 0.97 of the budget, or None when it does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveTrial:
+    """One net of a search over the weights of loss curves.
+
+    base: digest of the unweighed importance. weights: of the curves that the widths were planned with.
+    loss: of the assembled net on calibration examples.
+    """
+
+    base: str
+    weights: dict[str, float]
+    widths: dict[str, int]
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heat:
+    """One contender's short training in a tournament.
+
+    made_from: digest of what decides its outcome. steps: of training.
+    accuracy: top-1 afterwards, on held-back examples; below 0 where the training diverged.
+    """
+
+    contender: str
+    made_from: str
+    steps: int
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bracket:
+    """A tournament of plans: the rungs in order, each with the heats of who was still in, best first.
+
+    latency_s: measured, per contender, where a board was asked. left_out: contender -> why it could not take part.
+    """
+
+    rungs: tuple[tuple[Heat, ...], ...]
+    winner: str
+    latency_s: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,405 @@
+"""From a traced model to a plan that its board has confirmed: scores, tables, search, precision, tournament.
+
+The longest part of a run, and the part that decides what comes out. Each step is a record in the run's folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+from torch import Tensor, nn
+
+from edgeprune.core.budget import make_budget
+from edgeprune.core.effort import Effort, find_effort
+from edgeprune.core.errors import DataError, InfeasibleBudget
+from edgeprune.core.family import load_member
+from edgeprune.core.progress import Progress
+from edgeprune.core.records import (
+    FLOAT32,
+    Artifact,
+    Bracket,
+    Budget,
+    Graph,
+    Importance,
+    Plan,
+    PlanRound,
+    Precision,
+    PrecisionChoice,
+    Profile,
+)
+from edgeprune.core.runfile import RunFile
+from edgeprune.core.runfolder import RunFolder
+from edgeprune.core.store import digest, read_record, sha256_file
+from edgeprune.core.tensors import Calibration
+from edgeprune.device.session import Session
+from edgeprune.device.targets import runtime_format
+from edgeprune.formats import Resizer
+from edgeprune.load import Data, as_arrays
+from edgeprune.on_board import (
+    choose_runtime,
+    compact_and_compensate,
+    connect,
+    dense_cost,
+    plan_on_board,
+)
+from edgeprune.plan import choose_widths
+from edgeprune.precisions import Judge, leave_in_float, try_precisions, worth_planning
+from edgeprune.profile import profile_target, read_profile
+from edgeprune.score import score_groups
+from edgeprune.search import divergence, outputs_of, scatter_weights, split_examples, weigh_curves
+from edgeprune.tournament import Contender, check_training, hold_tournament
+
+Batches = Iterable[tuple[Any, Tensor]]
+AUTO = "auto"
+CURVES, UNIFORM = "curves", "uniform"
+NEAR = re.compile(r"near-(\d+)")
+"""Contenders of a tournament besides criteria."""
+SEARCH_SOLVER = "greedy"
+"""Plans that only the search sees: within a percent of the optimum in a hundredth of its time."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The stages that lead to a plan, and what all stages of a run share.
+
+    sources: what identifies the model's weights and the data.
+    """
+
+    run: RunFile
+    base: Path
+    folder: RunFolder
+    sources: tuple[str, ...]
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    data: Data
+    progress: Progress
+
+    def score(self, graph: Graph) -> Importance:
+        """What each unit is worth."""
+        settings = self.run.prune
+        return self._score(graph, settings.criterion, "importance", curves=settings.curves, depth=settings.depth)
+
+    def _score(self, graph: Graph, chosen: str, file: str, *, curves: bool, depth: bool = False) -> Importance:
+        criterion, _, options = chosen.partition(":")
+        batches = self.run.prune.batches
+        return self.folder.record(
+            Importance,
+            f"{file}.json",
+            [digest(graph), *self.sources, chosen, curves, depth, batches],
+            lambda: score_groups(
+                self.model,
+                self.inputs,
+                graph,
+                self.data.calibration and first(self.data.calibration, batches),
+                criterion=criterion,
+                options=options,
+                curves=curves,
+                depth=depth,
+                checkpoint=self.folder / f"{file}.jsonl" if curves else None,
+                progress=self.progress,
+            ),
+        )
+
+    def profile_and_plan(self, graph: Graph, importance: Importance, dense: Artifact) -> Plan:
+        """Latency tables from the board, then widths that the board confirms, in the precision that serves best.
+
+        Where training is to follow, a short one picks among plans that came about in several ways.
+        """
+        choice = self._choose_precision(graph, importance, dense)
+        name = self._hold_tournament(graph, importance, choice.chosen)
+        files = [f"plan-{name}.json", f"profile-{name}.jsonl"]
+
+        def make() -> Plan:
+            shutil.copyfile(self.folder / files[1], self.folder / "profile.jsonl")
+            return read_record(Plan, self.folder / files[0])
+
+        made_from = [sha256_file(self.folder / file) for file in files]
+        return self.folder.record(Plan, "plan.json", made_from, make, also=["profile.jsonl"])
+
+    def _choose_precision(self, graph: Graph, importance: Importance, dense: Artifact) -> PrecisionChoice:
+        """Of the dtype that was asked for; of `auto` the one whose plan for the same budget is most accurate.
+
+        Judged before any training, by the artifact itself, on the data that the refitting saw.
+        """
+        run = self.run
+        dtype = "int8" if run.export.dtype == AUTO else run.export.dtype
+
+        def make() -> PrecisionChoice:
+            if dtype == FLOAT32.dtype:
+                return self._plan_all(graph, importance, dense, (), (FLOAT32,))
+            with self._board() as session:
+                trials = try_precisions(
+                    self.model, self.inputs, session, dtype, effort=self._effort, progress=self.progress
+                )
+                if dtype == "int8":
+                    mixed = leave_in_float(
+                        self.model, self.inputs, graph, session, trials[0], self._resizer(graph, trials[0].precision),
+                        self._judge(graph), tolerance=run.export.tolerance, effort=self._effort, progress=self.progress,
+                    )  # fmt: skip
+                    trials = tuple(dict.fromkeys((mixed, *trials)))
+            if run.export.dtype != AUTO:
+                return self._plan_all(graph, importance, dense, trials, (trials[0].precision,))
+            limits = msgspec.to_builtins(run.budget)
+            latency_only = not any(limits[name] for name in ("memory", "size", "energy"))
+            candidates = worth_planning(trials, latency_only=latency_only)
+            return self._plan_all(graph, importance, dense, trials, candidates)
+
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target, run.export)]
+        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
+        return self.folder.record(PrecisionChoice, "precision.json", made_from, make)
+
+    def _plan_all(
+        self, graph: Graph, importance: Importance, dense: Artifact, trials: Any, candidates: tuple[Precision, ...]
+    ) -> PrecisionChoice:
+        found: list[tuple[Precision, float | None]] = []
+        for precision in candidates:
+            try:
+                plan = self._plan(graph, importance, dense, precision)
+            except InfeasibleBudget:
+                if precision == candidates[-1] and not found:
+                    raise
+                continue  # what another precision may reach
+            found.append((precision, self._accuracy_of_plan(graph, plan) if len(candidates) > 1 else None))
+        best = max(found, key=lambda item: item[1] or 0.0)[0]
+        return PrecisionChoice(trials=tuple(trials), candidates=tuple(found), chosen=best)
+
+    def _plan(self, graph: Graph, importance: Importance, dense: Artifact, precision: Precision) -> Plan:
+        """A profile in a precision, and the plan that the weighed loss curves lead to."""
+        run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
+
+        def make() -> Plan:
+            resizer = self._resizer(graph, precision)
+            with self._board() as session:
+                profile = profile_target(
+                    self.model,
+                    self.inputs,
+                    graph,
+                    session,
+                    path=path,
+                    **msgspec.to_builtins(run.profile),
+                    around=run.budget.latency,
+                    effort=self._effort,
+                    seed=run.seed,
+                    resizer=resizer,
+                    precision=precision,
+                    progress=self.progress,
+                )
+                cost = dense_cost(graph, profile, dense.bytes)
+                budget = make_budget(cost, **msgspec.to_builtins(run.budget))
+                weighed = self._weigh(graph, importance, profile, budget)
+                return self._close_loop(graph, profile, weighed, budget, session, path, run.prune.solver)
+
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
+        settings += [run.search.trials, run.search.seconds]
+        made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
+        return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
+
+    def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
+        """Loss curves that know what groups lose together."""
+        settings = self.run.search
+        if not importance.curves or settings.trials < 2:
+            return importance
+        fitting, judging = split_examples(first(self.data.require("calibration"), self.run.prune.batches))
+        wanted = outputs_of(self.model, judging)
+
+        def judge(plan: Plan) -> float:
+            fit = fitting if self.run.prune.compensate else None
+            net = compact_and_compensate(self.model, self.inputs, graph, plan, fit)
+            return divergence(outputs_of(net, judging), wanted)
+
+        return weigh_curves(
+            importance,
+            lambda weighed: choose_widths(
+                graph, profile, weighed, budget, solver=SEARCH_SOLVER, compare=(), levels=self.run.prune.levels
+            ),
+            judge,
+            trials=settings.trials,
+            seconds=settings.seconds,
+            checkpoint=self.folder / "search.jsonl",
+            seed=self.run.seed,
+            progress=self.progress,
+        )
+
+    def _close_loop(
+        self, graph: Graph, profile: Profile, importance: Importance, budget: Budget, session: Session, path: Path,
+        solver: str,
+    ) -> Plan:  # fmt: skip
+        return plan_on_board(
+            self.model,
+            self.inputs,
+            graph,
+            profile,
+            importance,
+            budget,
+            session,
+            path,
+            solver=solver,
+            levels=self.run.prune.levels,
+            effort=self._effort,
+            resizer=self._resizer(graph, profile.precision),
+            progress=self.progress,
+        )
+
+    def _hold_tournament(self, graph: Graph, importance: Importance, precision: Precision) -> str:
+        """Name of the plan that is best after a short training; that of the loss curves where there is none."""
+        run, curves = self.run, precision.name
+        others = [name for name in run.search.contenders if name != CURVES]
+        train, file = self.data.train, self.folder / "tournament.json"
+        if not run.recover.epochs or train is None or not others:
+            file.unlink(missing_ok=True)  # of an earlier run file
+            return curves
+        try:
+            check_training(train, run.recover.epochs, run.seed)
+        except DataError as error:  # no reason to end the run
+            self.folder.log(f"no tournament: {error}")
+            file.unlink(missing_ok=True)
+            return curves
+        plans = {CURVES: read_record(Plan, self.folder / f"plan-{curves}.json")}
+        left_out: dict[str, str] = {}
+        for name in others:
+            try:
+                plans[name] = self._contend(graph, importance, plans[CURVES], name)
+            except (InfeasibleBudget, DataError) as error:
+                left_out[name] = str(error)
+        contenders = [
+            Contender(name=name, made_from=digest(plan), make=partial(self._assemble, graph, plan))
+            for name, plan in plans.items()
+        ]
+
+        def make() -> Bracket:
+            bracket = hold_tournament(
+                contenders,
+                train,
+                teacher=self.model if run.recover.distil else None,
+                epochs=run.recover.epochs,
+                lr=run.recover.lr,
+                checkpoint=self.folder / "tournament.jsonl",
+                seed=run.seed,
+                progress=self.progress,
+            )
+            latency = {name: taken.measured.median for name, plan in plans.items() if (taken := taken_round(plan))}
+            return replace(bracket, latency_s=latency, left_out=left_out)
+
+        made_from = [
+            *(digest(plan) for plan in plans.values()),
+            *self.sources,
+            msgspec.to_builtins(run.recover),
+            run.seed,
+        ]
+        bracket = self.folder.record(Bracket, file.name, made_from, make)
+        return curves if bracket.winner == CURVES else f"{curves}-{_file_name(bracket.winner)}"
+
+    def _contend(self, graph: Graph, importance: Importance, base: Plan, contender: str) -> Plan:
+        """A plan within the same budget that came about in another way, confirmed by the board."""
+        name = f"{base.precision.name}-{_file_name(contender)}"
+        source, path = self.folder / f"profile-{base.precision.name}.jsonl", self.folder / f"profile-{name}.jsonl"
+        solver = UNIFORM if contender == UNIFORM else self.run.prune.solver
+        if near := NEAR.fullmatch(contender):
+            scored = scatter_weights(importance, self.run.seed + int(near[1]))
+        elif contender == UNIFORM:
+            scored = importance
+        else:
+            scored = self._score(graph, contender, f"importance-{_file_name(contender)}", curves=False)
+
+        def make() -> Plan:
+            shutil.copyfile(source, path)
+            with self._board() as session:
+                return self._close_loop(graph, read_profile(path), scored, base.budget, session, path, solver)
+
+        made_from = [digest(base), digest(scored), contender, *self._planning]
+        return self.folder.record(Plan, f"plan-{name}.json", made_from, make, also=[path.name])
+
+    def _assemble(self, graph: Graph, plan: Plan) -> nn.Module:
+        """The net of a plan before any training."""
+        calibration = self.data.require("calibration") if self.run.prune.compensate else None
+        return compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+
+    def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
+        """Of its artifact on the host before any training."""
+        return self._judge(graph).accuracy(self._assemble(graph, plan), plan.precision)
+
+    def _judge(self, graph: Graph) -> Judge:
+        return Judge(
+            inputs=self.inputs, graph=graph, format=self.format_name, calibration=self._calibration,
+            batches=self.data.require("calibration"),
+        )  # fmt: skip
+
+    def _resizer(self, graph: Graph, precision: Precision) -> Resizer:
+        """Other widths of the model in a precision: made once, which takes several exports."""
+        if precision not in self._resizers:
+            made: Resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
+            made.dense_bytes += read_record(Artifact, self.folder / "dense.json").metadata_bytes
+            self._resizers[precision] = made
+        return self._resizers[precision]
+
+    def _board(self) -> AbstractContextManager[Session]:
+        target = self.run.target
+        return connect(
+            target.name,
+            threads=target.threads,
+            runtime=self.runtime,
+            meter=target.meter,
+            space=self.folder.path,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def _resizers(self) -> dict[Precision, Resizer]:
+        return {}
+
+    @cached_property
+    def runtime(self) -> str:
+        """What executes the artifacts on the board."""
+        return choose_runtime(self.run.target.name, self.run.target.runtime, self.run.export.format)
+
+    @cached_property
+    def format_name(self) -> str:
+        """The member of `formats` that it runs."""
+        return runtime_format(self.runtime)
+
+    @property
+    def format(self) -> ModuleType:
+        """That member."""
+        return load_member("formats", self.format_name)
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        """What an artifact says of itself to apps."""
+        return {"labels": self.data.labels, "preprocessing": self.data.preprocessing}
+
+    @property
+    def _effort(self) -> Effort:
+        return find_effort(self.run.target.effort)
+
+    @property
+    def _planning(self) -> list[Any]:
+        return [self.run.prune.solver, self.run.prune.levels, self.run.seed]
+
+    @property
+    def _calibration(self) -> Calibration:
+        """What ranges of activations come from."""
+        return as_arrays(first(self.data.require("calibration"), self.run.prune.batches))
+
+
+def first(batches: Batches, count: int) -> list[tuple[Any, Tensor]]:
+    """The first `count` batches, kept in memory."""
+    return [batch for batch, _ in zip(batches, range(count), strict=False)]
+
+
+def taken_round(plan: Plan) -> PlanRound | None:
+    """The turn of the closed loop that a plan came from; None when there was none."""
+    return next((turn for turn in reversed(plan.rounds) if turn.widths == plan.widths), None)
+
+
+def _file_name(contender: str) -> str:
+    """A contender's name without what file names should not have (`magnitude:p=1`)."""
+    return re.sub(r"[^\w-]+", "-", contender)

@@ -1,0 +1,194 @@
+"""search: weights of loss curves are learnt from whole nets, and only kept where they lose less in truth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import synthetic_profile
+from torch import nn
+
+from edgeprune.core.budget import make_budget
+from edgeprune.core.cost import predict_cost
+from edgeprune.core.errors import DataError
+from edgeprune.core.records import Budget, Cost, Importance, LossCurve, Plan
+from edgeprune.on_board import compact_and_compensate
+from edgeprune.plan import choose_widths
+from edgeprune.score import score_groups
+from edgeprune.search import apply_weights, divergence, outputs_of, scatter_weights, split_examples, weigh_curves
+from edgeprune.trace import trace_graph
+
+torch.set_num_threads(1)
+WIDTHS = (4, 8, 12, 16)
+GROUPS = ("a", "b", "c", "d", "e")
+MOST_UNITS = 50
+FITTING = np.array(
+    [
+        levels
+        for levels in itertools.product(range(len(WIDTHS)), repeat=len(GROUPS))
+        if sum(WIDTHS[level] for level in levels) <= MOST_UNITS
+    ]
+)
+
+
+def importance() -> Importance:
+    """Five groups of 16 units whose curves all look alike."""
+    curve = LossCurve(widths=np.array(WIDTHS, np.int64), loss=np.array([1.4, 0.9, 0.6, 0.5]))
+    return Importance(
+        criterion="taylor", graph_sha256="0" * 64, scores={name: np.ones(16) for name in GROUPS}, dense_loss=0.5,
+        curves=dict.fromkeys(GROUPS, curve),
+    )  # fmt: skip
+
+
+def rise(weighed: Importance, name: str, width: int) -> float:
+    curve = weighed.curves[name]
+    return float(curve.loss[list(curve.widths).index(width)] - curve.loss[-1])
+
+
+def choose(weighed: Importance) -> Plan:
+    """The widths of least summed loss with at most MOST_UNITS units, by brute force."""
+    rises = [np.array([rise(weighed, name, width) for width in WIDTHS]) for name in GROUPS]
+    losses = sum(rises[v][FITTING[:, v]] for v in range(len(GROUPS)))
+    best = [WIDTHS[level] for level in FITTING[int(np.argmin(losses))]]
+    return Plan(
+        graph_sha256="0" * 64, budget=Budget(latency_s=1.0), widths=dict(zip(GROUPS, best, strict=True)), keep={},
+        predicted=Cost(), solver="brute_force", status="optimal", gap=0.0, loss=0.0,
+    )  # fmt: skip
+
+
+def truth(weights: tuple[float, ...], together: float = 0.0) -> Callable[[Plan], float]:
+    """A net that loses each group's curve times a weight, and more for neighbours that are both cut."""
+
+    def judge(plan: Plan) -> float:
+        alone = [w * rise(importance(), n, plan.widths[n]) for n, w in zip(GROUPS, weights, strict=True)]
+        return 0.01 + sum(alone) + together * sum(a * b for a, b in itertools.pairwise(alone))
+
+    return judge
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("weights", [(6, 1, 1, 1, 0.2), (0.3, 3, 0.3, 3, 0.3), (0.2, 0.2, 1, 5, 5)])
+def test_weights_come_close_to_the_best_there_are(weights: tuple[float, ...], seed: int) -> None:
+    judge = truth(weights, together=0.5)
+    start = judge(choose(importance()))
+    reached = judge(choose(weigh_curves(importance(), choose, judge, trials=24, seed=seed)))
+    plan = choose(importance())
+    everything = ({name: WIDTHS[v] for name, v in zip(GROUPS, levels, strict=True)} for levels in FITTING)
+    best = min(judge(replace(plan, widths=widths)) for widths in everything)
+    assert best <= reached < start
+    assert reached - best <= 0.25 * (start - best)
+
+
+def test_curves_that_are_right_stay_as_they_are() -> None:
+    given = importance()
+    assert weigh_curves(given, choose, truth((1, 1, 1, 1, 1)), trials=12) is given
+    assert weigh_curves(given, choose, truth((9, 1, 1, 1, 1)), trials=1) is given
+
+
+def test_no_widths_are_judged_twice_and_time_ends_the_search() -> None:
+    judged: list[tuple[int, ...]] = []
+    judge = truth((6, 1, 1, 1, 0.2))
+
+    def count(plan: Plan) -> float:
+        judged.append(tuple(plan.widths.values()))
+        return judge(plan)
+
+    weigh_curves(importance(), choose, count, trials=16)
+    assert 1 < len(judged) <= 16 and len(set(judged)) == len(judged)
+    judged.clear()
+    weigh_curves(importance(), choose, count, trials=16, seconds=0.0)
+    assert len(judged) == 1
+
+
+def test_a_killed_search_goes_on_and_ends_alike(tmp_path: Path) -> None:
+    judge = truth((6, 1, 1, 1, 0.2), together=0.5)
+    calls = itertools.count()
+
+    def killed(plan: Plan) -> float:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return judge(plan)
+
+    whole = weigh_curves(importance(), choose, judge, trials=12)
+    path = tmp_path / "search.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        weigh_curves(importance(), choose, killed, trials=12, checkpoint=path)
+    assert len(path.read_text().splitlines()) == 4
+    again = weigh_curves(importance(), choose, killed, trials=12, checkpoint=path)
+    assert next(calls) - 5 <= 12 - 4  # what was judged before the kill was not judged again
+    for name in GROUPS:
+        assert np.array_equal(again.curves[name].loss, whole.curves[name].loss)
+    other = replace(importance(), dense_loss=0.4)  # trials of other curves are not taken
+    seen: list[Plan] = []
+    weigh_curves(other, choose, lambda plan: seen.append(plan) or judge(plan), trials=1, checkpoint=path)
+    assert len(seen) == 1
+
+
+def test_what_cannot_be_weighed_is_refused() -> None:
+    with pytest.raises(DataError, match="needs them"):
+        weigh_curves(replace(importance(), curves={}), choose, truth((1,) * 5))
+    with pytest.raises(DataError, match="not finite"):
+        weigh_curves(importance(), choose, lambda plan: float("nan"))
+
+
+def test_scattered_weights_give_neighbours() -> None:
+    plans = [choose(scatter_weights(importance(), seed)).widths for seed in range(6)]
+    assert len({tuple(widths.values()) for widths in plans}) > 2
+    same = [scatter_weights(importance(), 3).curves["a"].loss for _ in range(2)]
+    assert np.array_equal(*same)
+    doubled = apply_weights(importance(), {"a": 2.0})
+    assert np.allclose(doubled.curves["a"].loss, [2.3, 1.3, 0.7, 0.5])
+    assert np.array_equal(doubled.curves["b"].loss, importance().curves["b"].loss)
+
+
+def test_examples_are_split_and_never_shared() -> None:
+    x = torch.arange(100.0)[:, None]
+    batches = [(x[i : i + 30], torch.arange(i, min(i + 30, 100))) for i in range(0, 100, 30)]
+    (fit,), (judge,) = split_examples(batches)
+    assert len(fit[1]) == len(judge[1]) == 50 and not set(fit[1].tolist()) & set(judge[1].tolist())
+    assert torch.equal(fit[0][0][:, 0].long(), fit[1])
+    with pytest.raises(DataError, match="two calibration examples"):
+        split_examples([(x[:1], torch.zeros(1))])
+
+
+def test_divergence_is_none_of_equal_outputs_and_needs_no_classifier() -> None:
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert divergence([logits], [logits]) == pytest.approx(0.0, abs=1e-12)
+    assert divergence([logits + 3], [logits]) == pytest.approx(0.0, abs=1e-12)  # the softmax is the same
+    p, q = logits.softmax(1), torch.full((2, 3), 1 / 3)
+    by_hand = float((p * (p / q).log()).sum(1).mean())
+    assert divergence([torch.zeros(2, 3)], [logits]) == pytest.approx(by_hand)
+    image = torch.randn(2, 1, 4, 4)
+    assert divergence([torch.full_like(image, float(image.mean()))], [image]) == pytest.approx(1.0)
+
+
+def test_a_real_net_loses_no_more_than_by_its_plain_curves() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    ).eval()  # fmt: skip
+    x = torch.randn(96, 3, 8, 8)
+    batches = [(x[i : i + 32], net(x[i : i + 32]).argmax(1)) for i in range(0, 96, 32)]
+    inputs = (x[:1],)
+    graph = trace_graph(net, inputs)
+    profile = replace(synthetic_profile(graph, tile=4), overhead_s=1e-6)
+    scored = score_groups(net, inputs, graph, batches, criterion="magnitude", levels=3)
+    budget = make_budget(predict_cost(graph, {}, profile), latency="0.6x")
+    fitting, judging = split_examples(batches)
+    wanted = outputs_of(net, judging)
+
+    def plan_of(given: Importance) -> Plan:
+        return choose_widths(graph, profile, given, budget, solver="greedy", compare=())
+
+    def judge(plan: Plan) -> float:
+        return divergence(outputs_of(compact_and_compensate(net, inputs, graph, plan, fitting), judging), wanted)
+
+    weighed = weigh_curves(scored, plan_of, judge, trials=6)
+    assert judge(plan_of(weighed)) <= judge(plan_of(scored))
+    assert predict_cost(graph, plan_of(weighed).widths, profile).latency_s.median <= budget.latency_s

@@ -1,0 +1,165 @@
+"""tournament: what is best after a short training wins, on the same batches for all, and a kill loses no heat."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.core.errors import DataError
+from edgeprune.load import ArrayBatches
+from edgeprune.tournament import LEAST_STEPS, Contender, hold_tournament, rung_lengths
+
+torch.set_num_threads(1)
+
+
+def examples(count: int) -> tuple[Tensor, Tensor]:
+    """Noisy points around ten corners of a cube."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randn(10, 12, generator=generator)
+    y = torch.randint(0, 10, (count,), generator=generator)
+    return corners[y] + 0.8 * torch.randn(count, 12, generator=generator), y
+
+
+X, Y = examples(1200)
+
+
+def train() -> ArrayBatches:
+    return ArrayBatches(X, Y, batch=20, shuffle=True)
+
+
+def net(width: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def contender(name: str, width: int) -> Contender:
+    return Contender(name=name, made_from=["net", width], make=lambda: net(width))
+
+
+FIELD = [contender(f"width-{width}", width) for width in (1, 2, 3, 64, 4)]
+
+
+def test_rungs_grow_threefold() -> None:
+    assert rung_lengths(1, 900) == []
+    assert rung_lengths(3, 900) == [900]
+    assert rung_lengths(9, 900) == [300, 900]
+    assert rung_lengths(10, 900) == [100, 300, 900]
+    assert rung_lengths(27, 20) == [LEAST_STEPS, LEAST_STEPS, 20]
+
+
+def test_the_net_that_learns_best_wins_wherever_it_stands() -> None:
+    bracket = hold_tournament(FIELD, train(), epochs=3, lr=0.2)
+    assert bracket.winner == "width-64"
+    assert [len(rung) for rung in bracket.rungs] == [5, 2]
+    assert bracket.rungs[1][0].steps > 2 * bracket.rungs[0][0].steps
+    for rung in bracket.rungs:
+        accuracies = [heat.accuracy for heat in rung]
+        assert accuracies == sorted(accuracies, reverse=True) and accuracies[0] > 0.5
+    assert {heat.contender for heat in bracket.rungs[1]} == {heat.contender for heat in bracket.rungs[0][:2]}
+
+
+def test_a_single_contender_is_not_trained() -> None:
+    def fail() -> nn.Module:
+        raise AssertionError("was made")
+
+    bracket = hold_tournament([Contender(name="only", made_from=[], make=fail)], train())
+    assert bracket.winner == "only" and bracket.rungs == ()
+
+
+def test_equal_nets_do_equally_and_the_first_wins() -> None:
+    twins = [Contender(name=name, made_from=name, make=lambda: net(16)) for name in ("first", "second")]
+    bracket = hold_tournament(twins, train(), epochs=1, lr=0.1)
+    assert bracket.rungs[0][0].accuracy == bracket.rungs[0][1].accuracy
+    assert bracket.winner == "first"
+
+
+def test_a_killed_tournament_goes_on_and_ends_alike(tmp_path: Path) -> None:
+    made = itertools.count()
+
+    def killed(at: int, width: int) -> nn.Module:
+        if next(made) == at:
+            raise KeyboardInterrupt
+        return net(width)
+
+    def field(at: int) -> list[Contender]:
+        widths = {c.name: c.made_from[1] for c in FIELD}
+        return [Contender(name=n, made_from=["net", w], make=lambda w=w: killed(at, w)) for n, w in widths.items()]
+
+    path = tmp_path / "heats.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        hold_tournament(field(3), train(), epochs=3, lr=0.2, checkpoint=path)
+    made = itertools.count()
+    again = hold_tournament(field(-1), train(), epochs=3, lr=0.2, checkpoint=path)
+    assert next(made) == 2 + 2  # two of five in the first rung, two in the second
+    whole = hold_tournament(FIELD, train(), epochs=3, lr=0.2)
+    assert again.winner == whole.winner
+    for one, other in zip(again.rungs, whole.rungs, strict=True):
+        assert [(heat.contender, heat.accuracy) for heat in one] == [(heat.contender, heat.accuracy) for heat in other]
+    made = itertools.count()
+    hold_tournament(field(-1), train(), epochs=3, lr=0.1, checkpoint=path)  # another training has other heats
+    assert next(made) == 7
+
+
+class Recorded:
+    """Batches that note which examples a pass has given."""
+
+    def __init__(self) -> None:
+        self.batches = ArrayBatches(torch.cat([X, torch.arange(float(len(X)))[:, None]], 1), Y, batch=20, shuffle=True)
+        self.passes: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes.append([])
+        for x, y in self.batches:
+            self.passes[-1] += x[:, -1].long().tolist()
+            yield x[:, :-1], y
+
+
+def test_nobody_is_trained_on_what_judges() -> None:
+    recorded = Recorded()
+    hold_tournament([contender("a", 8), contender("b", 9)], recorded, epochs=1, lr=0.1)
+    judging, heats = recorded.passes[0], [p for p in recorded.passes[1:] if len(p) > len(recorded.passes[0])]
+    assert len(heats) == 2 and heats[0] == heats[1]
+    # A heat's pass begins with what was held back, and trains on what follows.
+    assert heats[0][: len(judging)] == judging
+    assert not set(heats[0][len(judging) :]) & set(judging)
+
+
+def test_a_contender_whose_training_diverges_is_last() -> None:
+    def broken() -> nn.Module:
+        module = net(64)
+        with torch.no_grad():
+            module[0].weight.fill_(float("nan"))
+        return module
+
+    bracket = hold_tournament([Contender(name="broken", made_from=0, make=broken), FIELD[0]], train(), epochs=1)
+    assert bracket.winner == FIELD[0].name and bracket.rungs[0][-1].accuracy < 0
+    with pytest.raises(DataError, match="every contender failed"):
+        hold_tournament([Contender(name=n, made_from=n, make=broken) for n in "ab"], train(), epochs=1)
+
+
+def test_training_data_that_does_not_do_is_refused() -> None:
+    with pytest.raises(DataError, match="with a length"):
+        hold_tournament(FIELD, (batch for batch in train()), epochs=1)
+    few = ArrayBatches(X[:60], Y[:60], batch=20)
+    with pytest.raises(DataError, match=f"needs {LEAST_STEPS} training batches"):
+        hold_tournament(FIELD, few, epochs=1)
+
+
+def test_a_teacher_is_listened_to() -> None:
+    teacher = net(64, seed=1)
+    before = copy.deepcopy(teacher.state_dict())
+    field = [contender("a", 8), contender("b", 9)]
+    alone = hold_tournament(field, train(), epochs=1, lr=0.1)
+    taught = hold_tournament(field, train(), epochs=1, lr=0.1, teacher=teacher)
+    accuracies = [[heat.accuracy for heat in bracket.rungs[0]] for bracket in (alone, taught)]
+    assert accuracies[0] != accuracies[1]
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
