@@ -15,7 +15,7 @@ from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.capture import Inputs, evaluating, export_program
-from edgeprune.graphs.slice import Keep, parameter_slices, removed_units, replace_tensors, slice_model
+from edgeprune.graphs.slice import Keep, dropped_by, parameter_slices, removed_units, replace_tensors, slice_model
 
 TOLERANCE = 1e-4
 """Largest difference between two forms of one float32 model, relative to the largest output."""
@@ -31,6 +31,11 @@ def compact_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep, *
     raises: RecordError when the graph or the kept units do not fit the model; ModelError when the
         model's own code does not run on fewer channels.
     """
+    if in_place and (dropped := dropped_by(graph, keep)):
+        raise ModelError(
+            f"the model cannot be sliced in place: its own code computes {dropped[0].name}, which is dropped whole; "
+            "use the lifted form (in_place=False)"
+        )
     lifted = slice_model(module, inputs, graph, keep)
     if not in_place:
         return lifted

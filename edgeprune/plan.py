@@ -6,7 +6,7 @@ live activations become unary and pairwise terms of the levels; a solver does th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from math import gcd, inf, lcm
 
@@ -14,19 +14,21 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.core.budget import format_amount
 from edgeprune.core.closed_loop import LOWEST_SHARE, next_request, no_finer_step
 from edgeprune.core.cost import (
     artifact_polynomial,
-    artifact_volumes,
     evaluate,
     kernel_latency,
     kernel_sizes,
     live_bytes,
     live_of_peak,
     memory_steps,
+    multiply,
     peak_of_live,
     predict_cost,
+    volumes_by_branch,
 )
 from edgeprune.core.errors import DataError, InfeasibleBudget, ModelError, RecordError, Unmet, UsageError
 from edgeprune.core.family import load_member
@@ -45,6 +47,7 @@ from edgeprune.core.problem import (
 )
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
+    Branch,
     Budget,
     FloatArray,
     Graph,
@@ -148,13 +151,13 @@ def _solve(problem: Problem, names: Sequence[str], time_limit_s: float, progress
 
 
 def keep_units(importance: Importance, widths: dict[str, int], graph: Graph) -> dict[str, IntArray]:
-    """Per pruned group the indices of its highest-scored units, ascending (ties: the first)."""
+    """Per pruned group the indices of its highest-scored units, ascending (ties: the first); none of a branch."""
     units = graph.units
     return {
         name: np.sort(np.argsort(-importance.scores[name], kind="stable")[:width]).astype(np.int64)
         for name, width in widths.items()
-        if width < units[name]
-    }
+        if name in units and width < units[name]
+    } | {branch.name: np.zeros(0, np.int64) for branch in dropped_branches(graph, widths)}
 
 
 # --- what can be planned from --------------------------------------------------------------------
@@ -210,8 +213,12 @@ def build_problem(
     fine = budget.artifact_bytes is not None or budget.peak_memory_bytes is not None
     widths = {g.name: candidate_widths(g, tiles.get(g.name, 1), levels, min_keep, fine) for g in graph.prunable}
     losses = level_losses(importance, widths)
-    choices = tuple(Choice(name=name, widths=widths[name], loss=losses[name]) for name in widths)
-    axes = Axes(choices, graph.units)
+    switches = branch_losses(graph, importance, losses)
+    choices = (
+        *(Choice(name=name, widths=widths[name], loss=losses[name]) for name in widths),
+        *(Choice(name=name, widths=np.arange(2), loss=np.array([loss, 0.0])) for name, loss in switches.items()),
+    )
+    axes = Axes(choices, graph.units, *_inside(graph, switches))
     rows: list[Row] = []
     if budget.latency_s is not None:
         limit = budget.latency_s / _tail(profile, budget)
@@ -220,14 +227,32 @@ def build_problem(
         rows.append(energy_terms(profile, profile.energy, axes).row("energy_j", budget.energy_j))
     if budget.artifact_bytes is not None:
         weights = artifact_polynomial(graph, profile.precision.dtype)
-        terms = volume_terms(artifact_volumes(graph, profile.precision.dtype), axes)
+        terms = volume_terms(volumes_by_branch(graph, profile.precision.dtype), axes)
         terms.constant += max(profile.dense_bytes - evaluate(weights, {}, graph.units), 0)
         rows.append(terms.row("artifact_bytes", budget.artifact_bytes))
     if budget.peak_memory_bytes is not None:
         live_limit = live_of_peak(profile, budget.peak_memory_bytes)
-        distinct = {tuple(sorted(step.bytes.items())): step.bytes for step in memory_steps(graph)}
+        live = [
+            multiply(step.bytes, {(step.branch.name,): 1.0})
+            if step.branch and step.branch.name in switches
+            else step.bytes
+            for step in memory_steps(graph)
+        ]
+        distinct = {tuple(sorted(step.items())): step for step in live}
         rows.extend(polynomial_terms(step, axes).row("peak_memory_bytes", live_limit) for step in distinct.values())
+    if rows:
+        rows[0] = axes.tie_gates(rows[0])
     return Problem(choices=choices, rows=tuple(rows), sums=tuple(axes.sums))
+
+
+def _inside(graph: Graph, switches: Container[str]) -> tuple[list[Branch], set[str]]:
+    """The branches that may be dropped, and the groups that lie in them alone."""
+    branches = [branch for branch in graph.branches if branch.name in switches]
+    places = {True: set[str](), False: set[str]()}
+    for node in graph.nodes:
+        inside = any(node.name in branch.nodes for branch in branches)
+        places[inside].update(name for extent in node.out_extents for name, _ in extent.groups)
+    return branches, places[True] - places[False]
 
 
 def candidate_widths(group: Group, tile: int, levels: int, min_keep: float, fine: bool) -> IntArray:
@@ -274,6 +299,20 @@ def level_losses(importance: Importance, widths: dict[str, IntArray]) -> dict[st
         else:
             rises[name] = removed[name] * scale
     return {name: rises[name] for name in widths}
+
+
+def branch_losses(graph: Graph, importance: Importance, losses: dict[str, FloatArray]) -> dict[str, float]:
+    """Predicted rise of the loss where a branch is dropped, for each whose loss without it was measured.
+
+    losses: of the groups; where nothing is lost by dropping, a little of the largest speaks for keeping.
+    """
+    rises = {
+        branch.name: max(float(curve.loss[0] - curve.loss[-1]), 0.0)
+        for branch in graph.branches
+        if (curve := importance.curves.get(branch.name)) is not None
+    }
+    largest = max([*rises.values(), *(float(loss[0]) for loss in losses.values())], default=0.0)
+    return {name: rise + TIE_BREAK * largest for name, rise in rises.items()}
 
 
 def _removed_score(scores: FloatArray, widths: IntArray) -> FloatArray:
@@ -330,7 +369,9 @@ def _best_found(solutions: dict[str, Solution], solver: str) -> tuple[str, Solut
 
 
 def _widths(problem: Problem, levels: Levels) -> dict[str, int]:
-    return {choice.name: int(choice.widths[level]) for choice, level in zip(problem.choices, levels, strict=True)}
+    """Of the groups, and 0 of every branch that is dropped."""
+    chosen = zip(problem.choices, levels, strict=True)
+    return {c.name: int(c.widths[level]) for c, level in chosen if level == 0 or not c.is_branch}
 
 
 def _no_solution(problem: Problem, budget: Budget, solver: str, answer: Solution, time_limit_s: float) -> Unmet:

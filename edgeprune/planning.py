@@ -94,15 +94,15 @@ class Planning:
     def score(self, graph: Graph) -> Importance:
         """What each unit is worth."""
         settings = self.run.prune
-        return self._score(graph, settings.criterion, "importance", curves=settings.curves)
+        return self._score(graph, settings.criterion, "importance", curves=settings.curves, depth=settings.depth)
 
-    def _score(self, graph: Graph, chosen: str, file: str, *, curves: bool) -> Importance:
+    def _score(self, graph: Graph, chosen: str, file: str, *, curves: bool, depth: bool = False) -> Importance:
         criterion, _, options = chosen.partition(":")
         batches = self.run.prune.batches
         return self.folder.record(
             Importance,
             f"{file}.json",
-            [digest(graph), *self.sources, chosen, curves, batches],
+            [digest(graph), *self.sources, chosen, curves, depth, batches],
             lambda: score_groups(
                 self.start,
                 self.inputs,
@@ -111,6 +111,7 @@ class Planning:
                 criterion=criterion,
                 options=options,
                 curves=curves,
+                depth=depth,
                 checkpoint=self.folder / f"{file}.jsonl" if curves else None,
                 progress=self.progress,
             ),

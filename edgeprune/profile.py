@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.core.budget import parse_limit
 from edgeprune.core.cost import activation_bytes
 from edgeprune.core.effort import DEFAULT, Effort
@@ -386,7 +387,8 @@ class _Run:
         steps = {
             slot: slot.steps(
                 f"{slot.configuration.name}{self.suffix}", self.reference, self.effort,
-                kernels=not self.black_box, metered=metered,
+                kernels=not self.black_box and not dropped_branches(self.graph, slot.configuration.widths),
+                metered=metered,
             )
             for slot in slots
         }  # fmt: skip

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.compensation._rows import Layer, is_plain
+from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.obs import collect_gram, explain_removed
-from edgeprune.core.errors import DataError
+from edgeprune.core.errors import DataError, UsageError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import FloatArray, Graph, Group, Importance, IntArray, LossCurve
+from edgeprune.core.records import Branch, FloatArray, Graph, Group, Importance, IntArray, LossCurve
 from edgeprune.core.store import append_record, read_lines
 from edgeprune.criteria import GroupView
 from edgeprune.statistics import Batch, Fill
@@ -42,6 +43,7 @@ def score_groups(
     compensate: bool = True,
     examples: int = 256,
     damping: float = 1e-2,
+    depth: bool = False,
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> Importance:
@@ -56,9 +58,13 @@ def score_groups(
     criterion, options: a member of `criteria/` and its configuration (`p=1`).
     levels:      widths per curve besides the narrowest: even parts of the group, on its step.
     compensate:  refit consumers. examples: calibration examples for the curves (all for the scores).
+    depth:       also measure the loss without each residual branch, so that a plan may drop it.
     checkpoint:  JSONL file that finished groups are appended to and taken from; cleared by the caller.
-    raises:      DataError without labels, on inputs of other shapes, or a loss that is not finite.
+    raises:      DataError without labels, on inputs of other shapes, or a loss that is not finite; UsageError for
+        depth without curves.
     """
+    if depth and not curves:
+        raise UsageError("dropping whole branches (depth) needs measured losses; leave loss curves on")
     member = load_member("criteria", criterion)
     score = configure(member.score, options)
     statistic = None if member.NEEDS is None else load_member("statistics", member.NEEDS)
@@ -94,6 +100,10 @@ def score_groups(
                 dense_loss=dense_loss, curves={group.name: curve},
             ))  # fmt: skip
     progress("score: loss curves", len(graph.prunable), len(graph.prunable))
+    for done, branch in enumerate(graph.branches if depth else ()):
+        progress("score: branches", done, len(graph.branches))
+        losses = np.array([bench.loss_without_branch(branch), dense_loss])
+        finished[branch.name] = LossCurve(widths=np.arange(2), loss=losses)
     return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores,
                       dense_loss=dense_loss, curves=finished)  # fmt: skip
 
@@ -281,7 +291,8 @@ class _Bench:
     @torch.no_grad()
     def loss_without(self, group: Group, removed: IntArray) -> float:
         """The loss with some units of a group removed; the model is as before afterwards."""
-        with self._restored(group):
+        touched = {member.parameter for member in group.members} | {f"{name}.bias" for name in self.grams}
+        with self._restored(touched):
             for name, gram in self.grams.items():
                 gone = [m for m in group.members if m.parameter == f"{name}.weight" and m.axis == 1]
                 inputs = torch.from_numpy(np.concatenate([m.index[removed].ravel() for m in gone]))
@@ -293,9 +304,22 @@ class _Bench:
                 self.tensors[member.parameter].index_fill_(member.axis, gone_, 0)
             return self.loss()
 
+    @torch.no_grad()
+    def loss_without_branch(self, branch: Branch) -> float:
+        """The loss without a residual branch, or with batch-norm statistics anew besides, whichever is lower."""
+        buffers = {name for name, _ in self.model.named_buffers()}
+        with self._restored(buffers | set(branch.parameters)):
+            for name in branch.parameters:
+                self.tensors[name].zero_()
+            as_it_is = self.loss()
+            reestimate_batch_norm(self.model, self.batches)
+            losses = [loss for loss in (as_it_is, self.loss()) if math.isfinite(loss)]
+        if not losses:
+            raise DataError(f"the calibration loss without the branch '{branch.name}' is not finite")
+        return min(losses)
+
     @contextmanager
-    def _restored(self, group: Group) -> Iterator[None]:
-        touched = {member.parameter for member in group.members} | {f"{name}.bias" for name in self.grams}
+    def _restored(self, touched: Iterable[str]) -> Iterator[None]:
         saved = {name: self.tensors[name].clone() for name in touched if name in self.tensors}
         try:
             yield

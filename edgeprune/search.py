@@ -102,9 +102,13 @@ def scatter_weights(importance: Importance, seed: int) -> Importance:
 
 
 def rises(importance: Importance, names: Sequence[str], trials: Sequence[CurveTrial]) -> FloatArray:
-    """What the curve of each group says that it loses at a trial's width: (trials, groups)."""
+    """What the curve of each group, or branch, says that it loses at a trial's width: (trials, names)."""
     columns = []
     for name in names:
+        if importance.curves[name].widths[0] == 0:  # a branch: trials name it where it is dropped
+            loss = importance.curves[name].loss
+            columns.append(np.array([max(loss[0] - loss[-1], 0.0) * (name in trial.widths) for trial in trials]))
+            continue
         widths = np.unique([*(trial.widths[name] for trial in trials), int(importance.curves[name].widths[-1])])
         losses = level_losses(importance, {name: widths})[name]
         columns.append(losses[np.searchsorted(widths, [trial.widths[name] for trial in trials])])

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from edgeprune.core.records import Constant, Extent, Graph, Group, IntArray, Member, Node, Parameter
+from edgeprune.graphs.branches import find_branches
 from edgeprune.graphs.capture import Inputs, capture, module_path, operator_name, shares_memory, structure_sha256
 from edgeprune.graphs.propagate import Propagation, concrete, propagate
 from edgeprune.ops import Axis, Value
@@ -43,6 +44,7 @@ def trace_captured(captured: fx.GraphModule, batch: int = 1, *, allow_inexact: b
         parameters=tuple(_parameter(captured, key, value, partition) for key, value in found.parameters.items()),
         groups=partition.groups,
         unsupported=tuple(found.unsupported),
+        branches=find_branches(captured, found, partition.names),
     )
 
 

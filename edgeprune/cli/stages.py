@@ -134,6 +134,7 @@ def score(
     allow_inexact: Inexact = False,
     criterion: Annotated[str, typer.Option(help="a name, or name:option=value,...")] = "taylor",
     curves: Annotated[bool, typer.Option(help="measure the loss of each group at a few widths")] = True,
+    depth: Annotated[bool, typer.Option(help="and without each residual branch, so that a plan may drop it")] = False,
 ) -> None:  # fmt: skip
     """How much each unit matters."""
     name, _, options = criterion.partition(":")
@@ -142,8 +143,9 @@ def score(
     calibration = edgeprune.load_data(data, Path.cwd()).require("calibration")
     with bars() as progress:
         importance = edgeprune.score_groups(
-            module, inputs, graph, calibration, criterion=name, options=options, curves=curves, progress=progress
-        )
+            module, inputs, graph, calibration, criterion=name, options=options, curves=curves, depth=depth,
+            progress=progress,
+        )  # fmt: skip
     edgeprune.write_record(out, importance)
     print(f"{len(importance.scores)} groups scored by {criterion}: {out}")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def reestimate_batch_norm(module: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> None:
+def reestimate_batch_norm(module: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -> None:
     """Replace running means and variances by their average over the batches, in place.
 
     Dropout stays off; momenta and each module's training flag are restored. Without batch norms, or

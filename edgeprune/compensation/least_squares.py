@@ -47,8 +47,8 @@ def compensate(
     """Fit every layer that the removal reaches, in place.
 
     compact: the lifted, sliced GraphModule; its modules have the dense model's names.
-    keep:    per pruned group the kept units, ascending. batches: (inputs, targets); targets unused.
-             All their live activations are held at once, in both models.
+    keep:    per pruned group the kept units, ascending; none of a dropped branch.
+    batches: (inputs, targets); targets unused. All their live activations are held at once, in both models.
     damping: > 0, share of the mean squared input added to the diagonal; pulls towards the sliced weight.
     returns: names of the fitted layers. A layer whose system cannot be solved, or whose fit is no
              better, stays as it was.
@@ -63,7 +63,8 @@ def compensate(
     reference.eval()
     ours, theirs = _Walk(compact, inputs), _Walk(reference, inputs)
     generator = torch.Generator().manual_seed(seed)
-    calls = _calls(compact)
+    calls, order, left = _calls(compact), _layers(reference), set(_layers(compact))
+    first_lost = next((n for n, name in enumerate(order) if name not in left), len(order))
     fitted = []
     for done, (name, node) in enumerate(calls.items()):
         progress("compensate", done, len(calls))
@@ -71,7 +72,7 @@ def compensate(
         assert isinstance(layer, Layer)
         ours.advance(node)
         if not ours.changed:
-            ours.changed = _lost_inputs(graph, keep, f"{name}.weight")
+            ours.changed = _lost_inputs(graph, keep, f"{name}.weight") or name in order[first_lost:]
         kept = _keptcount_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue
@@ -80,6 +81,10 @@ def compensate(
             fitted.append(name)
     compact.train(training)
     return fitted
+
+
+def _layers(module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
 
 
 def _calls(module: fx.GraphModule) -> dict[str, fx.Node]:

@@ -155,7 +155,7 @@ class _Lowering:
             return
         blocked = self._is_blocked(node, op, reads)
         shape = self._in_blocks(self._shape[name]) if blocked else self._shape[name]
-        if op == "add" and (fused := self._fuse(node, shape, blocked)) is not None:
+        if op == "add" and len(reads) == 2 and (fused := self._fuse(node, shape, blocked)) is not None:
             kernel = fused
         else:
             reads = [self._in_layout(source, blocked, op) for source in node.inputs]

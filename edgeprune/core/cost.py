@@ -7,6 +7,7 @@ polynomials in the widths. They are kept as polynomials, because the solvers nee
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +16,10 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.core.arena import CONVOLUTIONS, FLOAT_BYTES, lower, peak_memory_bytes, place
+from edgeprune.core.arena import CONVOLUTIONS, COPY, FLOAT_BYTES, lower, peak_memory_bytes, place
+from edgeprune.core.branches import branch_of, branch_of_kernel, dropped_branches, without_branches
 from edgeprune.core.records import (
+    Branch,
     Conditions,
     Cost,
     Extent,
@@ -95,7 +98,7 @@ def evaluate(polynomial: Polynomial, widths: Widths, units: Widths) -> int:
 
 def count_parameters(graph: Graph, widths: Widths) -> int:
     """Trainable parameters of the network at `widths`."""
-    return evaluate(parameter_polynomial(graph), widths, graph.units)
+    return evaluate(parameter_polynomial(without_branches(graph, widths)), widths, graph.units)
 
 
 def parameter_polynomial(graph: Graph) -> Polynomial:
@@ -157,7 +160,7 @@ def _einsum_extents(node: Node, operands: Sequence[Node]) -> list[Extent]:
 
 def count_macs(graph: Graph, widths: Widths) -> int:
     """Multiply-accumulates of one forward pass on the example input."""
-    return evaluate(mac_polynomial(graph), widths, graph.units)
+    return evaluate(mac_polynomial(without_branches(graph, widths)), widths, graph.units)
 
 
 def artifact_volumes(graph: Graph, dtype: str = "float32") -> tuple[tuple[tuple[Extent, ...], int], ...]:
@@ -176,6 +179,19 @@ def artifact_volumes(graph: Graph, dtype: str = "float32") -> tuple[tuple[tuple[
     rest = [(extents, size) for extents, size in tensors if len(extents) <= 1 or size != FLOAT_BYTES]
     scales = [(extents[:1], BYTES_PER_SCALE) for extents in weights]
     return (*((extents, 1) for extents in weights), *scales, *rest)
+
+
+def volumes_by_branch(
+    graph: Graph, dtype: str = "float32"
+) -> dict[str | None, tuple[tuple[tuple[Extent, ...], int], ...]]:
+    """`artifact_volumes` by the branch that they go with; None: with no branch."""
+    rest = Counter(artifact_volumes(graph, dtype))
+    whole, found = rest, dict[str | None, tuple[tuple[tuple[Extent, ...], int], ...]]()
+    for branch in graph.branches:
+        own = whole - Counter(artifact_volumes(without_branches(graph, {branch.name: 0}), dtype))
+        found[branch.name] = tuple(own.elements())
+        rest = rest - own
+    return {None: tuple(rest.elements()), **found}
 
 
 def _stored_tensors(graph: Graph) -> tuple[tuple[tuple[Extent, ...], int], ...]:
@@ -210,8 +226,8 @@ def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int, dtype: str = 
 
     dense_bytes: size of the dense artifact, as measured.
     """
-    weights = artifact_polynomial(graph, dtype)
-    dense = evaluate(weights, graph.units, graph.units)
+    dense = evaluate(artifact_polynomial(graph, dtype), graph.units, graph.units)
+    weights = artifact_polynomial(without_branches(graph, widths), dtype)
     return max(dense_bytes - dense, 0) + evaluate(weights, widths, graph.units)
 
 
@@ -220,10 +236,14 @@ def artifact_bytes(graph: Graph, widths: Widths, dense_bytes: int, dtype: str = 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryStep:
-    """Bytes that live while one kernel runs: its inputs, its output and all that is read later."""
+    """Bytes that live while one kernel runs: its inputs, its output and all that is read later.
+
+    branch: the one that the kernel goes with.
+    """
 
     node: str
     bytes: Polynomial
+    branch: Branch | None = None
 
 
 def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
@@ -239,6 +259,7 @@ def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
         MemoryStep(
             node=name,
             bytes=add(size for buffer, size in zip(buffers, sizes, strict=True) if buffer.born <= index <= buffer.dies),
+            branch=branch_of(graph.branches, name.removesuffix(COPY)),
         )
         for index, name in enumerate(kernels)
     )
@@ -246,11 +267,13 @@ def memory_steps(graph: Graph) -> tuple[MemoryStep, ...]:
 
 def live_bytes(graph: Graph, widths: Widths) -> int:
     """Largest sum of live activations at `widths`."""
-    return max((evaluate(step.bytes, widths, graph.units) for step in memory_steps(graph)), default=0)
+    steps = memory_steps(without_branches(graph, widths))
+    return max((evaluate(step.bytes, widths, graph.units) for step in steps), default=0)
 
 
 def activation_bytes(graph: Graph, widths: Widths, conditions: Conditions | None) -> int:
     """Peak activation memory as the runtime lays it out; None: as ONNX Runtime does on x86."""
+    graph = without_branches(graph, widths)
     if conditions is None:
         return peak_memory_bytes(graph, widths)
     if conditions.runtime.partition(":")[0] == TFLITE:
@@ -323,6 +346,12 @@ def kernel_sizes(kernel: Kernel, widths: Widths, units: Widths) -> tuple[int, in
     return cin, kernel.out_extent.size(widths, units)
 
 
+def left_kernels(graph: Graph, widths: Widths, kernels: Iterable[Kernel]) -> list[Kernel]:
+    """The kernels that are still run where some branches are dropped."""
+    dropped = dropped_branches(graph, widths)
+    return [kernel for kernel in kernels if branch_of_kernel(dropped, kernel) is None]
+
+
 def operator_of(kernel: Kernel) -> str:
     """What kind of kernel it is: of one operator, and reading one size (depthwise, pooling) or two."""
     return f"{kernel.signature.split(' ')[0].split('+')[0]} {'one size' if kernel.in_extent is None else 'two sizes'}"
@@ -335,7 +364,7 @@ def predict_latency(graph: Graph, widths: Widths, profile: Profile | Fold, kerne
     """
     tables = {table.signature: table for table in profile.tables}
     total = profile.overhead_s
-    for kernel in profile.kernels if isinstance(profile, Profile) else kernels:
+    for kernel in left_kernels(graph, widths, profile.kernels if isinstance(profile, Profile) else kernels):
         total += kernel_latency(tables[kernel.signature], *kernel_sizes(kernel, widths, graph.units))
     return total
 
@@ -373,7 +402,7 @@ def predict_energy(graph: Graph, widths: Widths, profile: Profile) -> Quantity |
         return None
     tables = {table.signature: table for table in profile.tables}
     joules = profile.energy.mean_w * profile.overhead_s
-    for kernel in profile.kernels:
+    for kernel in left_kernels(graph, widths, profile.kernels):
         seconds = kernel_latency(tables[kernel.signature], *kernel_sizes(kernel, widths, graph.units))
         joules += profile.energy.power_w[operator_of(kernel)] * seconds
     latency = latency_interval(graph, widths, profile)

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
 from edgeprune.core.cost import mac_polynomial, parameter_polynomial
 from edgeprune.core.records import (
@@ -81,6 +82,9 @@ def describe_graph(graph: Graph) -> str:
     if graph.unsupported:
         names = sorted({f"{op} at {node}" for op, node in graph.unsupported})
         parts.append("operators without a rule (what touches them is frozen):\n" + "\n".join(f"  {n}" for n in names))
+    if graph.branches:
+        paths = ", ".join(branch.name for branch in graph.branches)
+        parts.append(f"{len(graph.branches)} residual branches can be dropped whole: {paths}")
     count = len(graph.prunable)
     parts.append(
         f"{count} groups can be pruned; {prunable_macs(graph):.1%} of the multiply-adds are in them"
@@ -173,8 +177,11 @@ def describe_profile(profile: Profile) -> str:
 def describe_plan(graph: Graph, plan: Plan) -> str:
     """Widths, the loop on the board, and what every solver would have reached."""
     units = graph.units
-    rows = [(name, str(units[name]), str(width), f"{width / units[name]:.0%}") for name, width in plan.widths.items()]
+    kept = {name: width for name, width in plan.widths.items() if name in units}
+    rows = [(name, str(units[name]), str(width), f"{width / units[name]:.0%}") for name, width in kept.items()]
     parts = [table(("group", "units", "kept", "share"), rows)]
+    if dropped := dropped_branches(graph, plan.widths):
+        parts.append("residual branches dropped whole: " + ", ".join(branch.name for branch in dropped))
     solvers = [
         (s.solver, s.status, f"{s.loss:.4g}", "" if s.gap is None else f"{s.gap:.2%}", interval(s.cost.latency_s))
         for s in plan.alternatives

@@ -10,14 +10,15 @@ shortcut), whose level follows from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeprune.core.branches import branch_of_kernel
 from edgeprune.core.cost import Polynomial, kernel_latency, operator_of
-from edgeprune.core.records import EnergyModel, Extent, FloatArray, IntArray, Kernel, Profile
+from edgeprune.core.records import Branch, EnergyModel, Extent, FloatArray, IntArray, Kernel, Profile
 
 Levels = tuple[int, ...]
 """One level index per group, in the order of `Problem.choices`."""
@@ -31,11 +32,16 @@ MOST_SUM_SIZES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The widths one group may have: widths (n,) ascending, loss (n,) of each."""
+    """The widths one group may have: widths (n,) ascending, loss (n,) of each. Of a branch they are 0 and 1."""
 
     name: str
     widths: IntArray
     loss: FloatArray
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it is a residual branch, which is there or not."""
+        return int(self.widths[0]) == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,13 +128,57 @@ def is_feasible(problem: Problem, levels: npt.ArrayLike) -> npt.NDArray[np.bool_
 
 
 class Axes:
-    """Axis sizes as variables: groups first, then one sum for every set of groups on one axis."""
+    """Axis sizes as variables: groups first, then one sum for every set of groups on one axis.
 
-    def __init__(self, choices: Sequence[Choice], units: dict[str, int]) -> None:
-        self.choices, self.units = choices, units
+    branches: those that a choice of widths 0 and 1 may drop. inner: groups that lie in a branch alone.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        units: dict[str, int],
+        branches: Sequence[Branch] = (),
+        inner: Container[str] = (),
+    ) -> None:
+        self.choices, self.units, self.branches = choices, units, branches
         self.index = {choice.name: v for v, choice in enumerate(choices)}
+        self.inner = {v for name, v in self.index.items() if name in inner}
         self.sums: list[Sum] = []
+        self.gates: dict[tuple[int, int], int] = {}
         self._known: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+
+    def switched(
+        self, branch: str | None, u: int | None, v: int | None, matrix: FloatArray
+    ) -> tuple[int | None, int | None, FloatArray]:
+        """The same term, (levels of u, levels of v), but 0 where the branch is dropped."""
+        if branch is None or branch not in self.index:
+            return u, v, matrix
+        switch = self.index[branch]
+        if u is not None and u == v:
+            u, matrix = None, np.diagonal(matrix)[None]
+        if u is None or v is None:
+            only = v if u is None else u
+            return switch, only, np.stack([np.zeros(matrix.size), matrix.ravel()])
+        if u in self.inner and v not in self.inner:
+            u, v, matrix = v, u, matrix.T
+        return u, self._gate(v, switch), np.hstack([np.zeros((len(matrix), 1)), matrix])
+
+    def _gate(self, v: int, switch: int) -> int:
+        """A variable with one level more than v: the first where the branch is dropped, then those of v.
+
+        It is the size of v, and the largest on top of it where the branch is there; so any size below means dropped.
+        """
+        if (v, switch) not in self.gates:
+            plain = v < len(self.choices)
+            total = None if plain else self.sums[v - len(self.choices)]
+            sizes = self.choices[v].widths if total is None else total.sizes
+            counts, fixed = (((v, 1),), 0) if total is None else (total.counts, total.fixed)
+            top = int(sizes[-1])
+            self.gates[v, switch] = len(self.choices) + len(self.sums)
+            self.sums.append(
+                Sum(sizes=np.append(top, top + sizes), fixed=fixed, counts=tuple(sorted([*counts, (switch, top)])))
+            )
+        return self.gates[v, switch]
 
     def sizes(self, extent: Extent, tile: int) -> tuple[int | None, IntArray]:
         """The variable that decides an axis (None: constant) and the size at each of its levels."""
@@ -159,6 +209,23 @@ class Axes:
             rounded = np.unique(np.minimum(-(-sizes // step) * step, sizes[-1]))
             step *= 2
         return rounded.astype(np.int64)
+
+    def tie_gates(self, row: Row) -> Row:
+        """The same row, in which what no choice of levels can be costs twice the limit.
+
+        A relaxation would otherwise drop half a branch and save all of it.
+        """
+        pairs = dict(row.pairs)
+        for (v, switch), gate in self.gates.items():
+            levels = len(self.sums[gate - len(self.choices)].sizes)
+            there = np.arange(levels) > 0
+            possible = {
+                (switch, gate): np.stack([~there, there]),
+                (v, gate): ~there | (np.arange(levels) == np.arange(1, levels)[:, None]),
+            }
+            for pair, allowed in possible.items():
+                pairs[pair] = pairs.get(pair, 0.0) + np.where(allowed, 0.0, 2 * row.limit)
+        return replace(row, pairs=pairs)
 
 
 @dataclass(slots=True)
@@ -206,7 +273,9 @@ def _kernel_terms(profile: Profile, axes: Axes, constant: float, factor: Callabl
         table = tables[kernel.signature]
         u, cin = axes.sizes(kernel.in_extent, table.tile_in) if kernel.in_extent is not None else (None, np.zeros(1))
         v, cout = axes.sizes(kernel.out_extent, table.tile_out)
-        terms.add(u, v, factor(kernel) * kernel_latency(table, cin[:, None], cout[None, :]))
+        branch = branch_of_kernel(axes.branches, kernel)
+        seconds = kernel_latency(table, cin[:, None], cout[None, :])
+        terms.add(*axes.switched(branch.name if branch else None, u, v, factor(kernel) * seconds))
     return terms
 
 
@@ -229,13 +298,14 @@ def polynomial_terms(polynomial: Polynomial, axes: Axes) -> Terms:
     return terms
 
 
-def volume_terms(volumes: Iterable[tuple[tuple[Extent, ...], float]], axes: Axes) -> Terms:
+def volume_terms(volumes: Mapping[str | None, Iterable[tuple[tuple[Extent, ...], float]]], axes: Axes) -> Terms:
     """Sum of tensor sizes x factor as terms of whole axes; from the third free axis on, full sizes count.
 
-    Two axes of several groups each stay one pair, where their polynomial has one for every two groups.
+    volumes: by the branch that they go with. Two axes of several groups each stay one pair, where their polynomial has
+    one for every two groups.
     """
     terms = Terms()
-    for extents, factor in volumes:
+    for branch, extents, factor in ((branch, *volume) for branch, its in volumes.items() for volume in its):
         free: list[tuple[int | None, FloatArray]] = []
         scale = float(factor)
         for extent in extents:
@@ -245,5 +315,5 @@ def volume_terms(volumes: Iterable[tuple[tuple[Extent, ...], float]], axes: Axes
             else:
                 free.append((v, sizes.astype(np.float64)))
         (u, left), (v, right) = [*free, (None, np.ones(1)), (None, np.ones(1))][:2]
-        terms.add(u, v, scale * np.outer(left, right))
+        terms.add(*axes.switched(branch, u, v, scale * np.outer(left, right)))
     return terms

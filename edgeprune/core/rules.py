@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from math import gcd, lcm
 
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import Graph, Group, WidthRules
+from edgeprune.core.records import Branch, Graph, Group, WidthRules
 
 
 def apply_rules(graph: Graph, rules: WidthRules) -> Graph:
@@ -22,13 +22,29 @@ def apply_rules(graph: Graph, rules: WidthRules) -> Graph:
         if not any(matches(group, pattern) for group in graph.groups):
             names = ", ".join(group.name for group in graph.prunable)
             raise UsageError(f"no group of channels matches '{pattern}'; groups that can be pruned: {names}")
-    return replace(graph, groups=tuple(_ruled(group, rules) for group in graph.groups))
+    return replace(
+        graph,
+        groups=tuple(_ruled(group, rules) for group in graph.groups),
+        branches=tuple(branch for branch in graph.branches if _may_go(branch, rules)),
+    )
 
 
 def matches(group: Group, pattern: str) -> bool:
     """Whether a shell pattern names the group, a module that makes its channels, or a module around that one."""
     made_by = {member.parameter.rpartition(".")[0] for member in group.members if member.role == "out"}
     return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*") for path in {group.name, *made_by})
+
+
+def _may_go(branch: Branch, rules: WidthRules) -> bool:
+    """Whether a branch may be dropped: nothing in it is frozen, and all of it may lose channels."""
+    paths = {parameter.rpartition(".")[0] for parameter in branch.parameters}
+
+    def named(path: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*") for pattern in patterns)
+
+    return not any(named(path, rules.freeze) for path in paths) and (
+        not rules.only or all(named(path, rules.only) for path in paths)
+    )
 
 
 def _ruled(group: Group, rules: WidthRules) -> Group:

@@ -70,6 +70,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     curves: bool = True
     compensate: bool = True
     allow_inexact: bool = False
+    depth: bool = False
     batches: int = 8
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()

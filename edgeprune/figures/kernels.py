@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import median
 
-from edgeprune.core.cost import kernel_latency, kernel_sizes
+from edgeprune.core.cost import kernel_latency, kernel_sizes, left_kernels
 from edgeprune.core.records import Graph, Kernel, Profile, Widths
 from edgeprune.figures import DENSE, PRUNED, Figure, Run, Table, Trace, axis, bars_height, names_axis, time_scale
 
@@ -68,8 +68,10 @@ def kernel_times(graph: Graph, profile: Profile, widths: Widths) -> tuple[dict[s
     if found:
         return {k.name: median([times.get(k.name, 0.0) for times in found]) for k in profile.kernels}, True
     tables = {table.signature: table for table in profile.tables}
+    left = {kernel.name for kernel in left_kernels(graph, widths, profile.kernels)}
     return {
-        k.name: kernel_latency(tables[k.signature], *kernel_sizes(k, widths, units)) for k in profile.kernels
+        k.name: kernel_latency(tables[k.signature], *kernel_sizes(k, widths, units)) if k.name in left else 0.0
+        for k in profile.kernels
     }, False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.figures import DENSE, PRUNED, Figure, Run, Table, Trace, axis, bars_height, names_axis
 
 ORDER = 30
@@ -14,7 +15,12 @@ def draw(run: Run) -> Figure | None:
         return None
     names = [group.name for group in groups]
     units = [group.units for group in groups]
-    kept = [run.plan.widths.get(group.name, group.units) for group in groups]
+    lost = {name for branch in dropped_branches(run.graph, run.plan.widths) for name in branch.parameters}
+    kept = [
+        0 if lost and {member.parameter for member in group.members} <= lost
+        else run.plan.widths.get(group.name, group.units)
+        for group in groups
+    ]  # fmt: skip
     removed = [unit - width for unit, width in zip(units, kept, strict=True)]
     bar: Trace = {"type": "bar", "orientation": "h", "y": names}
     traces: list[Trace] = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from torch import Tensor, nn
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
 from edgeprune.core.store import sha256_bytes, write_atomic
 from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
 from edgeprune.formats._onnx_quantize import Quantized
 from edgeprune.formats._units import Evidence, Mask, UnitSpace, Unresizable, positions, same, take
-from edgeprune.graphs.slice import slice_model
+from edgeprune.graphs.slice import dropped_by, slice_model
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
 Rewrite = Callable[[ModelProto], Quantized]
@@ -35,6 +37,24 @@ SHARED_BYTES = 1024
 """Float tensors above this lie in the shared weight file; smaller ones may be constants of the graph."""
 ALIGNMENT = 4096
 """Offsets that every operating system can map."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Exporter:
+    """True exports of a model that keeps some of its units, in float32 or as rewritten."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    graph: Graph
+    to_proto: ToProto
+    rewrite: Rewrite | None
+
+    def float_model(self, keep: Mapping[str, IntArray]) -> ModelProto:
+        return self.to_proto(slice_model(self.module, self.inputs, self.graph, keep), self.inputs)
+
+    def __call__(self, keep: Mapping[str, IntArray]) -> ModelProto:
+        model = self.float_model(keep)
+        return model if self.rewrite is None else self.rewrite(model).model
 
 
 class OnnxResizer(ABC):
@@ -74,7 +94,10 @@ class OnnxResizer(ABC):
 
 
 class ExactResizer(OnnxResizer):
-    """Rewrites one file in milliseconds. raises: Unresizable when the probes do not explain it."""
+    """Rewrites one file in milliseconds; exports it where branches are dropped.
+
+    raises: Unresizable when the probes do not explain it.
+    """
 
     def __init__(
         self,
@@ -86,11 +109,12 @@ class ExactResizer(OnnxResizer):
         rewrite: Rewrite | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(to_proto(slice_model(module, inputs, graph, {}), inputs), graph)
+        self._export = _Exporter(module, inputs, graph, to_proto, rewrite)
+        super().__init__(self._export.float_model({}), graph)
         self.space = UnitSpace(graph)
         probes = []
         for keep in self.space.probes(np.random.default_rng(seed)):
-            model = _normalise(to_proto(slice_model(module, inputs, graph, keep), inputs))
+            model = _normalise(self._export.float_model(keep))
             probes.append((self.space.kept(keep), model))
         self.arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.base.graph.initializer}
         self._axes: dict[str, dict[int, IntArray]] = {}
@@ -130,6 +154,8 @@ class ExactResizer(OnnxResizer):
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
+        if dropped_by(self.graph, keep):
+            return self._export(keep)
         kept = self.space.kept(keep)
         model = self._skeleton(kept)
         for tensor in self.base.graph.initializer:
@@ -146,6 +172,9 @@ class ExactResizer(OnnxResizer):
 
     def write_structure(self, widths: Widths, path: Path, weights: str) -> None:
         """See OnnxResizer."""
+        if dropped_branches(self.graph, widths):
+            self.write_model(self._first_units(widths), path)
+            return
         kept = self.space.kept(self._first_units(widths))
         model = self._skeleton(kept)
         for tensor in self.base.graph.initializer:
@@ -217,20 +246,14 @@ class ExportingResizer(OnnxResizer):
         *,
         rewrite: Rewrite | None = None,
     ) -> None:
-        self._model = (module, inputs, graph)
-        self._to_proto, self._rewrite = to_proto, rewrite
-        dense = self._export({})
+        self._export = _Exporter(module, inputs, graph, to_proto, rewrite)
+        dense = self._export.float_model({})
         super().__init__(dense if rewrite is None else rewrite(dense).model, graph)
         self._float_base = _normalise(dense)
 
     def resize(self, keep: Mapping[str, IntArray]) -> ModelProto:
         """See OnnxResizer."""
-        model = self._export(keep)
-        return model if self._rewrite is None else self._rewrite(model).model
-
-    def _export(self, keep: Mapping[str, IntArray]) -> ModelProto:
-        module, inputs, graph = self._model
-        return self._to_proto(slice_model(module, inputs, graph, keep), inputs)
+        return self._export(keep)
 
     def write_weights(self, path: Path) -> None:
         """Nothing is shared; the file is empty."""

@@ -23,7 +23,7 @@ from edgeprune.formats._tflite_convert import convert
 from edgeprune.formats._tflite_model import constant, indices, name_of, operator_names, pack, shape_of, unpack
 from edgeprune.formats._tflite_quantize import Ranges, calibrate, quantize
 from edgeprune.formats._units import Evidence, Mask, UnitSpace, Unresizable, same, take
-from edgeprune.graphs.slice import slice_model
+from edgeprune.graphs.slice import dropped_by, slice_model
 
 if TYPE_CHECKING:
     from edgeprune.formats import KernelMap
@@ -74,11 +74,15 @@ class TfliteResizer(ABC):
 
 
 class ExactResizer(TfliteResizer):
-    """Rewrites one file. raises: Unresizable when the probes do not explain it."""
+    """Rewrites one file; converts it where branches are dropped.
+
+    raises: Unresizable when the probes do not explain it.
+    """
 
     def __init__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, precision: Precision, *, seed: int = 0
     ) -> None:
+        self._model = (module, inputs, graph)
         self.space = UnitSpace(graph)
         keeps = self.space.probes(np.random.default_rng(seed))
         dense, *probes = convert([slice_model(module, inputs, graph, keep) for keep in ({}, *keeps)], inputs)
@@ -94,6 +98,8 @@ class ExactResizer(TfliteResizer):
 
     def resize(self, keep: Mapping[str, IntArray]) -> bytes:
         """See TfliteResizer."""
+        if dropped_by(self.graph, keep):
+            return _convert_sliced(*self._model, keep)
         kept = self.space.kept(keep)
         model = copy.copy(self.base)
         model.buffers = list(self.base.buffers)
@@ -142,8 +148,11 @@ class ExportingResizer(TfliteResizer):
 
     def resize(self, keep: Mapping[str, IntArray]) -> bytes:
         """See TfliteResizer."""
-        module, inputs, graph = self._model
-        return convert([slice_model(module, inputs, graph, keep)], inputs)[0]
+        return _convert_sliced(*self._model, keep)
+
+
+def _convert_sliced(module: nn.Module, inputs: tuple[Tensor, ...], graph: Graph, keep: Mapping[str, IntArray]) -> bytes:
+    return convert([slice_model(module, inputs, graph, keep)], inputs)[0]
 
 
 class _Matcher:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from edgeprune.core.branches import dropped_branches
 from edgeprune.core.errors import RecordError
-from edgeprune.core.records import Constant, Graph, Group, IntArray
+from edgeprune.core.records import Branch, Constant, Graph, Group, IntArray
+from edgeprune.graphs.branches import drop_branches
 from edgeprune.graphs.capture import Inputs, capture, structure_sha256
 from edgeprune.graphs.lift import lift
 
 Keep = Mapping[str, IntArray]
-"""Group name -> kept units, ascending. A group that is not named keeps all."""
+"""Group name -> kept units, ascending. A group that is not named keeps all; a branch that keeps none is dropped."""
 
 
 def slice_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep) -> nn.Module:
@@ -48,6 +50,7 @@ def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Mod
         _scale(captured.graph, nodes[name], share)
     slices = parameter_slices(graph, removed)
     replace_tensors(captured, {name: slices.get(name, {}) for name in named_tensors(captured)})
+    drop_branches(captured, graph, dropped_by(graph, keep))
     captured.recompile()
     return lift(captured)
 
@@ -64,7 +67,7 @@ def replace_tensors(module: nn.Module, slices: Mapping[str, Mapping[int, IntArra
 
 
 def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
-    """A copy of the model in which every parameter entry of the removed units is zero.
+    """A copy of the model in which every parameter entry of the removed units, and of dropped branches, is zero.
 
     Its output is what `slice_model` must compute.
     raises: RecordError.
@@ -77,6 +80,9 @@ def mask_model(module: nn.Module, graph: Graph, keep: Keep) -> nn.Module:
             for member in group.members if group.name in removed else ():
                 where = torch.from_numpy(member.index[removed[group.name]].ravel())
                 _tensor(tensors, member.parameter).index_fill_(member.axis, where, 0)
+        for branch in dropped_by(graph, keep):
+            for name in branch.parameters:
+                _tensor(tensors, name).zero_()
     return masked
 
 
@@ -118,14 +124,24 @@ def removed_units(graph: Graph, keep: Keep) -> dict[str, IntArray]:
     raises: RecordError for an unknown or frozen group, or units that are not ascending, in range and at least one.
     """
     groups = {group.name: group for group in graph.groups}
+    branches = {branch.name for branch in graph.branches}
     removed: dict[str, IntArray] = {}
     for name, kept in keep.items():
+        if name in branches:
+            if list(kept) not in ([], [0]):
+                raise RecordError(f"branch '{name}' is one unit: it keeps unit 0 or none")
+            continue
         if name not in groups:
             raise RecordError(f"the model has no group '{name}'; make the plan again")
         gone = _complement(groups[name], np.asarray(kept, dtype=np.int64))
         if gone.size:
             removed[name] = gone
     return removed
+
+
+def dropped_by(graph: Graph, keep: Keep) -> tuple[Branch, ...]:
+    """The branches of which nothing is kept."""
+    return dropped_branches(graph, {name: len(kept) for name, kept in keep.items()})
 
 
 def _complement(group: Group, kept: IntArray) -> IntArray:

@@ -11,7 +11,7 @@ from edgeprune.solvers import Solution
 
 
 def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:  # noqa: ARG001 the contract has it
-    """Every group at the widest level within multiplier x its full width, at least its narrowest.
+    """Every group at the widest level within multiplier x its full width, at least its narrowest; every branch stays.
 
     All distinct multipliers are tried, so time_limit_s is not needed.
     """
@@ -19,6 +19,7 @@ def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:  # noqa:
     ratios = [choice.widths / choice.widths[-1] for choice in problem.choices]
     multipliers = np.unique(np.concatenate([*ratios, [1.0]]))
     levels = np.stack([np.searchsorted(ratio, multipliers, side="right") - 1 for ratio in ratios], axis=1).clip(0)
+    levels[:, [choice.is_branch for choice in problem.choices]] = 1
     fitting = np.flatnonzero(is_feasible(problem, levels))
     if not len(fitting):
         return Solution(levels=None, loss=np.inf, status="unknown", seconds=time.perf_counter() - start)

@@ -78,7 +78,8 @@ def combine(kernels: Sequence[Kernel], measurements: Sequence[Measurement], know
     """
     configured = average_rounds(measurements)
     told = any(item.kernels for item in configured)
-    fitted = [item for item in configured if not item.held_out and (item.kernels or not told)]
+    # Without some of its branches a model has other kernels.
+    fitted = [i for i in configured if not i.held_out and (i.kernels or not told) and all(i.widths.values())]
     dense = next((item for item in fitted if item.name == DENSE), None)
     if dense is None:
         raise RecordError("the profile has no complete measurement of the dense model; profile again")

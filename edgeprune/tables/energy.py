@@ -31,7 +31,8 @@ def fit_energy(
     latency_s: whole-model latency of each configuration, as measured.
     """
     by_signature = {table.signature: table for table in tables}
-    measured = [item for item in measurements if item.power is not None]
+    # Without some of its branches a model has other kernels.
+    measured = [item for item in measurements if item.power is not None and all(item.widths.values())]
     if not any(not item.held_out for item in measured):
         return None
     operators = sorted({operator_of(kernel) for kernel in kernels})

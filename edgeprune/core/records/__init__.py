@@ -43,6 +43,7 @@ from edgeprune.core.records.findings import PrecisionChoice as PrecisionChoice
 from edgeprune.core.records.findings import PrecisionTrial as PrecisionTrial
 from edgeprune.core.records.findings import Timing as Timing
 from edgeprune.core.records.model import FLOAT32 as FLOAT32
+from edgeprune.core.records.model import Branch as Branch
 from edgeprune.core.records.model import Constant as Constant
 from edgeprune.core.records.model import Extent as Extent
 from edgeprune.core.records.model import Graph as Graph

@@ -144,6 +144,21 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """A residual branch f of a sum rest + f, which may be left out whole: the sum is then its other side.
+
+    name: no group's; as a width, 1 keeps the branch and 0 drops it. nodes: what nothing but the sum reads, in order.
+    total: the sum. rest: its other side. parameters: the state-dict keys that nothing but the branch reads.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    total: str
+    rest: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WidthRules:
     """What a user says about widths.
 
@@ -163,6 +178,7 @@ class Graph:
 
     model_sha256: digest of the model's structure (graph, shapes; not the weights' values).
     unsupported: (op, node) pairs that no rule covers; what touches them is frozen.
+    branches: what may be dropped whole.
     """
 
     model_sha256: str
@@ -172,6 +188,7 @@ class Graph:
     parameters: tuple[Parameter, ...]
     groups: tuple[Group, ...]
     unsupported: tuple[tuple[str, str], ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     @property
     def units(self) -> dict[str, int]:

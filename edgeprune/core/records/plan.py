@@ -19,7 +19,10 @@ class LossCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance:
-    """How much each unit matters: larger = keep. curves: measured, per group, where asked for."""
+    """How much each unit matters: larger = keep.
+
+    curves: measured, per group, where asked for; of a branch at widths 0, without it, and 1.
+    """
 
     criterion: str
     graph_sha256: str
@@ -60,7 +63,8 @@ class PlanRound:
 class Plan:
     """The chosen widths and the units to keep.
 
-    keep: per pruned group the kept unit indices, ascending; a group not named keeps all.
+    widths: of groups, and 0 of each branch that is dropped.
+    keep: per pruned group the kept unit indices, ascending; a group not named keeps all; none of a dropped branch.
     precision: of the artifact that the costs are of.
     rounds: the closed loop on the board, empty when the plan was made from tables alone.
     """
