@@ -33,6 +33,7 @@ from edgeprune.core.records import (
     FLOAT32,
     Accuracy,
     Artifact,
+    Cost,
     Graph,
     Importance,
     Plan,
@@ -63,6 +64,7 @@ from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
+from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -81,7 +83,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
-        stages = Stages(run, base, folder, sources, model, inputs, data, progress)
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress).transformed()
         graph = stages.trace()
         dense = stages.export_dense(graph)
         importance = stages.score(graph)
@@ -99,7 +101,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
 class Stages:
     """The stages of one run. Each is skipped when what it is made from and its files are what they were.
 
-    sources: what identifies the model's weights and the data.
+    sources: what identifies the model's weights and the data. original: the model before its transform, if any.
     """
 
     run: RunFile
@@ -110,6 +112,18 @@ class Stages:
     inputs: tuple[Tensor, ...]
     data: Data
     progress: Progress
+    original: nn.Module | None = None
+
+    def transformed(self) -> Stages:
+        """The stages of the model as the run's transform rewrites it; what they are measured against stays."""
+        chosen = self.run.prune.transform
+        if chosen is None:
+            return self
+        check_run(self.run)
+        calibration = first(self.data.require("calibration"), self.run.prune.batches)
+        made_from = [*self.sources, self.run.prune.batches]
+        model = transform_run(self.model, calibration, self.folder, made_from, chosen)
+        return replace(self, model=model, original=self.model, sources=(*self.sources, chosen))
 
     def trace(self) -> Graph:
         """What can be pruned."""
@@ -122,6 +136,11 @@ class Stages:
             lambda: apply_rules(trace_graph(self.model, self.inputs, allow_inexact=inexact), rules),
         )
 
+    @property
+    def _dense(self) -> nn.Module:
+        """What the pruned model is measured against."""
+        return self.model if self.original is None else self.original
+
     def export_dense(self, graph: Graph) -> Artifact:
         """What the pruned model is measured against."""
         path = self.folder / f"dense{self.format.SUFFIX}"
@@ -131,7 +150,7 @@ class Stages:
             "dense.json",
             made_from,
             lambda: export_model(
-                self.model, self.inputs, path, format=self.format_name, graph=graph, **self._described
+                self._dense, self.inputs, path, format=self.format_name, graph=graph, **self._described
             ),
             also=[path.name],
         )
@@ -283,19 +302,40 @@ class Stages:
 
     def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
         """The smaller model, refitted, and how accurate it is before any training."""
+        kept, unpaid = self._settled(graph, plan)
 
         def make() -> Accuracy:
             calibration = self.data.require("calibration") if self.run.prune.compensate else None
-            smaller = compact_and_compensate(self.model, self.inputs, graph, plan, calibration, progress=self.progress)
+            smaller = compact_and_compensate(self.model, self.inputs, graph, kept, calibration, progress=self.progress)
+            self._restore(smaller, unpaid)
             save_compact(smaller, self.inputs, self.folder.path)
-            return Accuracy(dense=self._accuracy(self.model), before_recovery=self._accuracy(smaller))
+            return Accuracy(dense=self._accuracy(self._dense), before_recovery=self._accuracy(smaller))
 
         made_from = [digest(plan), *self.sources, self.run.prune.compensate]
         files = ["compact.pt2", "compact.safetensors"]
         accuracy = self.folder.record(Accuracy, "compact.json", made_from, make, also=files)
-        smaller = compact_model(self.model, self.inputs, graph, plan.keep)
+        smaller = self._restore(compact_model(self.model, self.inputs, graph, kept.keep), unpaid)
         smaller.load_state_dict(load_file(self.folder / "compact.safetensors"))
         return smaller.eval(), accuracy
+
+    def _settled(self, graph: Graph, plan: Plan) -> tuple[Plan, list[str]]:
+        """The plan with layers whole whose rewritten form saves nothing, and their paths."""
+        if (chosen := self.run.prune.transform) is None:
+            return plan, []
+        timed = plan.budget.latency_s is not None or plan.budget.energy_j is not None
+        profile = read_profile(self.folder / "profile.jsonl") if timed else None
+        return settle_plan(graph, plan, chosen.partition(":")[0], profile)
+
+    def _restore(self, module: nn.Module, layers: list[str]) -> nn.Module:
+        chosen = self.run.prune.transform
+        return module if chosen is None else restore_layers(module, layers, chosen.partition(":")[0])
+
+    def _counted(self, predicted: Cost, smaller: nn.Module) -> Cost:
+        """With the parameters and MACs of the compact model, which a plan does not know where layers were put back."""
+        if self.original is None:
+            return predicted
+        counted = predict_cost(trace_graph(smaller, self.inputs), {})
+        return replace(predicted, parameters=counted.parameters, macs=counted.macs)
 
     def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The smaller model, trained."""
@@ -307,7 +347,7 @@ class Stages:
             result = recover_accuracy(
                 smaller,
                 self.data,
-                teacher=self.model if settings.distil else None,
+                teacher=self._dense if settings.distil else None,
                 epochs=settings.epochs,
                 lr=settings.lr,
                 checkpoint=checkpoint,
@@ -394,8 +434,10 @@ class Stages:
                     dense=dense,
                     examples=examples,
                     budget=plan.budget,
-                    predicted=plan.predicted,
-                    dense_counts=predict_cost(graph, {}),
+                    predicted=self._counted(plan.predicted, smaller),
+                    dense_counts=predict_cost(
+                        graph if self.original is None else trace_graph(self.original, self.inputs), {}
+                    ),
                     accuracy=accuracy,
                     effort=find_effort(self.run.target.effort),
                     provenance={"plan_sha256": digest(plan)},

@@ -61,6 +61,7 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
 class PruneSection(_Section, frozen=True, kw_only=True):
     """How importance is measured and widths are chosen."""
 
+    transform: str | None = None
     criterion: str = "taylor"
     solver: str = "milp"
     levels: int = 16

@@ -52,6 +52,7 @@ from edgeprune.core.records.model import ModelSpec as ModelSpec
 from edgeprune.core.records.model import Node as Node
 from edgeprune.core.records.model import Parameter as Parameter
 from edgeprune.core.records.model import Precision as Precision
+from edgeprune.core.records.model import Rewritten as Rewritten
 from edgeprune.core.records.model import WidthRules as WidthRules
 from edgeprune.core.records.plan import Importance as Importance
 from edgeprune.core.records.plan import LossCurve as LossCurve
