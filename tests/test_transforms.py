@@ -146,7 +146,7 @@ class TestEveryTransform:
         old = sorted((group.units, group.frozen_because or "") for group in graph.groups if group.name not in new)
         assert old == sorted((group.units, group.frozen_because or "") for group in before.groups)
 
-    @pytest.mark.parametrize("name", NETS)
+    @pytest.mark.parametrize("name", ["mixed", "resnet20"])
     def test_compacts_exactly_and_restores_after_it(self, transform: str, name: str) -> None:
         (model, rewritten), graph, x = transformed(transform, name), graph_of(transform, name), inputs(name, 3, 5)
         keep = random_keep(graph, np.random.default_rng(1))
@@ -357,31 +357,30 @@ def off_diagonal(model: nn.Module, graph: Graph, layer: str, x: Tensor) -> tuple
 
 
 def test_factors_of_a_convolution_are_over_channels_and_diagonal_after_it() -> None:
-    x = inputs("resnet20", 16, 1)[0]
-    new, _ = transform_model(net("resnet20"), [(x, None)], options="layers=layer2.0.conv*")
-    graph, before = trace_graph(new, (x[:2],)), trace_graph(net("resnet20"), (x[:2],))
-    path = "layer2.0.conv2"  # of stride 1, so that the middle tap reads every place
+    x = inputs("mixed", 8, 1)[0]
+    new, _ = transform_model(net("mixed"), [(x, None)])
+    graph, before = graph_of("kfe", "mixed"), trace_graph(net("mixed"), inputs("mixed"))
+    path = "outer"  # of stride 1, so that the middle tap reads every place
     assert max(off_diagonal(new, graph, f"{path}.core", x)) < 1e-6
-    assert min(off_diagonal(net("resnet20"), before, path, x)) > 0.01
+    assert min(off_diagonal(net("mixed"), before, path, x)) > 0.01
     groups = [group for group in graph.prunable if group.name in inner_groups(graph, [path])]
-    assert [(group.name, group.units) for group in groups] == [(f"{path}.rotate_in", 32), (f"{path}.core", 32)]
+    assert [(group.name, group.units) for group in groups] == [(f"{path}.rotate_in", 16), (f"{path}.core", 12)]
     assert [[m.parameter.rsplit(".", 2)[1] for m in group.members] for group in groups] == [
         ["rotate_in", "core"], ["core", "rotate_out"],
     ]  # fmt: skip
 
 
 def test_a_pruned_layer_is_turned_again_without_a_second_pair() -> None:
-    x = inputs("resnet20", 16, 1)[0]
-    once, found = transform_model(net("resnet20"), [(x, None)], options="layers=layer3.*")
-    graph = trace_graph(once, (x[:2],))
+    x = inputs("mixed", 8, 1)[0]
+    graph, found = graph_of("kfe", "mixed"), transformed("kfe", "mixed")[1]
     keep = random_keep(graph, np.random.default_rng(4))
-    pruned = compact_model(once, (x[:2],), graph, keep).eval()
-    again, refound = transform_model(pruned, [(x, None)], options="layers=layer3.*")
-    assert set(refound.layers) == set(found.layers) and not refound.skipped
+    pruned = compact_model(transformed("kfe", "mixed")[0], inputs("mixed"), graph, keep).eval()
+    again, refound = transform_model(pruned, [(x, None)], options="layers=outer")
+    assert refound.layers == found.layers and not refound.skipped
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in pruned.state_dict().items()}
     assert relative_error(output(again, (x,)), output(pruned, (x,))) < 1e-5
-    after, path = trace_graph(again, (x[:2],)), "layer3.1.conv1.core"
-    assert max(off_diagonal(again, after, path, x)) < 1e-6 < min(off_diagonal(pruned, after, path, x))
+    after = trace_graph(again, inputs("mixed"))
+    assert max(off_diagonal(again, after, "outer.core", x)) < 1e-6 < min(off_diagonal(pruned, after, "outer.core", x))
     assert relative_error(output(restore_layers(again, refound.layers, "kfe"), (x,)), output(pruned, (x,))) < LIMIT
 
 
@@ -401,8 +400,8 @@ def test_parameters_decide_where_nothing_was_measured() -> None:
     (model, rewritten), graph = transformed("kfe", "mixed"), graph_of("kfe", "mixed")
     assert kfe.unpaid_layers(graph, {}) == list(rewritten.layers)
     for seed in range(4):
-        keep = random_keep(graph, np.random.default_rng(seed), least=0.3)
-        smaller = compact_model(model, inputs("mixed"), graph, keep)
+        keep, smaller = random_keep(graph, np.random.default_rng(seed), least=0.3), copy.deepcopy(model)
+        compact_model(smaller, inputs("mixed"), graph, keep, in_place=True)
         unpaid = []
         for path in rewritten.layers:
             parts = sum(p.numel() for n, p in smaller.named_parameters() if n.startswith(path) and p.ndim > 1)
@@ -438,11 +437,9 @@ def test_a_profile_prices_the_added_layers() -> None:
 
 
 def test_a_plan_leaves_whole_what_does_not_pay_and_puts_it_back() -> None:
-    (model, rewritten), graph, x = transformed("kfe", "resnet20"), graph_of("kfe", "resnet20"), inputs("resnet20")
+    (model, rewritten), graph, x = transformed("kfe", "mixed"), graph_of("kfe", "mixed"), inputs("mixed")
     importance, profile = synthetic_importance(graph, curves=False), synthetic_profile(graph)
-    dense = count_parameters(graph, {})
-    budget = Budget(artifact_bytes=int(0.5 * 4 * dense))
-    plan = choose_widths(graph, profile, importance, budget, compare=())
+    plan = choose_widths(graph, profile, importance, Budget(artifact_bytes=14_000), compare=())
     settled, layers = settle_plan(graph, plan, "kfe")
     whole = inner_groups(graph, layers)
     assert layers and set(layers) < set(rewritten.layers), "some pay and some do not"
