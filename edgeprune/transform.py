@@ -42,7 +42,7 @@ def transform_model(
     batches = [_as_batch(inputs) for inputs, _ in calibration or ()]
     if not batches:
         raise DataError(f"the transform {transform} needs calibration data; give the data source a .calibration")
-    model = copy.deepcopy(module)
+    expected, model = _outputs(module, batches[0][0]), copy.deepcopy(module)
     try:
         found: Rewritten = configure(member.rewrite, options)(model, batches)
     except AttributeError as error:
@@ -52,9 +52,11 @@ def transform_model(
     if not found.layers:
         reasons = "; ".join(f"{path or 'it'} {why}" for path, why in found.skipped.items())
         raise ModelError(f"no layer of the model can be rewritten by {transform}{': ' if reasons else ''}{reasons}")
-    if (error_ := _difference(module, model, batches[0][0])) > TOLERANCE:
+    pairs = zip(_outputs(model, batches[0][0]), expected, strict=True)
+    difference = max(float((ours - given).abs().max() / given.abs().max().clamp_min(1e-6)) for ours, given in pairs)
+    if not difference <= TOLERANCE:
         raise ModelError(
-            f"the model computes something else with rewritten layers (relative difference {error_:.1e}); "
+            f"the model computes something else with rewritten layers (relative difference {difference:.1e}); "
             "rewrite only some of them (layers=...)"
         )
     return model, found
@@ -131,8 +133,12 @@ def _as_batch(inputs: Any) -> Batch:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), None
 
 
-def _difference(module: nn.Module, model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Between their outputs in evaluation, relative to the largest."""
-    with torch.no_grad():
-        ours, reference = (pytree.tree_leaves(copy.deepcopy(each).eval()(*inputs)) for each in (model, module))
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in zip(ours, reference, strict=True))
+def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """In evaluation. raises: DataError when the model does not run on these inputs."""
+    try:
+        with torch.no_grad():
+            return list(pytree.tree_leaves(copy.deepcopy(module).eval()(*inputs)))
+    except (RuntimeError, TypeError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        shapes = [tuple(getattr(x, "shape", ())) for x in inputs]
+        raise DataError(f"the model does not run on calibration inputs of shape {shapes}: {first_line}") from error

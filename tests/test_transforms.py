@@ -203,6 +203,8 @@ class TestEveryTransform:
                 transform_model(net("mixed"), calibration, transform=transform)
         with pytest.raises(DataError, match="not finite"):
             transform_model(net("mixed"), [(inputs("mixed")[0] * float("nan"), None)], transform=transform)
+        with pytest.raises(DataError, match=r"does not run on calibration inputs of shape \[\(2, 1, 16, 16\)\]"):
+            transform_model(net("mixed"), [(inputs("mixed")[0][:, :1], None)], transform=transform)
         with pytest.raises(UsageError, match="not an option"):
             transform_model(net("mixed"), good, transform=transform, options="no_such_option=1")
         with pytest.raises(DataError, match=r"classifier"):
@@ -447,6 +449,19 @@ def test_a_plan_leaves_whole_what_does_not_pay_and_puts_it_back() -> None:
     smaller = restore_layers(compact_model(model, x, graph, settled.keep), layers, "kfe")
     assert sum(p.numel() for p in smaller.parameters()) <= count_parameters(graph, plan.widths)
     assert relative_error(output(smaller, x), output(mask_model(model, graph, settled.keep), x)) < LIMIT
+
+
+def test_code_that_computes_something_else_with_other_layers_is_an_error() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mean((2, 3)) * len(list(self.modules()))
+
+    with pytest.raises(ModelError, match=r"computes something else.*layers="):
+        transform_model(Counts(), [(torch.randn(2, 3, 8, 8), None)], options="layers=conv")
 
 
 def test_layers_that_are_not_split_cannot_be_restored() -> None:

@@ -6,9 +6,10 @@ ResNet-20 and WRN-16-2 with a half, a quarter and an eighth of their parameters.
 own score, in one list for the whole net, and removes the lowest, at most 95 % of a group: c_obd, c_obs, kron_obd and
 kron_obs the channels of the net, eigen_damage those between the three layers that the transform kfe makes of one, and
 so does kfe+kron_obd, whose score knows that the taps of a window are not independent. Layers that save nothing so are
-put back whole. Batch-norm statistics are taken anew (`--refit`: layers are refitted by least squares instead), accuracy
-is measured, and then all get the same training, distilling from the dense net. `--rounds` prunes in steps and trains
-in between; then the bases are turned again. Needs `pip install .[bench,demo]`.
+put back whole. Layers behind removed channels are refitted by least squares (`--no-refit`: only batch-norm statistics
+are taken anew, as in the paper), accuracy is measured, and then all get the same training, distilling from the dense
+net. `--rounds` prunes in steps and trains in between; then the bases are turned again.
+Needs `pip install .[bench,demo]`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one net, two ratios, one epoch of 6 400 images")
     parser.add_argument("--epochs", type=int, help="epochs of training (default 5, quick 1; 0: none)")
     parser.add_argument("--rounds", type=int, default=1, help="steps in which to prune")
-    parser.add_argument("--refit", action="store_true", help="refit the layers that read removed channels")
+    parser.add_argument(
+        "--refit", action=argparse.BooleanOptionalAction, default=True, help="refit layers behind removed channels"
+    )
     parser.add_argument("--examples", type=int, default=512, help="calibration examples that scores are taken on")
     parser.add_argument("--threads", type=int, default=2, help="threads on this machine")
     options = parser.parse_args()
