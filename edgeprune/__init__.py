@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from edgeprune.recover import recover_accuracy as recover_accuracy
     from edgeprune.score import score_groups as score_groups
     from edgeprune.trace import trace_graph as trace_graph
+    from edgeprune.transform import restore_layers as restore_layers
+    from edgeprune.transform import settle_plan as settle_plan
+    from edgeprune.transform import transform_model as transform_model
     from edgeprune.validate import collect_examples as collect_examples
     from edgeprune.validate import validate_artifact as validate_artifact
 
@@ -77,6 +80,7 @@ _PLACES = {
     "recover": ("evaluate_accuracy", "recover_accuracy"),
     "score": ("score_groups",),
     "trace": ("trace_graph",),
+    "transform": ("restore_layers", "settle_plan", "transform_model"),
     "validate": ("collect_examples", "validate_artifact"),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}

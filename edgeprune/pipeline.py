@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from edgeprune.core.records import (
     Accuracy,
     Artifact,
     Bracket,
+    Cost,
     Graph,
     Importance,
     Plan,
@@ -41,6 +42,7 @@ from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.trace import trace_graph
+from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -58,7 +60,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
-        stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model)
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         graph = stages.trace()
         dense = stages.export_dense(graph)
         stages, importance = stages.narrow(graph, stages.score(graph), dense)
@@ -74,6 +76,17 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
 
 class Stages(Planning):
     """The stages of one run. Each is skipped when what it is made from and its files are what they were."""
+
+    def transformed(self) -> Self:
+        """The stages of the model as the run's transform rewrites it; what they are measured against stays."""
+        chosen = self.run.prune.transform
+        if chosen is None:
+            return self
+        check_run(self.run)
+        calibration = first(self.data.require("calibration"), self.run.prune.batches)
+        made_from = [*self.sources, self.run.prune.batches]
+        model = transform_run(self.model, calibration, self.folder, made_from, chosen)
+        return replace(self, model=model, start=model, original=self.model, sources=(*self.sources, chosen))
 
     def trace(self) -> Graph:
         """What can be pruned."""
@@ -95,7 +108,7 @@ class Stages(Planning):
             "dense.json",
             made_from,
             lambda: export_model(
-                self.model, self.inputs, path, format=self.format_name, graph=graph, **self._described
+                self.dense, self.inputs, path, format=self.format_name, graph=graph, **self._described
             ),
             also=[path.name],
         )
@@ -103,18 +116,38 @@ class Stages(Planning):
 
     def compact(self, graph: Graph, plan: Plan) -> tuple[nn.Module, Accuracy]:
         """The smaller model, refitted, and how accurate it is before any training."""
+        kept, unpaid = self._settled(graph, plan)
 
         def make() -> Accuracy:
-            smaller = self._assemble(graph, plan)
+            smaller = self._restore(self._assemble(graph, kept), unpaid)
             save_compact(smaller, self.inputs, self.folder.path)
-            return Accuracy(dense=self._accuracy(self.model), before_recovery=self._accuracy(smaller))
+            return Accuracy(dense=self._accuracy(self.dense), before_recovery=self._accuracy(smaller))
 
         made_from = [digest(plan), *self.sources, self.run.prune.compensate]
         files = ["compact.pt2", "compact.safetensors"]
         accuracy = self.folder.record(Accuracy, "compact.json", made_from, make, also=files)
-        smaller = compact_model(self.start, self.inputs, graph, plan.keep)
+        smaller = self._restore(compact_model(self.start, self.inputs, graph, kept.keep), unpaid)
         smaller.load_state_dict(load_file(self.folder / "compact.safetensors"))
         return smaller.eval(), accuracy
+
+    def _settled(self, graph: Graph, plan: Plan) -> tuple[Plan, list[str]]:
+        """The plan with layers whole whose rewritten form saves nothing, and their paths."""
+        if (chosen := self.run.prune.transform) is None:
+            return plan, []
+        timed = plan.budget.latency_s is not None or plan.budget.energy_j is not None
+        profile = read_profile(self.folder / "profile.jsonl") if timed else None
+        return settle_plan(graph, plan, chosen.partition(":")[0], profile)
+
+    def _restore(self, module: nn.Module, layers: list[str]) -> nn.Module:
+        chosen = self.run.prune.transform
+        return module if chosen is None else restore_layers(module, layers, chosen.partition(":")[0])
+
+    def _counted(self, predicted: Cost, smaller: nn.Module) -> Cost:
+        """With the parameters and MACs of the compact model, which a plan does not know where layers were put back."""
+        if self.original is None:
+            return predicted
+        counted = predict_cost(trace_graph(smaller, self.inputs), {})
+        return replace(predicted, parameters=counted.parameters, macs=counted.macs)
 
     def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The smaller model, trained."""
@@ -126,7 +159,7 @@ class Stages(Planning):
             result = recover_accuracy(
                 smaller,
                 self.data,
-                teacher=self.model if settings.distil else None,
+                teacher=self.dense if settings.distil else None,
                 epochs=settings.epochs,
                 lr=settings.lr,
                 checkpoint=checkpoint,
@@ -162,7 +195,7 @@ class Stages(Planning):
                 tolerance=settings.tolerance,
                 epochs=settings.epochs,
                 lr=self.run.recover.lr / 10,
-                teacher=self.model if self.run.recover.distil else None,
+                teacher=self.dense if self.run.recover.distil else None,
                 checkpoint=checkpoint,
                 seed=self.run.seed,
                 progress=self.progress,
@@ -213,8 +246,10 @@ class Stages(Planning):
                     dense=dense,
                     examples=examples,
                     budget=plan.budget,
-                    predicted=plan.predicted,
-                    dense_counts=predict_cost(graph, {}),
+                    predicted=self._counted(plan.predicted, smaller),
+                    dense_counts=predict_cost(
+                        graph if self.original is None else trace_graph(self.original, self.inputs), {}
+                    ),
                     accuracy=accuracy,
                     effort=find_effort(self.run.target.effort),
                     provenance={"plan_sha256": digest(plan)},

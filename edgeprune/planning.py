@@ -78,7 +78,7 @@ class Planning:
     """The stages that lead to a plan, and what all stages of a run share.
 
     sources: what identifies the weights and the data. start: the model whose units are removed: `model`, or after a
-    step of a schedule that with zeros in the place of what went.
+    step of a schedule that with zeros in the place of what went. original: the model before its transform, if any.
     """
 
     run: RunFile
@@ -90,6 +90,12 @@ class Planning:
     data: Data
     progress: Progress
     start: nn.Module
+    original: nn.Module | None = None
+
+    @property
+    def dense(self) -> nn.Module:
+        """What the pruned model is measured against, and learns from."""
+        return self.model if self.original is None else self.original
 
     def score(self, graph: Graph) -> Importance:
         """What each unit is worth."""
@@ -144,7 +150,7 @@ class Planning:
             result = recover_accuracy(
                 smaller,
                 self.data,
-                teacher=self.model if run.recover.distil else None,
+                teacher=self.dense if run.recover.distil else None,
                 epochs=run.prune.step_epochs,
                 lr=run.recover.lr,
                 checkpoint=checkpoint,
@@ -345,7 +351,7 @@ class Planning:
             bracket = hold_tournament(
                 contenders,
                 train,
-                teacher=self.model if run.recover.distil else None,
+                teacher=self.dense if run.recover.distil else None,
                 epochs=run.recover.epochs,
                 lr=run.recover.lr,
                 checkpoint=self.folder / "tournament.jsonl",

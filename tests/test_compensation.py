@@ -146,6 +146,23 @@ def test_the_intercept_of_a_layer_without_bias_goes_to_its_batch_norm() -> None:
     assert error(compact, dense, unseen()) < 1e-6
 
 
+def test_channels_of_a_linear_layer_on_tokens_are_the_last_axis() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    tokens = torch.randn(32, 5, 6)
+    graph = trace_graph(dense, (tokens[:2],))
+    first, second, *_ = (group.name for group in graph.prunable)
+    keep = {first: np.arange(6), second: np.array([0, 2, 3, 5, 7])}
+    sliced, fitted = (slice_model(dense, (tokens[:2],), graph, keep).eval() for _ in range(2))
+    assert compensate(fitted, dense, graph, keep, [(tokens, torch.zeros(32))], damping=1e-6) == ["1", "3"]
+    with torch.no_grad():
+        # The first layer's 9 outputs are of rank 6, so that the 6 that are left say as much.
+        wanted = dense[:2](tokens)[..., keep[second]]
+        assert torch.allclose(fitted.get_submodule("1")(fitted.get_submodule("0")(tokens)), wanted, atol=1e-3)
+        errors = [(model(tokens) - dense(tokens)).square().mean() for model in (fitted, sliced)]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_nothing_removed_changes_nothing(mixed: tuple[nn.Module, Graph]) -> None:
     dense, graph = mixed
     compact = slice_model(dense, INPUTS, graph, {})

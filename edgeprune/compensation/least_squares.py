@@ -76,7 +76,7 @@ def compensate(
         kept = _keptcount_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue
-        target = _Target(ours, theirs, node, twin, kept)
+        target = _Target(ours, theirs, node, twin, kept, axis=-1 if isinstance(layer, nn.Linear) else 1)
         if _fit(layer, ours.values(node.args[0]), target, damping, generator):
             fitted.append(name)
     compact.train(training)
@@ -166,19 +166,21 @@ class _Target:
     the layer also makes up for errors on the shortcut.
     """
 
-    def __init__(self, ours: _Walk, theirs: _Walk, node: fx.Node, twin: fx.Node, kept: Tensor) -> None:
-        self.kept = kept
+    def __init__(self, ours: _Walk, theirs: _Walk, node: fx.Node, twin: fx.Node, kept: Tensor, *, axis: int) -> None:
+        self.kept, self.axis = kept, axis
+        self.layer_output = theirs.reach(twin)
         self.norm = _only_user(ours.module, node, nn.BatchNorm1d | nn.BatchNorm2d)
+        if axis == -1 and self.layer_output[0].ndim > 2:
+            self.norm = None  # its channels are another axis than the layer's
         after, twin_after = (node, twin) if self.norm is None else (next(iter(node.users)), next(iter(twin.users)))
         total, twin_total = _only_sum(after), _only_sum(twin_after)
-        self.layer_output = theirs.reach(twin)
         self.sums: list[Tensor] | None = None
         if total is not None and twin_total is not None and self._can_invert():
             others = [argument for argument in total.args[:2] if argument is not after]
             if len(others) == 1 and ours.has(others[0]):
                 self.others = ours.values(others[0])
                 sums = theirs.reach(twin_total)
-                fits = all(sum_.shape[1:2] == other.shape[1:2] or len(kept) == other.shape[1]
+                fits = all(other.shape[axis:][:1] in (sum_.shape[axis:][:1], (len(kept),))
                            for sum_, other in zip(sums, self.others, strict=True))  # fmt: skip
                 self.sums = sums if fits else None
 
@@ -197,11 +199,9 @@ class _Target:
 
     def batch(self, index: int) -> Tensor:
         """The target of one batch, channels on the axis where the layer has them."""
-        output = self.layer_output[index]
-        axis = 1 if output.ndim > 2 else -1
         if self.sums is None:
-            return output.index_select(axis, self.kept)
-        wanted = self.sums[index].index_select(axis, self.kept).sub(self.others[index])
+            return self.layer_output[index].index_select(self.axis, self.kept)
+        wanted = self.sums[index].index_select(self.axis, self.kept).sub(self.others[index])
         if self.norm is None:
             return wanted
         shape = [1, -1] + [1] * (wanted.ndim - 2)

@@ -64,6 +64,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     """
 
+    transform: str | None = None
     criterion: str = "taylor"
     solver: str = "milp"
     levels: int = 16

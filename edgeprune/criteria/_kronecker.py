@@ -28,6 +28,12 @@ def factors(view: GroupView, layer: LayerView) -> tuple[Tensor, Tensor]:
     return layer.inputs, layer.weight.transpose(1, 2) @ layer.outputs @ layer.weight
 
 
+def sum_units(each: Tensor, view: GroupView, layer: LayerView) -> Tensor:
+    """(units,) from one value per weight, (G, o, d)."""
+    along = each.sum(dim=2).flatten() if view.role == "out" else each.sum(dim=(0, 1))
+    return along[layer.positions].sum(dim=1)
+
+
 def blocks(matrix: Tensor, positions: Tensor) -> Tensor:
     """(B, n, n) and (units, r) -> (B, units, r, r)."""
     return matrix[:, positions[:, :, None], positions[:, None, :]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.criteria import GroupView
-from edgeprune.criteria._kronecker import damped_inverse
+from edgeprune.criteria._kronecker import damped_inverse, sum_units
 from edgeprune.criteria._views import layers_of, missing
 
 NEEDS: str | None = "kfac"
@@ -33,6 +33,5 @@ def score(views: Sequence[GroupView], *, damping: float = 1e-3) -> Tensor:
         of_outputs, of_inputs = (damped_inverse(m, damping).diagonal(dim1=1, dim2=2)
                                  for m in (layer.outputs, layer.inputs))  # fmt: skip
         each = layer.weight.square() / (of_outputs[:, :, None] * of_inputs[:, None, :])
-        along = each.sum(dim=2).flatten() if view.role == "out" else each.sum(dim=(0, 1))
-        rises.append(along[layer.positions].sum(dim=1))
+        rises.append(sum_units(each, view, layer))
     return 0.5 * torch.stack(rises).sum(dim=0)

@@ -8,7 +8,7 @@ none are needed and it is the true Fisher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compensation._rows import by_group, count_positions
+from edgeprune.compensation._rows import Layer, by_group, count_positions
 from edgeprune.compensation.obs import collect_gram
 from edgeprune.core.records import Graph, Member
 from edgeprune.criteria import LayerView
@@ -31,27 +31,7 @@ BATCH = 16
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
     """layer: LayerView, of members whose layer is a matrix product and ran; once."""
     layers = product_layers(model, graph, ("out", "in"))
-    factors = {name: _Factors() for name in layers}
-
-    def attach(name: str) -> RemovableHandle:
-        layer, sums = layers[name], factors[name]
-
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            x = arguments[0].detach()
-            gram = collect_gram(layer, x)
-            assert gram is not None
-            sums.inputs = sums.inputs + gram
-            sums.positions += count_positions(layer, x)
-            output.register_hook(lambda gradient: sums.add_outputs(by_group(layer, gradient)))
-
-        return layer.register_forward_hook(hook)
-
-    generator, examples = torch.Generator().manual_seed(0), 0
-    with attached(layers, attach):
-        for inputs, _ in batches:
-            model.zero_grad(set_to_none=True)
-            sampled_loss(model, inputs, generator).backward()
-            examples += len(inputs[0])
+    factors, examples = sum_factors(model, layers, batches)
 
     def fill(member: Member) -> dict[str, LayerView]:
         name = layer_name(member)
@@ -66,7 +46,7 @@ def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterato
 
 
 @dataclass(slots=True)
-class _Factors:
+class Factors:
     """Sums over positions and examples, per convolution group: a aᵀ (G, d, d) and g gᵀ (G, o, o)."""
 
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -76,3 +56,37 @@ class _Factors:
     def add_outputs(self, gradient: Tensor) -> None:
         """gradient: (G, positions, o), of the summed loss."""
         self.outputs = self.outputs + (gradient.transpose(1, 2) @ gradient).double()
+
+
+def sum_factors(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Batch],
+    moments: Callable[[Layer, Tensor], Tensor | None] = collect_gram,
+) -> tuple[dict[str, Factors], int]:
+    """Both factors of layers of the model, in evaluation, and the number of examples.
+
+    moments: a aᵀ (G, d, d) of what a layer reads, in float64; of patches, or of another view of its inputs.
+    """
+    factors = {name: Factors() for name in layers}
+
+    def attach(name: str) -> RemovableHandle:
+        layer, sums = layers[name], factors[name]
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            x = arguments[0].detach()
+            gram = moments(layer, x)
+            assert gram is not None
+            sums.inputs = sums.inputs + gram
+            sums.positions += count_positions(layer, x)
+            output.register_hook(lambda gradient: sums.add_outputs(by_group(layer, gradient)))
+
+        return layer.register_forward_hook(hook)
+
+    generator, examples = torch.Generator().manual_seed(0), 0
+    with attached(layers, attach):
+        for inputs, _ in batches:
+            model.zero_grad(set_to_none=True)
+            sampled_loss(model, inputs, generator).backward()
+            examples += len(inputs[0])
+    return factors, examples

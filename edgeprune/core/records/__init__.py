@@ -53,6 +53,7 @@ from edgeprune.core.records.model import ModelSpec as ModelSpec
 from edgeprune.core.records.model import Node as Node
 from edgeprune.core.records.model import Parameter as Parameter
 from edgeprune.core.records.model import Precision as Precision
+from edgeprune.core.records.model import Rewritten as Rewritten
 from edgeprune.core.records.model import WidthRules as WidthRules
 from edgeprune.core.records.plan import Bracket as Bracket
 from edgeprune.core.records.plan import CurveTrial as CurveTrial

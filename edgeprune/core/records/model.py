@@ -173,6 +173,18 @@ class WidthRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """What a transform made of a model before it was traced.
+
+    layers: paths of the layers that have the new form. skipped: of others, by path, why they have not.
+    """
+
+    transform: str
+    layers: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
     """What can be pruned and what everything costs in channels.
 
