@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compensation.batch_norm import reestimate_batch_norm
+from edgeprune.compensation import least_squares
+from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.compensation.obs import collect_gram, explain_removed
 from edgeprune.core.records import Graph, IntArray
@@ -271,3 +272,79 @@ def test_half_of_a_real_net_is_repaired_without_training() -> None:
     sliced = evaluate_accuracy(compact, test)
     compensate(compact, dense, graph, keep, calibration)
     assert evaluate_accuracy(compact, test) > max(0.55, sliced + 0.25)
+
+
+def test_no_more_examples_are_held_than_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the memory fits as a quarter of the examples does: the first ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 64, 4),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 3, 8, 8)
+    graph = trace_graph(net, (x[:1],))
+    keep = {group.name: np.arange(group.units // 2) for group in graph.prunable}
+
+    def fitted(examples: int) -> dict[str, Tensor]:
+        compact = slice_model(net, (x[:1],), graph, keep).eval()
+        batches = [(x[i : i + 16], torch.zeros(16)) for i in range(0, examples, 16)]
+        assert compensate(compact, net, graph, keep, batches)
+        return {name: value.clone() for name, value in compact.state_dict().items()}
+
+    compact = slice_model(net, (x[:1],), graph, keep).eval()
+    one = (x[:1],)
+    reference = least_squares.lift(least_squares.capture(net, one))
+    per_example = least_squares._live_bytes(compact, one) + least_squares._live_bytes(reference, one)
+    # The dense model holds its first convolution and what ReLU makes of it: 2 x 16 x 64 floats.
+    assert per_example >= 2 * 16 * 64 * 4
+    few, whole = fitted(16), fitted(64)
+    monkeypatch.setattr(least_squares, "MEMORY_BYTES", 16 * per_example)
+    limited = fitted(64)
+    assert all(torch.equal(limited[name], few[name]) for name in few)
+    assert any(not torch.equal(limited[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_batch_norms_say_the_same_with_statistics_of_what_they_see(dead: bool) -> None:
+    """In eval mode nothing changes; in train mode, on the batch that was seen, the model is the same too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.BatchNorm1d(6),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for layer in net:
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.running_mean.normal_(0, 0.1)
+                layer.running_var.uniform_(0.5, 3)
+                layer.weight.uniform_(0.5, 2)
+                layer.bias.normal_()
+        if dead:
+            net[0].weight[3] = 0  # does not vary, so that no scale and shift of its statistics say the same
+        x = torch.randn(256, 3, 8, 8)
+        before, state = net(x), copy.deepcopy(net[1].state_dict())
+        assert not dead or torch.equal(net[0](x)[:, 3], torch.zeros(256, 6, 6))
+        spread = before.std()
+        assert (net.train()(x) - before).abs().max() > 0.2 * spread
+        net[1].load_state_dict(state)
+    net = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        before = net(x)
+        match_batch_norm(net, [(x[:128], None), (x[128:], None)])
+        assert not net.training
+        assert (net(x) - before).abs().max() < 1e-4 * before.abs().max()
+        if dead:
+            assert all(
+                torch.equal(value[3], state[name][3]) for name, value in net[1].state_dict().items() if value.ndim
+            )
+        else:
+            trained = net.train()(x)
+            assert (trained - before).abs().max() < 0.03 * before.std()
+
+
+def test_batch_norms_that_cannot_be_matched_stay() -> None:
+    plain = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    state = copy.deepcopy(plain.state_dict())
+    match_batch_norm(plain, [(torch.randn(8, 3, 4, 4), None)])
+    match_batch_norm(plain, [])
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())

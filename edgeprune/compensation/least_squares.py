@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from edgeprune.compensation._rows import CHUNK_BYTES, MAX_FEATURES, Layer, by_group, count_positions, is_plain, unfold
 from edgeprune.core.progress import Progress, silent
@@ -26,6 +27,8 @@ from edgeprune.graphs.lift import lift
 
 GRAM_OPERATIONS = 1e11
 """Positions are sub-sampled so that one layer's Gram matrix costs about this many multiplications."""
+MEMORY_BYTES = 1 << 30
+"""Live activations in both models, at most."""
 ROUNDING = 1e-10
 """A residual this small beside the output, both squared, is rounding: fitting it would only add noise."""
 
@@ -48,7 +51,8 @@ def compensate(
 
     compact: the lifted, sliced GraphModule; its modules have the dense model's names.
     keep:    per pruned group the kept units, ascending; none of a dropped branch.
-    batches: (inputs, targets); targets unused. All their live activations are held at once, in both models.
+    batches: (inputs, targets); targets unused. All their live activations are held at once, in both models: of more
+             examples than MEMORY_BYTES hold the first are used.
     damping: > 0, share of the mean squared input added to the diagonal; pulls towards the sliced weight.
     returns: names of the fitted layers. A layer whose system cannot be solved, or whose fit is no
              better, stays as it was.
@@ -61,6 +65,8 @@ def compensate(
     training = compact.training
     compact.eval()
     reference.eval()
+    one = tuple(tensor[:1] for tensor in inputs[0])
+    inputs = _first_examples(inputs, MEMORY_BYTES // max(_live_bytes(compact, one) + _live_bytes(reference, one), 1))
     ours, theirs = _Walk(compact, inputs), _Walk(reference, inputs)
     generator = torch.Generator().manual_seed(seed)
     calls, order, left = _calls(compact), _layers(reference), set(_layers(compact))
@@ -81,6 +87,35 @@ def compensate(
             fitted.append(name)
     compact.train(training)
     return fitted
+
+
+def _live_bytes(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> int:
+    """Most bytes of activations that are alive at once."""
+
+    class Counter(fx.Interpreter):
+        most = 0
+
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            alive = pytree.tree_leaves([value, list(self.env.values())])
+            self.most = max(self.most, sum(x.nbytes for x in alive if isinstance(x, Tensor)))
+            return value
+
+    counter = Counter(module)
+    counter.run(*inputs)
+    return counter.most
+
+
+def _first_examples(inputs: Sequence[tuple[Tensor, ...]], most: int) -> list[tuple[Tensor, ...]]:
+    """The first batches, the last of them cut, of at most so many examples, and at least one."""
+    kept: list[tuple[Tensor, ...]] = []
+    left = max(most, 1)
+    for tensors in inputs:
+        if left <= 0:
+            break
+        kept.append(tuple(tensor[:left] for tensor in tensors))
+        left -= len(tensors[0])
+    return kept
 
 
 def _layers(module: fx.GraphModule) -> list[str]:
