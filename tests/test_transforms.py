@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -342,6 +343,18 @@ def test_the_score_is_the_damage_of_each_row_and_column_by_the_eigenvalues() -> 
     for name, expected in (("0.rotate_in", columns), ("0.core", rows)):
         assert np.allclose(scores[name], expected, rtol=1e-3, atol=1e-6 * max(expected)), name
     assert sum(rows) == pytest.approx(sum(columns))
+
+
+def test_a_layer_that_only_bears_the_name_of_the_middle_one_is_scored_like_any_other() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)]
+    x, scores = torch.randn(8, 6), []
+    for names in ("abc", ("a", "core", "c")):
+        model = nn.Sequential(OrderedDict(m=nn.Sequential(OrderedDict(zip(names, layers, strict=True))))).eval()
+        graph = trace_graph(model, (x,))
+        importance = score_groups(model, (x,), graph, [(x, None)], criterion="eigen_damage", curves=False)
+        scores.append([importance.scores[group.name] for group in graph.prunable])
+    assert len(scores[0]) == 2 and all(np.allclose(*pair) for pair in zip(*scores, strict=True))
 
 
 def off_diagonal(model: nn.Module, graph: Graph, layer: str, x: Tensor) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from edgeprune.criteria._kronecker import sum_units
 from edgeprune.criteria._views import layers_of, missing
 
 NEEDS: str | None = "kfac"
-CORE = "core"
-"""The middle one of the three layers that the transform kfe makes of one."""
+PARTS = IN, CORE, OUT = "rotate_in", "core", "rotate_out"
+"""The three layers that the transform kfe makes of one."""
 
 
 def score(views: Sequence[GroupView]) -> Tensor:
@@ -29,7 +29,8 @@ def score(views: Sequence[GroupView]) -> Tensor:
              layers that are as they were, summed over their layers like c_obs.
     """
     found = layers_of(views)
-    cores = [(view, layer) for view, layer in found if view.parameter.endswith(f".{CORE}.weight")]
+    parameters = {view.parameter for view in views}
+    cores = [(view, layer) for view, layer in found if _is_core(view.parameter, parameters)]
     rises = []
     for view, layer in cores or found:
         if layer.outputs is None:
@@ -38,3 +39,9 @@ def score(views: Sequence[GroupView]) -> Tensor:
         each = layer.weight.square() * of_outputs[:, :, None] * of_inputs[:, None, :]
         rises.append(sum_units(each, view, layer))
     return 0.5 * torch.stack(rises).sum(dim=0)
+
+
+def _is_core(parameter: str, group: Set[str]) -> bool:
+    """Whether it is the middle one's weight, with that of the layer before or behind it in the same group."""
+    path, found, _ = parameter.rpartition(f".{CORE}.weight")
+    return bool(found) and any(f"{path}.{part}.weight" in group for part in (IN, OUT))

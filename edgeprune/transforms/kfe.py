@@ -29,12 +29,9 @@ from edgeprune.compensation._rows import MAX_FEATURES, Layer, by_group, is_plain
 from edgeprune.core.cost import kernel_latency, kernel_sizes
 from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.core.records import Graph, Kernel, Profile, Rewritten
-from edgeprune.criteria.eigen_damage import CORE
+from edgeprune.criteria.eigen_damage import CORE, OUT, PARTS
 from edgeprune.statistics import Batch
 from edgeprune.statistics.kfac import sum_factors
-
-IN, OUT = "rotate_in", "rotate_out"
-PARTS = (IN, CORE, OUT)
 
 
 def rewrite(model: nn.Module, batches: Iterable[Batch], *, layers: str = "", share: float = 0.5) -> Rewritten:
