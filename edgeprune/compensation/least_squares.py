@@ -79,7 +79,7 @@ def compensate(
         ours.advance(node)
         if not ours.changed:
             ours.changed = _lost_inputs(graph, keep, f"{name}.weight") or name in order[first_lost:]
-        kept = _keptcount_positions(graph, keep, f"{name}.weight")
+        kept = _kept_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue
         target = _Target(ours, theirs, node, twin, kept, axis=-1 if isinstance(layer, nn.Linear) else 1)
@@ -140,7 +140,7 @@ def _lost_inputs(graph: Graph, keep: Keep, parameter: str) -> bool:
     )
 
 
-def _keptcount_positions(graph: Graph, keep: Keep, parameter: str, axis: int = 0) -> Tensor:
+def _kept_positions(graph: Graph, keep: Keep, parameter: str, axis: int = 0) -> Tensor:
     """Positions along a parameter's axis that the compact model still has."""
     size = next((p.shape[axis] for p in graph.parameters if p.name == parameter), 0)
     kept = np.ones(size, dtype=bool)
