@@ -213,7 +213,10 @@ class Ours:
     def curves(self) -> Importance:
         log("  measuring loss curves")
         examples = 128 if self.quick else 512
-        return score_groups(self.net, INPUTS, self.graph, self.data.calibration, examples=examples, progress=show)
+        return score_groups(
+            self.net, INPUTS, self.graph, self.data.calibration, examples=examples,
+            checkpoint=self.path.with_name(f"{self.path.stem}-curves-{examples}.jsonl"), progress=show,
+        )  # fmt: skip
 
     @cached_property
     def weighed(self) -> Importance:
