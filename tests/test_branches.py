@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from exactness import LIMIT, random_keep, randomise, relative_error
@@ -28,14 +27,12 @@ from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import live_bytes, predict_cost, predict_latency
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, RecordError, UsageError
-from edgeprune.core.family import list_members
+from edgeprune.core.family import list_members, load_member
 from edgeprune.core.problem import costs_of
 from edgeprune.core.records import Branch, Budget, CurveTrial, Graph, Importance, LossCurve, Plan, Profile, WidthRules
 from edgeprune.core.rules import apply_rules
 from edgeprune.device.session import open_session
 from edgeprune.device.targets import read_target
-from edgeprune.formats import onnx as onnx_format
-from edgeprune.formats._onnx_resize import ExactResizer
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.slice import mask_model, slice_captured
 from edgeprune.on_board import plan_on_board
@@ -359,22 +356,25 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
 
 
 @pytest.mark.slow
-def test_files_without_a_branch(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["onnx", "tflite"])
+def test_files_without_a_branch(name: str, tmp_path: Path) -> None:
     """The resizer's file computes what the compact model does, with weights of its own and nothing of the branch."""
+    if name == "tflite":
+        pytest.importorskip("litert_torch")
     torch.manual_seed(0)
     module, x = randomise(Net()), torch.randn(1, 3, 8, 8)
-    graph = trace_graph(module, (x,))
-    resizer = onnx_format.make_resizer(module, (x,), graph)
-    assert isinstance(resizer, ExactResizer)
-    resizer.write_structure({"first": 0, "second.layers.0": 5}, tmp_path / "timed.onnx", "weights.bin")
+    graph, member, file = trace_graph(module, (x,)), load_member("formats", name), tmp_path / "timed"
+    resizer = member.make_resizer(module, (x,), graph)
+    assert type(resizer).__name__ == "ExactResizer"
+    resizer.write_structure({"first": 0, "second.layers.0": 5}, file, "weights.bin")
     smaller = compact_model(module, (x,), graph, {"first": np.zeros(0, np.int64), "second.layers.0": np.arange(5)})
-    (ours,) = onnx_format.run(tmp_path / "timed.onnx", [x.numpy()])
+    (ours,) = member.run(file, [x.numpy()])
     with torch.no_grad():
         assert relative_error(torch.from_numpy(ours), smaller.eval()(x)) < LIMIT
-    written = onnx.load(tmp_path / "timed.onnx").graph
-    assert [node.op_type for node in written.node].count("Conv") == 4
-    assert [node.op_type for node in written.node].count("Add") == 1
-    assert not any("first" in tensor.name for tensor in written.initializer)
+    resizer.write_model({}, tmp_path / "dense")
+    saved = (tmp_path / "dense").stat().st_size - file.stat().st_size
+    assert saved > 4 * sum(p.numel() for p in module.first.parameters())
 
 
 def test_what_follows_a_dropped_branch_makes_up_for_it() -> None:
