@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
+from edgeprune.context import first, weights_digest
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import find_effort
 from edgeprune.core.progress import Progress, silent
@@ -36,7 +37,7 @@ from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.export import export_model
 from edgeprune.load import as_arrays, example_inputs, load_data, load_model
-from edgeprune.planning import Planning, first, weights_digest
+from edgeprune.planning import Planning
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -63,6 +64,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         graph = stages.trace()
         dense = stages.export_dense(graph)
+        stages = stages.regularize(graph)
         stages, importance = stages.narrow(graph, stages.score(graph), dense)
         plan = stages.profile_and_plan(graph, importance, dense)
         compact, accuracy = stages.compact(graph, plan)

@@ -6,27 +6,21 @@ The longest part of a run, and the part that decides what comes out. Each step i
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import msgspec
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import budget_between, make_budget
-from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import DataError, InfeasibleBudget
-from edgeprune.core.family import load_member
-from edgeprune.core.progress import Progress
 from edgeprune.core.records import (
     FLOAT32,
     Artifact,
@@ -40,24 +34,16 @@ from edgeprune.core.records import (
     PrecisionChoice,
     Profile,
 )
-from edgeprune.core.runfile import RunFile
-from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file, write_atomic
-from edgeprune.core.tensors import Calibration
 from edgeprune.device.session import Session
-from edgeprune.device.targets import runtime_format
-from edgeprune.formats import Resizer
 from edgeprune.graphs.slice import expand_tensors
-from edgeprune.load import Data, as_arrays
 from edgeprune.on_board import (
-    choose_runtime,
     compact_and_compensate,
-    connect,
     dense_cost,
     plan_on_board,
 )
 from edgeprune.plan import choose_widths
-from edgeprune.precisions import Judge, leave_in_float, try_precisions, worth_planning
+from edgeprune.precisions import leave_in_float, try_precisions, worth_planning
 from edgeprune.profile import profile_target, read_profile
 from edgeprune.recover import recover_accuracy
 from edgeprune.score import score_groups
@@ -73,29 +59,8 @@ SEARCH_SECONDS = 5.0
 """Time limit of the solver for a plan that only the search sees."""
 
 
-@dataclass(frozen=True)
-class Planning:
-    """The stages that lead to a plan, and what all stages of a run share.
-
-    sources: what identifies the weights and the data. start: the model whose units are removed: `model`, or after a
-    step of a schedule that with zeros in the place of what went. original: the model before its transform, if any.
-    """
-
-    run: RunFile
-    base: Path
-    folder: RunFolder
-    sources: tuple[str, ...]
-    model: nn.Module
-    inputs: tuple[Tensor, ...]
-    data: Data
-    progress: Progress
-    start: nn.Module
-    original: nn.Module | None = None
-
-    @property
-    def dense(self) -> nn.Module:
-        """What the pruned model is measured against, and learns from."""
-        return self.model if self.original is None else self.original
+class Planning(Context):
+    """The stages that lead to a plan."""
 
     def score(self, graph: Graph) -> Importance:
         """What each unit is worth."""
@@ -122,6 +87,37 @@ class Planning:
                 progress=self.progress,
             ),
         )
+
+    def regularize(self, graph: Graph) -> Self:
+        """The stages of the model after a training that drives whole units to zero, if the run asks for one."""
+        settings, run = self.run.prune, self.run
+        if settings.regularizer is None:
+            return self
+        weights, checkpoint = self.folder / "regularized.safetensors", self.folder / "regularize.checkpoint"
+        start = copy.deepcopy(self.model)
+
+        def make() -> None:
+            result = recover_accuracy(
+                start,
+                self.data,
+                epochs=settings.regularizer_epochs,
+                lr=run.recover.lr,
+                checkpoint=checkpoint,
+                seed=run.seed,
+                regularizer=settings.regularizer,
+                graph=graph,
+                progress=self.progress,
+            )
+            zero = ", ".join(f"{name} {count}" for name, count in result.zeroed.items())
+            self.folder.log(f"regularize: units at zero: {zero or 'none'}. {result.note}")
+            state = {key: tensor.detach().clone().contiguous() for key, tensor in start.state_dict().items()}
+            write_atomic(weights, save(state))
+            checkpoint.unlink(missing_ok=True)
+
+        made_from = [digest(graph), *self.sources, settings.regularizer, settings.regularizer_epochs, run.recover.lr]
+        self.folder.stage("regularized", [*made_from, run.seed], [weights.name], make)
+        start.load_state_dict(load_file(weights))
+        return replace(self, start=start.eval(), sources=(*self.sources, weights_digest(start)))
 
     def narrow(self, graph: Graph, importance: Importance, dense: Artifact) -> tuple[Self, Importance]:
         """The steps of a schedule before the last: a part of the way to the budget each, trained, and scored anew.
@@ -390,90 +386,9 @@ class Planning:
         made_from = [digest(base), digest(scored), contender, *self._planning]
         return self.folder.record(Plan, f"plan-{name}.json", made_from, make, also=[path.name])
 
-    def _assemble(self, graph: Graph, plan: Plan) -> nn.Module:
-        """The net of a plan before any training."""
-        calibration = self.data.require("calibration") if self.run.prune.compensate else None
-        return compact_and_compensate(self.start, self.inputs, graph, plan, calibration, progress=self.progress)
-
     def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
         """Of its artifact on the host before any training."""
         return self._judge(graph).accuracy(self._assemble(graph, plan), plan.precision)
-
-    def _judge(self, graph: Graph) -> Judge:
-        return Judge(
-            inputs=self.inputs, graph=graph, format=self.format_name, calibration=self._calibration,
-            batches=self.data.require("calibration"),
-        )  # fmt: skip
-
-    def _resizer(self, graph: Graph, precision: Precision) -> Resizer:
-        """Other widths of the model in a precision: made once, which takes several exports."""
-        if precision not in self._resizers:
-            made: Resizer = self.format.make_resizer(self.model, self.inputs, graph, precision=precision)
-            made.dense_bytes += read_record(Artifact, self.folder / "dense.json").metadata_bytes
-            self._resizers[precision] = made
-        return self._resizers[precision]
-
-    def _board(self) -> AbstractContextManager[Session]:
-        target = self.run.target
-        return connect(
-            target.name,
-            threads=target.threads,
-            runtime=self.runtime,
-            meter=target.meter,
-            space=self.folder.path,
-            progress=self.progress,
-        )
-
-    @cached_property
-    def _resizers(self) -> dict[Precision, Resizer]:
-        return {}
-
-    @cached_property
-    def runtime(self) -> str:
-        """What executes the artifacts on the board."""
-        return choose_runtime(self.run.target.name, self.run.target.runtime, self.run.export.format)
-
-    @cached_property
-    def format_name(self) -> str:
-        """The member of `formats` that it runs."""
-        return runtime_format(self.runtime)
-
-    @property
-    def format(self) -> ModuleType:
-        """That member."""
-        return load_member("formats", self.format_name)
-
-    @property
-    def _described(self) -> dict[str, Any]:
-        """What an artifact says of itself to apps."""
-        return {"labels": self.data.labels, "preprocessing": self.data.preprocessing}
-
-    @property
-    def _effort(self) -> Effort:
-        return find_effort(self.run.target.effort)
-
-    @property
-    def _planning(self) -> list[Any]:
-        return [self.run.prune.solver, self.run.prune.levels, self.run.seed]
-
-    @property
-    def _calibration(self) -> Calibration:
-        """What ranges of activations come from."""
-        return as_arrays(first(self.data.require("calibration"), self.run.prune.batches))
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and values of everything in the state dict."""
-    whole = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        whole.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
-
-
-def first(batches: Batches, count: int) -> list[tuple[Any, Tensor]]:
-    """The first `count` batches, kept in memory."""
-    return [batch for batch, _ in zip(batches, range(count), strict=False)]
 
 
 def taken_round(plan: Plan) -> PlanRound | None:

@@ -208,3 +208,22 @@ def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     assert report.compact.parameters < report.dense.parameters and report.accuracy.after_recovery is not None
     run_pipeline(run, tmp_path)
     assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+@pytest.mark.slow
+@pytest.mark.device
+def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    text = RUN_FILE.replace("[prune]", '[prune]\nregularizer = "greg:ratio=0.4"\nregularizer_epochs = 3')
+    text = text.replace("trials = 3", "trials = 0").replace("epochs = 2\n[output]", "epochs = 0\n[output]")
+    (tmp_path / "edgeprune.toml").write_text(text)
+    report = run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
+    folder = tmp_path / "run"
+    scored, plan = (read_record(kind, folder / f"{kind.__name__.lower()}.json") for kind in (Importance, Plan))
+    zero = {name: np.flatnonzero(scores == 0) for name, scores in scored.scores.items()}
+    assert any(len(units) for units in zero.values())
+    for name, kept in plan.keep.items():
+        spare = len(scored.scores[name]) - len(zero[name])
+        assert len(np.intersect1d(kept, zero[name])) == max(0, len(kept) - spare)
+    assert "units at zero" in (folder / "run.log").read_text()
+    assert report.compact.parameters < report.dense.parameters and report.accuracy.after_recovery is None

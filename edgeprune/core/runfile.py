@@ -61,6 +61,7 @@ class ProfileSection(_Section, frozen=True, kw_only=True):
 class PruneSection(_Section, frozen=True, kw_only=True):
     """How importance is measured and widths are chosen.
 
+    regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     """
 
@@ -77,6 +78,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     only: tuple[str, ...] = ()
     step: int = 1
     min_width: int = 1
+    regularizer: str | None = None
+    regularizer_epochs: int = 5
     steps: int = 1
     step_epochs: int = 1
 
