@@ -498,7 +498,9 @@ def stages_of(run: RunFile, folder: Path) -> Stages:
     batches = [(inputs("mixed", 16, seed)[0], torch.randint(0, 5, (16,), generator=generator)) for seed in (1, 2)]
     data = Data(calibration=batches, test=batches)
     model, sources = copy.deepcopy(net("mixed")), (weights_digest(net("mixed")),)
-    return Stages(run, folder, RunFolder(folder), sources, model, inputs("mixed"), data, silent).transformed()
+    return Stages(
+        run, folder, RunFolder(folder), sources, model, inputs("mixed"), data, silent, start=model
+    ).transformed()
 
 
 def test_a_run_keeps_its_rewritten_model_and_puts_back_what_does_not_pay(tmp_path: Path) -> None:
