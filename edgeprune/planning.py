@@ -122,18 +122,24 @@ class Planning(Context):
     def narrow(self, graph: Graph, importance: Importance, dense: Artifact) -> tuple[Self, Importance]:
         """The steps of a schedule before the last: a part of the way to the budget each, trained, and scored anew.
 
-        What remains of the model stays in its shape, with zeros, so that graph and tables hold for all steps.
+        What remains of the model stays in its shape, with zeros, so that graph and tables hold for all steps. Only the
+        last step drops whole branches.
         """
         stages, settings = self, self.run.prune
         for step in range(1, settings.steps):
             start = stages._take_step(graph, importance, dense, step)
             stages = replace(stages, start=start, sources=(*self.sources, weights_digest(start)))
-            importance = stages._score(graph, settings.criterion, f"importance-{step}", curves=settings.curves)
+            importance = stages._score(
+                graph, settings.criterion, f"importance-{step}", curves=settings.curves,
+                depth=settings.depth and step == settings.steps - 1,
+            )  # fmt: skip
         return stages, importance
 
     def _take_step(self, graph: Graph, importance: Importance, dense: Artifact, step: int) -> nn.Module:
         run, weights = self.run, self.folder / f"step-{step}.safetensors"
         checkpoint = self.folder / "step.checkpoint"
+        of_groups = {name: curve for name, curve in importance.curves.items() if name in graph.units}
+        importance = replace(importance, curves=of_groups)
 
         def make() -> Plan:
             with self._board() as session:
