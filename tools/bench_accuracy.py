@@ -40,7 +40,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cifar import ACCURACY, NETS, Cifar, find_data, load_net
+from cifar import ACCURACY, NETS, Cifar, load_net, log, make_parser, read_options, show
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.budget import make_budget
@@ -89,25 +89,15 @@ class Row:
 
 def main() -> None:
     """Run the nets, print the tables and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, help="folder with cifar10-*.npz (default: $EDGEPRUNE_DATA, ../shared/data)"
-    )
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--net", action="append", choices=sorted(NETS), help="only this net (repeatable)")
     parser.add_argument("--row", action="append", help="only this row (repeatable)")
     parser.add_argument("--speed-up", type=float, help="of the measured latency, above 1")
     parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements and rows")
     parser.add_argument("--epochs", type=int, help="epochs of recovery (default 5, quick 1); 0: no training")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row")
-    parser.add_argument("--threads", type=int, default=2, help="threads of training on this machine")
     parser.add_argument("--out", type=Path, help="keep results and the profile here, and go on from them")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    folder = find_data(options.data)
-    if folder is None:
-        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
-        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
-        return
+    options, folder = read_options(parser)
     data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
     options.epochs = options.epochs if options.epochs is not None else 1 if options.quick else 5
     options.row = options.row or (QUICK_ROWS if options.quick else ALL_ROWS)
@@ -396,17 +386,6 @@ class Board:
             ratios.append(turn_ratios(result.samples, result.against))
         self.session.remove([name])
         return median(np.concatenate(ratios))
-
-
-def log(text: str) -> None:
-    """A line for whoever watches."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def show(what: str, done: int, total: int) -> None:
-    """Progress as one line that is overwritten, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r{what} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

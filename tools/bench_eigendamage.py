@@ -29,7 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cifar import NETS, Cifar, find_data, load_net
+from cifar import NETS, Cifar, load_net, log, make_parser, read_options, show
 
 from edgeprune.compact import compact_model
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
@@ -66,8 +66,7 @@ class Row:
 
 def main() -> None:
     """Run the nets, print the tables and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with cifar10-*.npz (default: $EDGEPRUNE_DATA)")
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--net", action="append", choices=sorted(NETS), help="only this net (repeatable)")
     parser.add_argument("--ratio", action="append", type=float, help="how many times fewer parameters (repeatable)")
     parser.add_argument("--method", action="append", choices=[*OURS, *RIVALS], help="only this one (repeatable)")
@@ -78,14 +77,7 @@ def main() -> None:
         "--refit", action=argparse.BooleanOptionalAction, default=True, help="refit layers behind removed channels"
     )
     parser.add_argument("--examples", type=int, default=512, help="calibration examples that scores are taken on")
-    parser.add_argument("--threads", type=int, default=2, help="threads on this machine")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    folder = find_data(options.data)
-    if folder is None:
-        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
-        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
-        return
+    options, folder = read_options(parser)
     sizes = {"train": 6_400, "test": 2_000} if options.quick else {}
     data = Cifar(folder, calibration=options.examples, **sizes)
     epochs = options.epochs if options.epochs is not None else (1 if options.quick else 5)
@@ -191,17 +183,6 @@ def compare(name: str, rows: list[Row]) -> dict[str, dict[str, object]]:
                     "value": round(mine, 4), "aim": f">= {max(values):.4f}", "met": mine >= max(values),
                 }  # fmt: skip
     return aims
-
-
-def log(text: str) -> None:
-    """A line for whoever watches."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def show(what: str, done: int, total: int) -> None:
-    """Progress as one line that is overwritten, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r{what} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Needs `pip install .[bench]`, and `.[tflite]` for that format.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import tempfile
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from bench_accuracy import INPUTS, SPEED_UP, aim, log, show
-from cifar import Cifar, find_data, load_net
+from bench_accuracy import INPUTS, SPEED_UP, aim
+from cifar import Cifar, load_net, log, make_parser, read_options, show
 from torch import nn
 
 from edgeprune.core.budget import make_budget
@@ -162,22 +160,12 @@ def bench_net(
 
 def main() -> None:
     """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, help="folder with cifar10-*.npz (default: $EDGEPRUNE_DATA, ../shared/data)"
-    )
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--net", choices=("resnet20", "wrn16_2"), default="resnet20")
     parser.add_argument("--format", choices=("onnx", "tflite"), default="onnx")
     parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements")
     parser.add_argument("--epochs", type=int, help="epochs of recovery (default 4, quick 1)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of training on this machine")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    folder = find_data(options.data)
-    if folder is None:
-        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
-        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
-        return
+    options, folder = read_options(parser)
     data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
     limit = LIMITS[options.net]
     with connect("embedded", runtime=choose_runtime("embedded", None, options.format)) as session:

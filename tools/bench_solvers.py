@@ -10,7 +10,6 @@ Needs `pip install .[bench,demo]`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -23,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_accuracy import INPUTS, Ours, log
-from cifar import NETS, Cifar, find_data, load_net
+from bench_accuracy import INPUTS, Ours
+from cifar import NETS, Cifar, load_net, log, make_parser, read_options
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,18 +39,11 @@ BUDGETS = (0.8, 0.6, 0.4, 0.25)
 
 def main() -> None:
     """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with cifar10-*.npz")
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--net", choices=sorted(NETS), default="resnet20")
     parser.add_argument("--quick", action="store_true", help="a shorter profile, and two budgets")
     parser.add_argument("--out", type=Path, help="keep the profile here, and go on from it")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = find_data(options.data)
-    if folder is None:
-        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
-        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
-        return
+    options, folder = read_options(parser)
     data, net = Cifar(folder, train=512, test=1), load_net(options.net, folder)
     with connect("embedded") as session, tempfile.TemporaryDirectory() as temporary:
         kept = options.out or Path(temporary)

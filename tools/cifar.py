@@ -6,9 +6,12 @@ Decoded images are cached under $XDG_CACHE_HOME/edgeprune (a few hundred MB), ne
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
+import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,39 @@ def find_data(given: Path | None = None) -> Path | None:
     named = os.environ.get("EDGEPRUNE_DATA")
     folders = [given] if given else [Path(named)] if named else [beside]
     return next((folder for folder in folders if (folder / "cifar10-test.npz").is_file()), None)
+
+
+def make_parser(text: str) -> argparse.ArgumentParser:
+    """What every benchmark on these images takes."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, help="folder with cifar10-*.npz (default: $EDGEPRUNE_DATA, ../shared/data)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of training on this machine")
+    return parser
+
+
+def read_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Path]:
+    """The options and the folder of the data; ends the program where there is none, and says so."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = find_data(options.data)
+    if folder is None:
+        print("no cifar10-test.npz in --data, $EDGEPRUNE_DATA or ../shared/data: nothing to measure")
+        print("RESULT " + json.dumps({"aims": {}, "skipped": "no data"}))
+        raise SystemExit(0)
+    return options, folder
+
+
+def log(text: str) -> None:
+    """A line for whoever watches."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(what: str, done: int, total: int) -> None:
+    """Progress as one line that is overwritten, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
 
 # --- images --------------------------------------------------------------------------------------
