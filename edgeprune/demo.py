@@ -35,6 +35,8 @@ latency = "{latency}"
 [profile]
 configurations = 16
 held_out = 4
+[search]
+trials = 6
 [recover]
 epochs = 4
 [output]
