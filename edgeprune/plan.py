@@ -211,11 +211,24 @@ def build_problem(
     """Levels, losses and cost terms; arguments as in `choose_widths`."""
     tiles = _tiles(graph, profile)
     fine = budget.artifact_bytes is not None or budget.peak_memory_bytes is not None
-    widths = {g.name: candidate_widths(g, tiles.get(g.name, 1), levels, min_keep, fine) for g in graph.prunable}
+    ties = tied_groups(graph)
+    widths = {
+        group.name: candidate_widths(group, lcm(*(tiles.get(each.name, 1) for each in tie)), levels, min_keep, fine)
+        for tie in ties
+        for group in tie
+    }
     losses = level_losses(importance, widths)
     switches = branch_losses(graph, importance, losses)
     choices = (
-        *(Choice(name=name, widths=widths[name], loss=losses[name]) for name in widths),
+        *(
+            Choice(
+                name=group.name,
+                widths=widths[group.name],
+                loss=np.sum([losses[each.name] for each in (group, *rest)], axis=0),
+                also=tuple(each.name for each in rest),
+            )
+            for group, *rest in ties
+        ),
         *(Choice(name=name, widths=np.arange(2), loss=np.array([loss, 0.0])) for name, loss in switches.items()),
     )
     axes = Axes(choices, graph.units, *_inside(graph, switches))
@@ -243,6 +256,14 @@ def build_problem(
     if rows:
         rows[0] = axes.tie_gates(rows[0])
     return Problem(choices=choices, rows=tuple(rows), sums=tuple(axes.sums))
+
+
+def tied_groups(graph: Graph) -> list[list[Group]]:
+    """The groups that can be pruned, those together that have one width."""
+    ties: dict[str, list[Group]] = {}
+    for group in graph.prunable:
+        ties.setdefault(f"tie {group.tie}" if group.tie else group.name, []).append(group)
+    return list(ties.values())
 
 
 def _inside(graph: Graph, switches: Container[str]) -> tuple[list[Branch], set[str]]:
@@ -371,7 +392,7 @@ def _best_found(solutions: dict[str, Solution], solver: str) -> tuple[str, Solut
 def _widths(problem: Problem, levels: Levels) -> dict[str, int]:
     """Of the groups, and 0 of every branch that is dropped."""
     chosen = zip(problem.choices, levels, strict=True)
-    return {c.name: int(c.widths[level]) for c, level in chosen if level == 0 or not c.is_branch}
+    return {name: int(c.widths[level]) for c, level in chosen for name in c.names if level == 0 or not c.is_branch}
 
 
 def _no_solution(problem: Problem, budget: Budget, solver: str, answer: Solution, time_limit_s: float) -> Unmet:

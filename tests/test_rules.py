@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,10 @@ from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.describe import describe_graph
 from edgeprune.core.errors import UsageError
+from edgeprune.core.problem import is_feasible, losses_of
 from edgeprune.core.records import Graph, WidthRules
 from edgeprune.core.rules import apply_rules
-from edgeprune.plan import choose_widths
+from edgeprune.plan import build_problem, choose_widths
 from edgeprune.tables.design import design_configurations
 from edgeprune.trace import trace_graph
 
@@ -87,6 +90,39 @@ def test_plans_and_profiles_keep_to_them(graph: Graph) -> None:
         assert configuration.widths["neck.0"] == 6
         assert all(configuration.widths[g.name] >= 16 for g in ruled.prunable)
         assert all(configuration.widths[g.name] % 8 == 0 for g in ruled.prunable)
+
+
+def test_tied_groups_keep_as_many_units_each() -> None:
+    """The best of all plans in which they do, by brute force, and each keeps its own units."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for name, width, inner in (("a", 8, 3), ("b", 8, 8), ("c", 12, 8), ("d", 8, 12)):
+        net.add_module(name, nn.Sequential(nn.Conv2d(inner, width, 3, padding=1), nn.ReLU()))
+    net.add_module("head", nn.Conv2d(8, 5, 1))
+    graph = trace_graph(net, (torch.randn(1, 3, 8, 8),))
+    profile, importance = synthetic_profile(graph, tile=2), synthetic_importance(graph)
+    budget = make_budget(predict_cost(graph, {}, profile), size="0.85x")
+    tied = apply_rules(graph, WidthRules(tie=("[abd]",)))
+    assert [group.tie for group in tied.prunable] == ["[abd]", "[abd]", None, "[abd]"]
+    free_problem, problem = (build_problem(each, profile, importance, budget, levels=6) for each in (graph, tied))
+    assert [choice.names for choice in problem.choices] == [("a.0", "b.0", "d.0"), ("c.0",)]
+    plans = [choose_widths(each, profile, importance, budget, levels=6, compare=()) for each in (graph, tied)]
+    widths = plans[1].widths
+    assert widths["a.0"] == widths["b.0"] == widths["d.0"] < 8 and widths.keys() == {"a.0", "b.0", "c.0", "d.0"}
+    assert len({plans[0].widths[name] for name in ("a.0", "b.0", "d.0")}) > 1, "tying made no difference"
+    assert not all(np.array_equal(plans[1].keep["a.0"], plans[1].keep[name]) for name in ("b.0", "d.0"))
+    levels = np.array(list(itertools.product(*(range(len(choice.widths)) for choice in free_problem.choices))))
+    sizes = np.stack([choice.widths[levels[:, v]] for v, choice in enumerate(free_problem.choices)], axis=1)
+    alike = levels[(sizes[:, 0] == sizes[:, 1]) & (sizes[:, 0] == sizes[:, 3])]
+    alike = alike[is_feasible(free_problem, alike)]
+    assert plans[1].loss == pytest.approx(losses_of(free_problem, alike).min())
+    assert plans[1].loss > plans[0].loss
+
+
+def test_ties_that_cannot_be_are_refused(graph: Graph) -> None:
+    for pattern, named in (("stem", r"stem\.0 \(24\)"), ("*", r"stem\.0 \(24\), body\.0 \(40\)"), ("head", "none")):
+        with pytest.raises(UsageError, match=f"cannot tie widths.*{named}"):
+            apply_rules(graph, WidthRules(tie=(pattern,)))
 
 
 def test_the_tree_shows_modules_sizes_and_reasons(graph: Graph) -> None:

@@ -26,6 +26,7 @@ Inexact = Annotated[bool, typer.Option("--allow-inexact", help="also prune acros
 Freeze = Annotated[list[str] | None, typer.Option(help="group or module that keeps all channels, such as head*")]
 Only = Annotated[list[str] | None, typer.Option(help="groups or modules that may lose channels, and no others")]
 Step = Annotated[int, typer.Option(help="channels of a layer fall by multiples of it")]
+Tie = Annotated[list[str] | None, typer.Option(help="groups that keep as many channels each, such as layer1.*")]
 MinWidth = Annotated[int, typer.Option(help="channels that are left of a layer at least")]
 TargetName = Annotated[str, typer.Option("--target", help="a board of the inventory (edgeprune targets list)")]
 EffortName = Annotated[str, typer.Option("--effort", help="board time: quick, default or thorough")]
@@ -91,13 +92,15 @@ def load_graph(
     return module, inputs, edgeprune.trace_graph(module, inputs, allow_inexact=allow_inexact)
 
 
-def rule_widths(graph: Graph, freeze: list[str] | None, only: list[str] | None, step: int, min_width: int) -> Graph:
+def rule_widths(
+    graph: Graph, freeze: list[str] | None, only: list[str] | None, tie: list[str] | None, step: int, min_width: int
+) -> Graph:
     """The graph with what the user says about widths."""
     from edgeprune.core.records import WidthRules
     from edgeprune.core.rules import apply_rules
 
-    rules = WidthRules(freeze=tuple(freeze or ()), only=tuple(only or ()), step=step, least=min_width)
-    return apply_rules(graph, rules)
+    patterns = {"freeze": tuple(freeze or ()), "only": tuple(only or ()), "tie": tuple(tie or ())}
+    return apply_rules(graph, WidthRules(**patterns, step=step, least=min_width))
 
 
 def show(record: Any, as_json: bool, describe: str, *extra: Any) -> None:

@@ -30,6 +30,7 @@ from edgeprune.cli.common import (
     Step,
     TargetName,
     Threads,
+    Tie,
     Weights,
     bars,
     load,
@@ -54,12 +55,12 @@ CALIBRATION_BATCHES = 8
 
 def trace(
     model: Model, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False,
-    freeze: Freeze = None, only: Only = None, step: Step = 1, min_width: MinWidth = 1,
+    freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1, min_width: MinWidth = 1,
     out: Annotated[Path | None, typer.Option("--out", "-o")] = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What can be pruned, what is frozen and why."""
     *_, graph = load_graph(model, weights, shapes, allow_inexact)
-    graph = rule_widths(graph, freeze, only, step, min_width)
+    graph = rule_widths(graph, freeze, only, tie, step, min_width)
     if out:
         edgeprune.write_record(out, graph)
     show(graph, as_json, "describe_graph")
@@ -158,7 +159,7 @@ def plan(
     power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
     threads: Threads = 1, runtime: RuntimeName = None, meter: MeterName = None, effort: EffortName = "default",
-    solver: str = "milp", levels: int = 16, freeze: Freeze = None, only: Only = None, step: Step = 1,
+    solver: str = "milp", levels: int = 16, freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1,
     min_width: MinWidth = 1, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
@@ -166,7 +167,7 @@ def plan(
     from edgeprune.core.records import Importance
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
-    graph = rule_widths(graph, freeze, only, step, min_width)
+    graph = rule_widths(graph, freeze, only, tie, step, min_width)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
     budget = make_budget(
         edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy,

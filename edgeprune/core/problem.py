@@ -32,11 +32,20 @@ MOST_SUM_SIZES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The widths one group may have: widths (n,) ascending, loss (n,) of each. Of a branch they are 0 and 1."""
+    """The widths one group may have: widths (n,) ascending, loss (n,) of each. Of a branch they are 0 and 1.
+
+    also: other groups that have the same width; the loss is of all.
+    """
 
     name: str
     widths: IntArray
     loss: FloatArray
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whose width it is."""
+        return (self.name, *self.also)
 
     @property
     def is_branch(self) -> bool:
@@ -141,7 +150,7 @@ class Axes:
         inner: Container[str] = (),
     ) -> None:
         self.choices, self.units, self.branches = choices, units, branches
-        self.index = {choice.name: v for v, choice in enumerate(choices)}
+        self.index = {name: v for v, choice in enumerate(choices) for name in choice.names}
         self.inner = {v for name, v in self.index.items() if name in inner}
         self.sums: list[Sum] = []
         self.gates: dict[tuple[int, int], int] = {}

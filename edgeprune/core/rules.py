@@ -12,19 +12,23 @@ from edgeprune.core.records import Branch, Graph, Group, WidthRules
 
 
 def apply_rules(graph: Graph, rules: WidthRules) -> Graph:
-    """The same graph with groups frozen, their steps and their least widths set as the rules say.
+    """The same graph with groups frozen and tied, their steps and their least widths set as the rules say.
 
-    raises: UsageError for a pattern that no group matches, and a step or a least width below one.
+    raises: UsageError for a pattern that no group matches, a step or a least width below one, and a tie of groups that
+        cannot have one width.
     """
     if rules.step < 1 or rules.least < 1:
         raise UsageError(f"step={rules.step} and the least width {rules.least} must be at least 1")
-    for pattern in (*rules.freeze, *rules.only):
+    for pattern in (*rules.freeze, *rules.only, *rules.tie):
         if not any(matches(group, pattern) for group in graph.groups):
             names = ", ".join(group.name for group in graph.prunable)
             raise UsageError(f"no group of channels matches '{pattern}'; groups that can be pruned: {names}")
+    groups = [_ruled(group, rules) for group in graph.groups]
+    for pattern in rules.tie:
+        groups = _tie(groups, pattern)
     return replace(
         graph,
-        groups=tuple(_ruled(group, rules) for group in graph.groups),
+        groups=tuple(groups),
         branches=tuple(branch for branch in graph.branches if _may_go(branch, rules)),
     )
 
@@ -59,6 +63,21 @@ def _ruled(group: Group, rules: WidthRules) -> Group:
     if because is None and max(step, least) >= group.units:
         because = f"has {group.units} units, which the step {rules.step} and the least width {rules.least} all keep"
     return replace(group, frozen_because=because) if because else replace(group, step=step, least=max(least, 1))
+
+
+def _tie(groups: Sequence[Group], pattern: str) -> list[Group]:
+    """The same groups, those that the pattern names and that can be pruned with one step and one least width."""
+    tied = [group for group in groups if group.frozen_because is None and matches(group, pattern)]
+    sizes = sorted({group.units for group in tied})
+    if len(tied) < 2 or len(sizes) > 1 or any(group.tie for group in tied):
+        found = ", ".join(f"{group.name} ({group.tie or group.units})" for group in tied) or "none"
+        raise UsageError(
+            f"'{pattern}' cannot tie widths: it takes two groups or more that can be pruned, all of one size and in no "
+            f"other tie; it names {found}"
+        )
+    step = lcm(*(group.step for group in tied))
+    least = max(group.least for group in tied)
+    return [replace(g, tie=pattern, step=step, least=least) if g in tied else g for g in groups]
 
 
 def _first_match(group: Group, patterns: Sequence[str]) -> str | None:

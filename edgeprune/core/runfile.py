@@ -78,6 +78,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     only: tuple[str, ...] = ()
     step: int = 1
     min_width: int = 1
+    tie: tuple[str, ...] = ()
     regularizer: str | None = None
     regularizer_epochs: int = 5
     steps: int = 1
@@ -86,7 +87,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     @property
     def rules(self) -> WidthRules:
         """What it says about widths."""
-        return WidthRules(freeze=self.freeze, only=self.only, step=self.step, least=self.min_width)
+        return WidthRules(freeze=self.freeze, only=self.only, step=self.step, least=self.min_width, tie=self.tie)
 
 
 class SearchSection(_Section, frozen=True, kw_only=True):

@@ -131,6 +131,7 @@ class Group:
     units: how many there are. step: a width must be a multiple of it (or all units). least: fewest to keep.
     frozen_because: why it keeps every unit, or None when it may be pruned.
     inexact_because: why removing units changes more than the removed channels, or None.
+    tie: groups of one tie keep as many units each, which ones is up to each.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Group:
     constants: tuple[Constant, ...] = ()
     frozen_because: str | None = None
     inexact_because: str | None = None
+    tie: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,13 +165,15 @@ class WidthRules:
     """What a user says about widths.
 
     freeze: shell patterns of groups or modules that keep all channels. only: of those that may lose some; empty: all.
-    step: channels of a layer fall by multiples of it. least: channels that are left of a layer.
+    step: channels of a layer fall by multiples of it. least: channels that are left of a layer. tie: patterns of
+    groups that have one width.
     """
 
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     step: int = 1
     least: int = 1
+    tie: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
