@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from edgeprune.profile import read_profile as read_profile
     from edgeprune.recover import evaluate_accuracy as evaluate_accuracy
     from edgeprune.recover import recover_accuracy as recover_accuracy
+    from edgeprune.scope import enter_scope as enter_scope
+    from edgeprune.scope import put_back as put_back
+    from edgeprune.scope import scope_batches as scope_batches
     from edgeprune.score import score_groups as score_groups
     from edgeprune.trace import trace_graph as trace_graph
     from edgeprune.transform import restore_layers as restore_layers
@@ -78,6 +81,7 @@ _PLACES = {
     "precisions": ("try_precisions",),
     "profile": ("profile_target", "read_profile"),
     "recover": ("evaluate_accuracy", "recover_accuracy"),
+    "scope": ("enter_scope", "put_back", "scope_batches"),
     "score": ("score_groups",),
     "trace": ("trace_graph",),
     "transform": ("restore_layers", "settle_plan", "transform_model"),

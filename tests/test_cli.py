@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,10 +35,15 @@ def number():
 
 
 class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()[:5]
+        self.head = nn.Linear(24, 5)
+
     def forward(self, x):
         if x.sum() > 0:
-            return x * 2
-        return x
+            x = x * 2
+        return self.head(self.body(x).mean((2, 3)))
 
 
 def branching():
@@ -139,6 +145,25 @@ def test_trace_prints_groups_and_writes_the_record(project: Path) -> None:
     assert "2 groups can be pruned" in done.stdout
     graph = read_record(Graph, project / "graph.json")
     assert sorted(group.units for group in graph.prunable) == [16, 24]
+
+
+def test_a_part_of_a_model_that_cannot_be_exported(project: Path) -> None:
+    """Traced, scored without labels and planned as if it were the model; the whole says what to do."""
+    model = ("nets.py:branching", "--input", "1x3x12x12")
+    whole = edgeprune("trace", *model, cwd=project)
+    assert whole.returncode == 4 and "--scope" in whole.stderr
+    part = edgeprune("trace", *model, "--scope", "body", cwd=project)
+    assert part.returncode == 0, part.stderr
+    assert "16 units" in part.stdout or "16" in part.stdout
+    wrong = edgeprune("trace", *model, "--scope", "bodi", cwd=project)
+    assert wrong.returncode == 4 and "it has body, head" in wrong.stderr
+    scored = edgeprune(
+        "score", *model, "--scope", "body", "--data", "data.npz", "--criterion", "reconstruction", "--no-curves",
+        "-o", "importance.json", cwd=project,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    scores = json.loads((project / "importance.json").read_text())["record"]["scores"]
+    assert list(scores) == ["0"] and "1 groups scored by reconstruction" in scored.stdout
 
 
 def test_an_output_folder_that_cannot_be_written(project: Path) -> None:

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from edgeprune.core.progress import Progress
     from edgeprune.core.records import Graph, Report
+    from edgeprune.load import Batches
 
 Model = Annotated[str, typer.Argument(help="path.py:function, package.module:function or a .pt2 file")]
 Weights = Annotated[Path | None, typer.Option(help=".safetensors, or a state dict")]
 Shapes = Annotated[list[str] | None, typer.Option("--input", help="shape of an input, batch first: 1x3x224x224")]
 Inexact = Annotated[bool, typer.Option("--allow-inexact", help="also prune across layer norms")]
+Scope = Annotated[str | None, typer.Option(help="a submodule to take instead of a model that cannot be exported")]
 Freeze = Annotated[list[str] | None, typer.Option(help="group or module that keeps all channels, such as head*")]
 Only = Annotated[list[str] | None, typer.Option(help="groups or modules that may lose channels, and no others")]
 Step = Annotated[int, typer.Option(help="channels of a layer fall by multiples of it")]
@@ -85,11 +87,21 @@ def load(model: str, weights: Path | None, shapes: list[str] | None) -> tuple[nn
 
 
 def load_graph(
-    model: str, weights: Path | None, shapes: list[str] | None, allow_inexact: bool
+    model: str, weights: Path | None, shapes: list[str] | None, allow_inexact: bool, scope: str | None = None
 ) -> tuple[nn.Module, tuple[Tensor, ...], Graph]:
-    """The module, its example inputs and its graph."""
+    """The module, or the submodule that is its scope, its example inputs and its graph."""
     module, inputs = load(model, weights, shapes)
+    if scope is not None:
+        module, inputs = edgeprune.enter_scope(module, scope, inputs)
     return module, inputs, edgeprune.trace_graph(module, inputs, allow_inexact=allow_inexact)
+
+
+def load_calibration(
+    data: str, model: str, weights: Path | None, shapes: list[str] | None, scope: str | None
+) -> Batches:
+    """The calibration batches, as the scope sees them."""
+    batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
+    return batches if scope is None else edgeprune.scope_batches(load(model, weights, shapes)[0], scope, batches)
 
 
 def rule_widths(

@@ -25,6 +25,7 @@ from edgeprune.cli.common import (
     Only,
     Out,
     RuntimeName,
+    Scope,
     Shapes,
     Source,
     Step,
@@ -34,6 +35,7 @@ from edgeprune.cli.common import (
     Weights,
     bars,
     load,
+    load_calibration,
     load_graph,
     raise_unmet,
     rule_widths,
@@ -54,12 +56,12 @@ CALIBRATION_BATCHES = 8
 
 
 def trace(
-    model: Model, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False,
+    model: Model, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None,
     freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1, min_width: MinWidth = 1,
     out: Annotated[Path | None, typer.Option("--out", "-o")] = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What can be pruned, what is frozen and why."""
-    *_, graph = load_graph(model, weights, shapes, allow_inexact)
+    *_, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     if out:
         edgeprune.write_record(out, graph)
@@ -70,7 +72,7 @@ def profile(
     model: Model,
     target: Annotated[str, typer.Option("--target", "--targets", help="a board of the inventory, or a,b,c of a kind")],
     out: Out, weights: Weights = None, shapes: Shapes = None,
-    allow_inexact: Inexact = False, threads: Threads = 1, meter: MeterName = None,
+    allow_inexact: Inexact = False, scope: Scope = None, threads: Threads = 1, meter: MeterName = None,
     configurations: Annotated[int, typer.Option(help="most widths to fit the tables to")] = 40,
     held_out: Annotated[int, typer.Option(help="more widths, which only tell the tables' error")] = 8,
     error: Annotated[float, typer.Option(help="stop once left-out widths are predicted this closely; 0: never")] = 0.01,
@@ -94,7 +96,7 @@ def profile(
             )
             for each in names
         ]
-        module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
+        module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
         precision = choose_precision(module, inputs, boards[0], dtype, out, level, progress)
         if len(boards) > 1:
             fleet = edgeprune.profile_fleet(
@@ -132,7 +134,7 @@ def choose_precision(
 
 def score(
     model: Model, data: Source, out: Out, weights: Weights = None, shapes: Shapes = None,
-    allow_inexact: Inexact = False,
+    allow_inexact: Inexact = False, scope: Scope = None,
     criterion: Annotated[str, typer.Option(help="a name, or name:option=value,...")] = "taylor",
     curves: Annotated[bool, typer.Option(help="measure the loss of each group at a few widths")] = True,
     depth: Annotated[bool, typer.Option(help="and without each residual branch, so that a plan may drop it")] = False,
@@ -140,8 +142,8 @@ def score(
     """How much each unit matters."""
     name, _, options = criterion.partition(":")
     load_member("criteria", name)
-    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
-    calibration = edgeprune.load_data(data, Path.cwd()).require("calibration")
+    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
+    calibration = load_calibration(data, model, weights, shapes, scope)
     with bars() as progress:
         importance = edgeprune.score_groups(
             module, inputs, graph, calibration, criterion=name, options=options, curves=curves, depth=depth,
@@ -154,8 +156,8 @@ def score(
 def plan(
     model: Model, profile: Annotated[Path, typer.Option(help="from `edgeprune profile`")],
     importance: Annotated[Path, typer.Option(help="from `edgeprune score`")], out: Out, weights: Weights = None,
-    shapes: Shapes = None, allow_inexact: Inexact = False, latency: Limit = None, memory: Limit = None,
-    size: Limit = None, energy: Limit = None,
+    shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None, latency: Limit = None,
+    memory: Limit = None, size: Limit = None, energy: Limit = None,
     power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
     threads: Threads = 1, runtime: RuntimeName = None, meter: MeterName = None, effort: EffortName = "default",
@@ -166,7 +168,7 @@ def plan(
     from edgeprune.core.budget import make_budget
     from edgeprune.core.records import Importance
 
-    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
+    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
     budget = make_budget(
@@ -191,14 +193,14 @@ def plan(
 
 def compact(
     model: Model, plan: Annotated[Path, typer.Option(help="from `edgeprune plan`")], out: Out, weights: Weights = None,
-    shapes: Shapes = None, allow_inexact: Inexact = False,
+    shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None,
     data: Annotated[str | None, typer.Option(help="refit the consumers on its calibration batches")] = None,
 ) -> None:  # fmt: skip
     """Cut the model to a plan: compact.pt2 and compact.safetensors in the folder --out."""
     from edgeprune.core.records import Plan
 
-    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact)
-    calibration = edgeprune.load_data(data, Path.cwd()).require("calibration") if data else None
+    module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
+    calibration = load_calibration(data, model, weights, shapes, scope) if data else None
     chosen = edgeprune.read_record(Plan, plan)
     with bars() as progress:
         smaller = edgeprune.compact_and_compensate(module, inputs, graph, chosen, calibration, progress=progress)

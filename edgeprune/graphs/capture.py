@@ -150,7 +150,7 @@ def _export(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     except Exception as error:
         raise ModelError(
             f"torch.export cannot turn the model into a graph: {_reason(error)}; rewrite that line without "
-            "control flow that depends on values"
+            "control flow that depends on values, or take a submodule without it (--scope backbone)"
         ) from error
 
 
