@@ -341,9 +341,15 @@ class Planning(Context):
         left_out: dict[str, str] = {}
         for name in others:
             try:
-                plans[name] = self._contend(graph, importance, plans[CURVES], name)
+                plan = self._contend(graph, importance, plans[CURVES], name)
             except (InfeasibleBudget, DataError) as error:
                 left_out[name] = str(error)
+                continue
+            twin = next((other for other, known in plans.items() if digest(known.keep) == digest(plan.keep)), None)
+            if twin is None:
+                plans[name] = plan
+            else:
+                left_out[name] = f"keeps the same channels as '{twin}'"
         contenders = [
             Contender(name=name, made_from=digest(plan), make=partial(self._assemble, graph, plan))
             for name, plan in plans.items()
