@@ -128,9 +128,11 @@ def _is_zero(node: fx.Node, zeros: Container[Any]) -> bool:
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of an ATen call by its name in the schema."""
+    """An argument of an ATen call by its name in the schema; None where there is no such argument."""
     assert isinstance(node.target, torch._ops.OpOverload)
     places = [argument.name for argument in node.target._schema.arguments]
+    if name not in places:
+        return None
     place = places.index(name)
     return node.args[place] if place < len(node.args) else node.kwargs.get(name)
 
