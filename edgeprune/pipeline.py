@@ -37,7 +37,7 @@ from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.export import export_model
 from edgeprune.load import as_arrays, example_inputs, load_data, load_model
-from edgeprune.planning import Planning
+from edgeprune.planning import Planning, check_contenders
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -56,6 +56,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     returns: the report; a budget that is not met is a failed check in it.
     raises: EdgepruneError with what was wrong; what was finished stays in the run's folder.
     """
+    check_contenders(run.search.contenders)
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.core.errors import DataError
+from edgeprune.core.errors import DataError, UsageError
 from edgeprune.load import ArrayBatches
+from edgeprune.planning import check_contenders
 from edgeprune.tournament import LEAST_STEPS, Contender, hold_tournament, rung_lengths
 
 torch.set_num_threads(1)
@@ -163,3 +164,15 @@ def test_a_teacher_is_listened_to() -> None:
     accuracies = [[heat.accuracy for heat in bracket.rungs[0]] for bracket in (alone, taught)]
     assert accuracies[0] != accuracies[1]
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_contenders_are_checked_before_anything_is_measured() -> None:
+    check_contenders(["curves", "uniform", "near-3", "magnitude:p=1", "lamp"])
+    check_contenders([])
+    for name, why in (
+        ("nonsense", "unknown criteria 'nonsense'"),
+        ("near-x", "near-x"),
+        ("magnitude:q=1", "'q' is not"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            check_contenders(["curves", name])
