@@ -37,6 +37,7 @@ configurations = 16
 held_out = 4
 [search]
 trials = 6
+contenders = ["curves", "magnitude"]
 [recover]
 epochs = 4
 [output]
