@@ -125,7 +125,9 @@ class Context:
 
     @property
     def _planning(self) -> list[Any]:
-        return [self.run.prune.solver, self.run.prune.levels, self.run.seed]
+        """What decides the widths besides scores, tables and budget."""
+        prune, search = self.run.prune, self.run.search
+        return [prune.solver, prune.levels, prune.compensate, search.trials, search.seconds, self.run.seed]
 
     @property
     def _calibration(self) -> Calibration:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import budget_between, make_budget
-from edgeprune.core.errors import DataError, InfeasibleBudget, UsageError
+from edgeprune.core.errors import DataError, InfeasibleBudget, Unmet, UsageError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.records import (
     FLOAT32,
@@ -243,13 +243,12 @@ class Planning(Context):
         def make() -> Plan:
             with self._board() as session:
                 profile = self._profile(graph, session, precision)
-                cost = dense_cost(graph, profile, dense.bytes)
-                budget = make_budget(cost, **msgspec.to_builtins(run.budget))
-                weighed = self._weigh(graph, importance, profile, budget)
+            budget = make_budget(dense_cost(graph, profile, dense.bytes), **msgspec.to_builtins(run.budget))
+            weighed = self._weigh(graph, importance, profile, budget)  # takes minutes, and no board
+            with self._board() as session:
                 return self._close_loop(graph, profile, weighed, budget, session, path, run.prune.solver)
 
         settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
-        settings += [run.search.trials, run.search.seconds]
         made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
         return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
 
@@ -292,13 +291,14 @@ class Planning(Context):
                 weighed,
                 budget,
                 solver=run.prune.solver,
-                compare=(),
+                compare=("greedy",),  # where the solver finds nothing in so short a time
                 levels=run.prune.levels,
                 time_limit_s=SEARCH_SECONDS,
             ),
             judge,
             trials=settings.trials,
             seconds=settings.seconds,
+            judged_with=run.prune.compensate,
             checkpoint=self.folder / "search.jsonl",
             seed=run.seed,
             progress=self.progress,
@@ -343,7 +343,7 @@ class Planning(Context):
         for name in others:
             try:
                 plan = self._contend(graph, importance, plans[CURVES], name)
-            except (InfeasibleBudget, DataError) as error:
+            except (Unmet, DataError) as error:
                 left_out[name] = str(error)
                 continue
             twin = next((other for other, known in plans.items() if digest(known.keep) == digest(plan.keep)), None)
@@ -352,7 +352,11 @@ class Planning(Context):
             else:
                 left_out[name] = f"keeps the same channels as '{twin}'"
         contenders = [
-            Contender(name=name, made_from=digest(plan), make=partial(self._assemble, graph, plan))
+            Contender(
+                name=name,
+                made_from=[digest(plan), *self.sources, run.prune.compensate],
+                make=partial(self._assemble, graph, plan),
+            )
             for name, plan in plans.items()
         ]
 

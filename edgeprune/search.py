@@ -47,6 +47,7 @@ def weigh_curves(
     *,
     trials: int = 16,
     seconds: float = math.inf,
+    judged_with: Any = None,
     checkpoint: Path | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -55,13 +56,14 @@ def weigh_curves(
 
     choose: widths for an importance, within the budget. judge: what the net of a plan loses beside the dense one, > 0.
     trials, seconds: nets to judge at most, the one of the unweighed curves first, and for how long.
+    judged_with: what else decides a net's loss, in plain values.
     checkpoint: JSONL file that trials are appended to and taken from.
     returns: the importance as it was where no weights beat it.
     raises: DataError without curves, or when a loss is not finite.
     """
     if not importance.curves:
         raise DataError("a search over loss curves needs them; score with curves, or set [search] trials = 0")
-    names, base, rng = sorted(importance.curves), digest(importance), np.random.default_rng(seed)
+    names, base, rng = sorted(importance.curves), digest([importance, judged_with]), np.random.default_rng(seed)
     judged = _read_trials(checkpoint, base)
     seen: list[CurveTrial] = []
     started = time.monotonic()

@@ -372,6 +372,8 @@ def test_a_part_of_the_way_to_a_budget() -> None:
     assert [part.latency_s for part in parts] == pytest.approx([0.016, 0.008, 0.004, 0.002])
     assert {part.artifact_bytes for part in parts} <= {3999, 4000} and {part.energy_j for part in parts} == {0.5}
     assert parts[1].peak_memory_bytes is None
+    half = budget_between(dense, Budget(latency_s=0.004, latency_share=0.25), 0.5)
+    assert (half.latency_s, half.latency_share) == (pytest.approx(0.008), None)
 
 
 def test_energy_by_a_power_model_is_a_latency() -> None:

@@ -125,6 +125,16 @@ def test_a_killed_search_goes_on_and_ends_alike(tmp_path: Path) -> None:
         assert np.array_equal(again.curves[name].loss, whole.curves[name].loss)
     other = replace(importance(), dense_loss=0.4)  # trials of other curves are not taken
     seen: list[Plan] = []
+    weigh_curves(
+        importance(),
+        choose,
+        lambda plan: seen.append(plan) or judge(plan),
+        trials=1,
+        judged_with=False,
+        checkpoint=path,
+    )  # nor of nets that were judged in another way
+    assert len(seen) == 1
+    seen.clear()
     weigh_curves(other, choose, lambda plan: seen.append(plan) or judge(plan), trials=1, checkpoint=path)
     assert len(seen) == 1
 

@@ -161,6 +161,7 @@ def budget_between(cost: Cost, budget: Budget, share: float) -> Budget:
 
     return replace(
         budget,
+        latency_share=None,
         latency_s=part(cost.latency_s, budget.latency_s),
         artifact_bytes=whole(part(cost.artifact_bytes, budget.artifact_bytes)),
         peak_memory_bytes=whole(part(cost.peak_memory_bytes, budget.peak_memory_bytes)),

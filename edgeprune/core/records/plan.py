@@ -89,8 +89,8 @@ class Plan:
 class CurveTrial:
     """One net of a search over the weights of loss curves.
 
-    base: digest of the unweighed importance. weights: of the curves that the widths were planned with.
-    loss: of the assembled net on calibration examples.
+    base: digest of the unweighed importance and of how nets are judged. weights: of the curves that the widths were
+    planned with. loss: of the assembled net on calibration examples.
     """
 
     base: str

@@ -1,0 +1,65 @@
+"""planning: what decides a plan is planned anew when it changes, and a contender without a plan ends nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from edgeprune.core.errors import Unmet
+from edgeprune.core.progress import silent
+from edgeprune.core.records import FLOAT32, Artifact, Bracket, Budget, Cost, Importance, Plan, PrecisionChoice
+from edgeprune.core.runfile import RunFile
+from edgeprune.core.runfolder import RunFolder
+from edgeprune.core.store import read_record, write_record
+from edgeprune.load import ArrayBatches, Data
+from edgeprune.planning import Planning
+
+IMPORTANCE = Importance(criterion="taylor", graph_sha256="0" * 64, scores={})
+DENSE = Artifact(path="", format="onnx", dtype="float32", sha256="0" * 64, bytes=1, inputs=(), outputs=())
+PLAN = Plan(
+    graph_sha256="0" * 64, budget=Budget(latency_s=1.0), widths={}, keep={}, predicted=Cost(), solver="milp",
+    status="optimal", gap=0.0, loss=0.0,
+)  # fmt: skip
+
+
+class Counted(Planning):
+    """Notes what is planned, and finds no widths for any contender."""
+
+    planned = 0
+
+    def _plan_all(self, *_: Any) -> PrecisionChoice:
+        type(self).planned += 1
+        return PrecisionChoice(trials=(), candidates=(), chosen=FLOAT32)
+
+    def _contend(self, *_: Any) -> Plan:
+        raise Unmet("solver 'uniform' found no widths")
+
+
+def stages(folder: Path, **sections: Any) -> Counted:
+    parts: dict[str, Any] = {
+        "model": {"factory": "nets.py:net"}, "data": {"source": "nets.py:source"}, "target": {"name": "embedded"},
+        "budget": {"latency": "0.6x"}, "output": {"dir": "run"},
+    }  # fmt: skip
+    run, net = msgspec.convert({**parts, **sections}, RunFile), nn.Linear(2, 2)
+    train = ArrayBatches(torch.randn(200, 2), torch.zeros(200, dtype=torch.long), batch=10)
+    return Counted(run, folder, RunFolder(folder), (), net, (torch.zeros(1, 2),), Data(train=train), silent, start=net)
+
+
+def test_what_decides_the_widths_is_planned_anew_when_it_changes(tmp_path: Path) -> None:
+    changes = [{}, {"search": {"trials": 3}}, {"search": {"seconds": 5.0}}, {"prune": {"compensate": False}}]
+    for number, sections in enumerate(changes, 1):
+        for _ in range(2):  # and the second time nothing is
+            stages(tmp_path, **sections)._choose_precision(None, IMPORTANCE, DENSE)
+        assert Counted.planned == number
+
+
+def test_a_contender_for_which_there_is_no_plan_is_left_out(tmp_path: Path) -> None:
+    write_record(tmp_path / "plan-float32.json", PLAN)
+    assert stages(tmp_path)._hold_tournament(None, IMPORTANCE, FLOAT32) == "float32"
+    bracket = read_record(Bracket, tmp_path / "tournament.json")
+    assert bracket.winner == "curves" and not bracket.rungs
+    assert bracket.left_out == dict.fromkeys(("magnitude", "uniform"), "solver 'uniform' found no widths")
