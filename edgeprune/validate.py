@@ -33,7 +33,7 @@ from edgeprune.core.records import (
     Step,
     StepResult,
 )
-from edgeprune.core.stats import clean_turns, median, quantity, statistic, turn_ratios
+from edgeprune.core.stats import clean_turns, median, pooled_ratio, quantity, statistic, turn_ratios
 from edgeprune.core.store import sha256_file
 from edgeprune.core.tensors import Array, decode, encode
 
@@ -338,7 +338,7 @@ def _share_of_dense(samples: Mapping[str, list[Samples]], budget: Budget) -> Qua
     """The budget's statistic of the compact model over the dense median, turn by turn or round by round."""
     pairs = list(zip(samples["compact"], samples["dense"], strict=True))
     if budget.statistic == "median":
-        return quantity(np.concatenate([turn_ratios(c, d) for c, d in pairs]))
+        return pooled_ratio([turn_ratios(c, d) for c, d in pairs])
     return quantity([statistic(c.values, budget.statistic) / median(d.values) for c, d in pairs])
 
 

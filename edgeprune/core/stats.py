@@ -79,6 +79,18 @@ def round_ratio(rounds: Sequence[npt.ArrayLike], *, confidence: float = 0.99) ->
     return Quantity(median=float(np.exp(center)), low=float(np.exp(center - reach)), high=float(np.exp(center + reach)))
 
 
+def pooled_ratio(rounds: Sequence[npt.ArrayLike]) -> Quantity:
+    """The median of all ratios; its 95 % interval is that of rounds (`round_ratio`) where there are several.
+
+    rounds: as for `round_ratio`, at least one.
+    """
+    pooled = quantity(np.concatenate([_array(ratios) for ratios in rounds]))
+    if len(rounds) < 2:
+        return pooled
+    interval = round_ratio(rounds, confidence=0.95)
+    return Quantity(median=pooled.median, low=min(interval.low, pooled.median), high=max(interval.high, pooled.median))
+
+
 def find_modes(values: npt.ArrayLike) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """The two speeds that samples jump between: (share, median) of the fast and the slow one; None where it is one.
 

@@ -26,7 +26,7 @@ from edgeprune.core.records import (
     Quantity,
     Table,
 )
-from edgeprune.core.stats import clean_turns, median, quantity, turn_ratios
+from edgeprune.core.stats import clean_turns, median, pooled_ratio, quantity, turn_ratios
 from edgeprune.tables.black_box import BlackBox
 from edgeprune.tables.design import DENSE
 from edgeprune.tables.energy import fit_energy
@@ -214,7 +214,7 @@ def measured_latency(measurements: Sequence[Measurement], configuration: str | N
     ratios = [turn_ratios(item.samples, item.dense) for item in measurements if item.configuration == configuration]
     if not ratios:
         raise RecordError(f"the profile has no configuration '{configuration}'; measure it first")
-    share = quantity(np.concatenate(ratios))
+    share = pooled_ratio(ratios)
     return Quantity(median=share.median * dense.median, low=share.low * dense.median, high=share.high * dense.median)
 
 
