@@ -21,6 +21,7 @@ from edgeprune.core.records import KernelTime
 from edgeprune.device.runtimes.onnxruntime import parse_profile
 from edgeprune.formats import onnx as format
 from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer
+from edgeprune.formats._units import UnitSpace
 from edgeprune.graphs.slice import slice_model
 from edgeprune.trace import trace_graph
 
@@ -248,3 +249,15 @@ def test_inspect_refuses_data_elsewhere(tmp_path: Path, location: str) -> None:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(RecordError, match="not a file beside it"):
         format.inspect(folder / "model.onnx")
+
+
+@pytest.mark.parametrize("build", [_resnet, _mobilenet, _Residual])
+def test_two_probes_tell_the_widths_apart(build: Callable[[], nn.Module]) -> None:
+    """Every probe is an export. Classes and other groups that no probe moves ask for no more of them."""
+    graph = trace_graph(build().eval(), (torch.zeros(1, 3, 32, 32),))
+    assert any(group not in graph.prunable for group in graph.groups)
+    space = UnitSpace(graph)
+    kept = [space.kept(keep) for keep in space.probes(np.random.default_rng(0))]
+    assert len(kept) == 2
+    forms = [form for form in space.forms if any(form[~mask].any() for mask in kept)]
+    assert len({tuple(int(form[~mask].sum()) for mask in kept) for form in forms}) == len(forms) > 2

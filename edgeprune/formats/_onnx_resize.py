@@ -10,15 +10,17 @@ is refused, so a resized model is equal to an export of the sliced module or doe
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgeprune.core.branches import dropped_branches
 from edgeprune.core.records import Graph, IntArray, KernelTime, Widths
@@ -27,7 +29,8 @@ from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_kernels import OnnxKernelMap, expected_kernels
 from edgeprune.formats._onnx_quantize import Quantized
 from edgeprune.formats._units import Evidence, Mask, UnitSpace, Unresizable, positions, same, take
-from edgeprune.graphs.slice import dropped_by, slice_model
+from edgeprune.graphs.capture import capture
+from edgeprune.graphs.slice import dropped_by, slice_captured
 
 ToProto = Callable[[nn.Module, tuple[Tensor, ...]], ModelProto]
 Rewrite = Callable[[ModelProto], Quantized]
@@ -39,7 +42,7 @@ ALIGNMENT = 4096
 """Offsets that every operating system can map."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Exporter:
     """True exports of a model that keeps some of its units, in float32 or as rewritten."""
 
@@ -49,8 +52,13 @@ class _Exporter:
     to_proto: ToProto
     rewrite: Rewrite | None
 
+    @cached_property
+    def captured(self) -> fx.GraphModule:
+        """The module's own capture, which takes as long as the export behind it."""
+        return capture(self.module, self.inputs)
+
     def float_model(self, keep: Mapping[str, IntArray]) -> ModelProto:
-        return self.to_proto(slice_model(self.module, self.inputs, self.graph, keep), self.inputs)
+        return self.to_proto(slice_captured(copy.deepcopy(self.captured), self.graph, keep), self.inputs)
 
     def __call__(self, keep: Mapping[str, IntArray]) -> ModelProto:
         model = self.float_model(keep)

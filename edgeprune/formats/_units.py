@@ -55,12 +55,17 @@ class UnitSpace:
 
     def probes(self, rng: np.random.Generator) -> list[dict[str, IntArray]]:
         """Two sets of kept units in which no two forms have equal values, or more where two cannot."""
+        movable = np.zeros(self.total, np.bool_)
+        for group in self.graph.prunable:
+            movable[self._at(group.name, group.units)] = group.units > group.step
+        # What no probe can move stays as it is, and what moves alike need not be told apart.
+        forms = np.unique([form * movable for form in self.forms if form[movable].any()], axis=0)
         keeps: list[dict[str, IntArray]] = []
         for count in range(2, MOST_PROBES + 1):
             for _ in range(TRIES):
                 keeps = [self.probe(rng) for _ in range(count)]
-                values = {tuple(int(form[~self.kept(keep)].sum()) for keep in keeps) for form in self.forms}
-                if len(values) == len(self.forms):
+                removed = ~np.stack([self.kept(keep) for keep in keeps], axis=1)
+                if not len(forms) or len(np.unique(forms @ removed, axis=0)) == len(forms):
                     return keeps
         return keeps
 
