@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.core.arena import peak_memory_bytes
+from edgeprune.core.arena import channel_block, peak_memory_bytes
 from edgeprune.core.records import Step, Target
 from edgeprune.device.session import open_session
 from edgeprune.formats.onnx import make_resizer
@@ -69,12 +69,13 @@ def test_memory_of_real_models(tmp_path: Path) -> None:
     with open_session(target, space="memory") as session:
         session.push(files)
         results = session.run([Step(key=name, kind="memory", artifact=name) for name in sweep], job="memory")
+        block = channel_block(session.facts.arch, session.facts.cpu)
     measured = {result.key: result.activation_bytes for result in results}
     base: float | None = None
     for name, widths in sweep.items():
-        taken, predicted = measured[name], peak_memory_bytes(graph, widths)
+        taken, predicted = measured[name], peak_memory_bytes(graph, widths, block)
         assert taken is not None, "this machine cannot reset a process's peak"
         base = taken - predicted if base is None else base
         assert 0 <= base < BASE_LIMIT
         assert taken == pytest.approx(predicted + base, rel=0.05), (name, predicted)
-    assert len({peak_memory_bytes(graph, widths) for widths in sweep.values()}) == len(sweep)
+    assert len({peak_memory_bytes(graph, widths, block) for widths in sweep.values()}) == len(sweep)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.core.arena import channel_block
 from edgeprune.core.errors import DeviceError, UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.records import BoardFacts, Target
@@ -160,6 +161,16 @@ def test_32_bit_kernels_name_the_architecture() -> None:
     old = "Processor\t: ARMv6-compatible processor rev 7 (v6l)\nBogoMIPS\t: 697.95\n"
     assert procfs.parse_cpu(old + cpuinfo("0xb76")) == "ARM1176"
     assert procfs.parse_cpu(old) == "ARMv6-compatible processor rev 7 (v6l)"
+
+
+def test_vector_instructions_are_part_of_the_name_of_a_processor() -> None:
+    """Virtual machines of one name have them or not, and the runtime stores channels in other blocks with them."""
+    text = "model name\t: Intel(R) Xeon(R) Processor @ 2.50GHz\nflags\t\t: fpu avx2 avx512f avx512dq\n"
+    name = procfs.parse_cpu(text)
+    assert name == "Intel(R) Xeon(R) Processor @ 2.50GHz, AVX-512" and channel_block("x86_64", name) == 16
+    name = procfs.parse_cpu(text.replace("avx512f ", ""))
+    assert name == "Intel(R) Xeon(R) Processor @ 2.50GHz" and channel_block("x86_64", name) == 8
+    assert channel_block("aarch64", "Cortex-A72") == 1
 
 
 def test_disk_free_of_long_and_odd_names() -> None:

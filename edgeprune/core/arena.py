@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Generic, TypeVar
 
-from edgeprune.core.records import Graph, Node, Widths
+from edgeprune.core.records import AVX512, Graph, Node, Widths
 
 FLOAT_BYTES = 4
-BLOCKS = {"x86_64": 8}
-"""Machine -> of how many channels are the blocks in which convolutions store them; elsewhere there are none."""
+BLOCK, WIDE_BLOCK = 8, 16
+"""Of how many channels are the blocks in which convolutions store them on x86, and there with AVX-512."""
 ALIGNMENT = 4
 """A convolution of input channels that are no multiple of this, and not fewer than a block, knows no blocks."""
 ROUNDING = 256
@@ -72,12 +72,22 @@ class Buffer(Generic[S]):
     dies: int
 
 
-def peak_memory_bytes(graph: Graph, widths: Widths, arch: str = "x86_64", threads: int = 1) -> int:
+def channel_block(arch: str, cpu: str = "") -> int:
+    """Of how many channels are the blocks in which the runtime's convolutions store them; 1: there are none.
+
+    arch, cpu: of the machine, as `Conditions` has them.
+    """
+    if arch != "x86_64":
+        return 1
+    return WIDE_BLOCK if cpu.endswith(AVX512) else BLOCK
+
+
+def peak_memory_bytes(graph: Graph, widths: Widths, block: int = BLOCK, threads: int = 1) -> int:
     """Peak of the runtime's activation memory over several runs, in bytes; without what a process takes anyway.
 
-    arch, threads: of the machine, as `Conditions` has them.
+    block: see `channel_block`. threads: of the runtime.
     """
-    kernels, outputs = lower(graph, widths, BLOCKS.get(arch, 1), threads)
+    kernels, outputs = lower(graph, widths, block, threads)
     buffers = place(kernels, outputs, {name: kernel.shape for name, kernel in kernels.items()})
     workspaces: list[Buffer[Shape]] = [
         Buffer((kernel.workspace,), index, index) for index, kernel in enumerate(kernels.values()) if kernel.workspace

@@ -16,7 +16,15 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from edgeprune.core.arena import CONVOLUTIONS, COPY, FLOAT_BYTES, lower, peak_memory_bytes, place
+from edgeprune.core.arena import (
+    CONVOLUTIONS,
+    COPY,
+    FLOAT_BYTES,
+    channel_block,
+    lower,
+    peak_memory_bytes,
+    place,
+)
 from edgeprune.core.branches import branch_of, branch_of_kernel, dropped_branches, without_branches
 from edgeprune.core.records import (
     Branch,
@@ -278,7 +286,7 @@ def activation_bytes(graph: Graph, widths: Widths, conditions: Conditions | None
         return peak_memory_bytes(graph, widths)
     if conditions.runtime.partition(":")[0] == TFLITE:
         return workspace_bytes(graph, widths)
-    return peak_memory_bytes(graph, widths, conditions.arch, conditions.threads)
+    return peak_memory_bytes(graph, widths, channel_block(conditions.arch, conditions.cpu), conditions.threads)
 
 
 def live_of_peak(profile: Profile, peak_bytes: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from edgeprune.core.records import AVX512
+
 # Main ID register, (implementer, part): the kernel's arch/arm64/include/asm/cputype.h and arch/arm's.
 ARM_PARTS = {
     ("0x41", "0xb76"): "ARM1176",
@@ -71,7 +73,11 @@ def parse_cpu(text: str) -> str | None:
     if parts:
         return " + ".join(ARM_PARTS.get(part, f"ARM part {part[1]} of {part[0]}") for part in parts)
     match = re.search(r"^(?:model name|Processor)\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else None
+    if match is None:
+        return None
+    # Virtual machines of one name have it or not, and runtimes have other kernels for it.
+    wide = re.search(r"^flags\s*:.*\bavx512f\b", text, re.MULTILINE)
+    return f"{match[1].strip()}, {AVX512}" if wide else match[1].strip()
 
 
 def parse_count(text: str) -> int | None:

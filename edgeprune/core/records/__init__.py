@@ -13,6 +13,7 @@ from __future__ import annotations
 from edgeprune.core.records.arrays import FloatArray as FloatArray
 from edgeprune.core.records.arrays import IntArray as IntArray
 from edgeprune.core.records.arrays import Widths as Widths
+from edgeprune.core.records.board import AVX512 as AVX512
 from edgeprune.core.records.board import BoardFacts as BoardFacts
 from edgeprune.core.records.board import Conditions as Conditions
 from edgeprune.core.records.board import KernelTime as KernelTime

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+AVX512 = "AVX-512"
+"""Ends the name of a processor that has these instructions."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
