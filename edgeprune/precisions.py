@@ -361,8 +361,11 @@ def _files(
         for done, precision in enumerate((FLOAT32, *precisions)):
             progress(f"making {precision.name}", done, len(precisions) + 1)
             names[precision] = f"{precision.name}{member.SUFFIX}"
-            paths[names[precision]] = Path(folder) / names[precision]
-            member.export(model, inputs, paths[names[precision]], precision=precision, calibration=noise, graph=graph)
+            path = paths[names[precision]] = Path(folder) / names[precision]
+            if precision == FLOAT32 or precision.float_nodes:
+                member.export(model, inputs, path, precision=precision, calibration=noise, graph=graph)
+            else:  # in a second, where another export takes ten
+                member.quantize_randomly(paths[names[FLOAT32]], path, precision)
         session.push(paths)
         try:
             yield names

@@ -106,8 +106,9 @@ class Format(Protocol):
         ...
 
     def quantize_randomly(self, path: Path, out: Path, precision: Precision) -> None:
-        """Write an int8 twin of a float32 file, to see how fast it would be: ranges come from random inputs.
+        """Write a twin of a float32 file at another precision, to see how fast it would be.
 
+        precision: without nodes in float32; of int8 the ranges come from random inputs.
         raises: ModelError where the quantizer fails on this model; MissingLibrary.
         """
         ...

@@ -142,9 +142,10 @@ def make_resizer(
 
 
 def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
-    """Write an int8 twin of a float32 file, with ranges from random inputs. raises: ModelError."""
+    """Write a twin of a float32 file, of int8 with ranges from random inputs. raises: ModelError."""
     model = _read_proto(path)
-    write_proto(quantize(model, precision, find_ranges(model, random_calibration(model))).model, out)
+    ranges = find_ranges(model, random_calibration(model)) if precision.dtype == "int8" else {}
+    write_proto(quantize(model, precision, ranges).model, out)
 
 
 def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) -> ModelProto:

@@ -140,7 +140,7 @@ def cross_check(path: Path, inputs: Sequence[Array]) -> CrossCheck:
 
 
 def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
-    """Write an int8 twin of a float32 file, with ranges from random inputs. raises: ModelError; MissingLibrary."""
+    """Write a twin of a float32 file, of int8 with ranges from random inputs. raises: ModelError; MissingLibrary."""
     rng = np.random.default_rng(0)
 
     def noise(info: TensorInfo) -> Array:
@@ -150,7 +150,8 @@ def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
 
     needed, data = inspect(path).inputs, path.read_bytes()
     calibration = [tuple(noise(info) for info in needed) for _ in range(RANDOM_BATCHES)]
-    write_atomic(out, quantize(data, precision, calibrate(data, precision, calibration)))
+    ranges = calibrate(data, precision, calibration) if precision.dtype == "int8" else None
+    write_atomic(out, quantize(data, precision, ranges))
 
 
 def make_resizer(
