@@ -17,6 +17,7 @@ import numpy as np
 from edgeprune.core.archive import pack
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.store import write_atomic
+from edgeprune.formats._tflite_model import unpack
 
 try:
     import flatbuffers
@@ -40,9 +41,9 @@ def embed_metadata(
 
     values: any; `name`, `description`, `version`, `author` and `license` have places of their own. labels: names of
         the classes. normalisation: `scale`, `mean`, `std` of raw data, for the first input.
-    raises: UsageError when the file cannot be written.
+    raises: ModelError when it is none; UsageError when it cannot be written.
     """
-    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    model = unpack(path.read_bytes())
     graph = model.subgraphs[0]
     standard = _standard(
         values,
@@ -72,7 +73,7 @@ def embed_metadata(
 def read_metadata(path: Path) -> dict[str, str]:
     """The values that `embed_metadata` wrote, and the labels (`labels`, a JSON list)."""
     data = path.read_bytes()
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    model = unpack(data)
     found = [model.buffers[entry.buffer].data for entry in model.metadata or [] if entry.name == OWN]
     values: dict[str, str] = json.loads(bytes(found[0])) if found else {}
     if zipfile.is_zipfile(io.BytesIO(data)):

@@ -52,24 +52,39 @@ class _AlignedBuffer(schema.BufferT):  # type: ignore[misc, unused-ignore]  # ge
 
 
 def unpack(data: bytes) -> Any:
-    """The model's objects (`schema.ModelT`). raises: ModelError when the bytes are not a model."""
+    """The model's objects (`schema.ModelT`), with every constant inside them.
+
+    raises: ModelError when the bytes are not a model.
+    """
     try:
         if data[4:8] != IDENTIFIER:
             raise ValueError("the identifier TFL3 is missing")
         model = schema.ModelT.InitFromPackedBuf(bytearray(data), 0)
-        check(model, data)
+        _take_in(model, data)
+        check(model)
     except Exception as error:  # whatever damaged offsets lead to
         raise ModelError(f"not a TFLite model: {str(error) or type(error).__name__}") from error
     return model
 
 
-def check(model: Any, data: bytes) -> None:
+def _take_in(model: Any, data: bytes) -> None:
+    """Constants that lie behind the flatbuffer, at an offset that packing it anew would not keep. raises: ValueError.
+
+    The quantizer writes larger models so.
+    """
+    for buffer in model.buffers or ():
+        if buffer.offset > 1:
+            end = buffer.offset + buffer.size
+            if end > len(data):
+                raise ValueError("a buffer lies outside the file")
+            buffer.data = np.frombuffer(data, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+
+
+def check(model: Any) -> None:
     """Every index leads somewhere, and every constant has the size of its tensor. raises: ValueError."""
     if not model.subgraphs or not model.operatorCodes or not model.buffers:
         raise ValueError("it holds no operation")
-    for buffer in model.buffers:
-        if buffer.offset > 1 and buffer.offset + buffer.size > len(data):
-            raise ValueError("a buffer lies outside the file")
     for graph in model.subgraphs:
         count = len(graph.tensors)
         used = indices(graph.inputs) + indices(graph.outputs)
