@@ -9,7 +9,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, InputError, ModelError
+from edgeprune.core.family import load_member
 from edgeprune.core.records import ModelSpec
 from edgeprune.core.tensors import Calibration
 from edgeprune.graphs.archive import check_archive
 from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
+from edgeprune.graphs.ports import PORTS, Ports, get_ports, set_ports
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Something that can be iterated again and again, each time giving (inputs, targets) batches."""
@@ -84,10 +86,10 @@ class ArrayBatches:
 def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Tensor, ...]:
     """Inputs of the shapes in the specification: standard normal, the same every time.
 
-    module: a `.pt2` knows its own shapes (batch 1 where it is free), for when the specification names none.
+    module: one read from a file knows its own shapes, for when the specification names none.
     raises: ModelError when neither does.
     """
-    shapes = spec.inputs or _traced_shapes(module)
+    shapes = spec.inputs or (get_ports(module).shapes if module is not None else ())
     if not shapes:
         raise ModelError(
             "the model's input shapes are not given; add inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
@@ -96,27 +98,20 @@ def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Te
     return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
-def _traced_shapes(module: nn.Module | None) -> tuple[tuple[int, ...], ...]:
-    if not isinstance(module, torch.fx.GraphModule):
-        return ()
-    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    if not all(isinstance(value, Tensor) for value in values):
-        return ()
-    return tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
-
-
 def load_model(spec: ModelSpec, base: Path) -> nn.Module:
     """Build the model, put its weights in, and try it on the example inputs.
 
     spec: exactly one of `factory` and `file` is set. base: folder that relative paths start from.
-    returns: the module in eval mode; a `.pt2` comes back with real layers, so that it trains.
+    returns: the module in eval mode; a `.pt2` or `.onnx` comes back with real layers, so that it trains.
     raises: ModelError when the factory fails, the file or weights are unsafe or do not fit, a weight
         is NaN, or the example inputs do not fit.
     """
     if (spec.factory is None) == (spec.file is None):
-        raise ModelError("give the model either as a factory (`path.py:fn`) or as a .pt2 file, not both or neither")
+        raise ModelError(
+            "give the model either as a factory (`path.py:fn`) or as a .pt2 or .onnx file, not both or neither"
+        )
     if spec.file is not None:
-        module, name = _read_program(base / spec.file), spec.file
+        module, name = _read_file(base / spec.file, spec.inputs), spec.file
     else:
         assert spec.factory is not None
         module, name = call_factory(spec.factory, base, ModelError), spec.factory
@@ -142,13 +137,25 @@ def _try_inputs(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Non
         raise ModelError(f"{name} does not run on inputs of shape {shapes}: {_first_line(error)}") from error
 
 
+def _read_file(path: Path, shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
+    if path.suffix.lower() == ".onnx":
+        return load_member("formats", "onnx").import_model(path, shapes)  # type: ignore[no-any-return]
+    return _read_program(path)
+
+
 def _read_program(path: Path) -> nn.Module:
     check_archive(path)
+    notes = {PORTS: ""}
     try:
-        program = torch.export.load(path)
+        program = torch.export.load(path, extra_files=notes)
+        captured = import_program(program)
+        values = [node.meta["val"] for node in captured.graph.nodes if node.op == "placeholder"]
+        shapes = tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
+        ports = Ports.from_json(notes[PORTS]) if notes[PORTS] else Ports()
     except Exception as error:
         raise ModelError(f"{path} cannot be read by torch.export.load: {_first_line(error)}") from error
-    return lift(import_program(program))
+    set_ports(captured, replace(ports, shapes=shapes))
+    return lift(captured)
 
 
 def _put_weights(module: nn.Module, path: Path, name: str) -> None:
