@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +67,9 @@ class Data:
 class ArrayBatches:
     """Batches of arrays in memory; shuffled anew by torch's global generator in each pass if asked to."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch: int = 64, shuffle: bool = False) -> None:
+    SIZE = 64
+
+    def __init__(self, inputs: Tensor, targets: Tensor, batch: int = SIZE, shuffle: bool = False) -> None:
         self.inputs, self.targets, self.batch, self.shuffle = inputs, targets, batch, shuffle
 
     def __len__(self) -> int:
@@ -202,18 +204,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 # --- the data ------------------------------------------------------------------------------------
 
 
-def load_data(source: str, base: Path) -> Data:
+def load_data(source: str, base: Path, names: Sequence[str] = ()) -> Data:
     """Batches for training, calibration and testing.
 
     source: `path.py:fn` or `pkg.mod:fn`, returning an object with some of `.train .calibration
         .test` (iterables of (inputs, targets)) and optionally `.labels`, `.preprocessing`; or an
         `.npz` with x (n, ...) and y (n,), optionally labels, mean, std: the fifth part becomes the
-        test set, the first 512 of the rest the calibration set, always the same ones.
-    base: folder that relative paths start from.
+        test set, the first 512 of the rest the calibration set, always the same ones. An `.npz` without y
+        has an array for each input, of which the first 512 examples are the calibration set.
+    base: folder that relative paths start from. names: of the model's inputs, for arrays that are named after them.
     raises: DataError when it cannot be read, is not finite, or inputs and targets do not fit.
     """
     if source.endswith(".npz"):
-        return _read_arrays(base / source)
+        return _read_arrays(base / source, names)
     given = call_factory(source, base, DataError)
     splits = {split: getattr(given, split, None) for split in ("train", "calibration", "test")}
     if all(batches is None for batches in splits.values()):
@@ -290,7 +293,7 @@ def as_arrays(batches: Batches) -> Calibration:
     return [tuple(tensor.numpy(force=True) for tensor in _tensors(inputs)) for inputs, _ in batches]
 
 
-def _read_arrays(path: Path) -> Data:
+def _read_arrays(path: Path, names: Sequence[str]) -> Data:
     if not path.is_file():
         raise DataError(f"no data at {path}")
     try:
@@ -299,7 +302,7 @@ def _read_arrays(path: Path) -> Data:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise DataError(f"{path} is not an .npz of plain arrays: {_first_line(error)}") from error
     if not {"x", "y"} <= arrays.keys():
-        raise DataError(f"{path} needs the arrays x and y; it has {', '.join(arrays) or 'none'}")
+        return _read_inputs(arrays, names, path)
     x, y = arrays["x"], arrays["y"]
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise DataError(f"{path}: y is {y.dtype} of shape {list(y.shape)}, expected one whole-number label per example")
@@ -320,6 +323,27 @@ def _read_arrays(path: Path) -> Data:
         labels=None if labels is None else tuple(str(label) for label in labels.tolist()),
         preprocessing=preprocessing,
     )
+
+
+def _read_inputs(arrays: dict[str, Any], names: Sequence[str], path: Path) -> Data:
+    """Calibration examples without labels, an array for each input; floats stand in the place of the labels."""
+    inputs = {name: array for name, array in arrays.items() if name not in ("y", "labels", "mean", "std")}
+    if set(names) <= inputs.keys():
+        inputs = {name: inputs[name] for name in names or inputs}
+    wrong = [name for name, array in inputs.items() if array.ndim < 2 or array.dtype.kind not in "fiu"]
+    if "y" in arrays or not inputs or wrong or len({len(array) for array in inputs.values()}) != 1:
+        shown = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "none"
+        raise DataError(
+            f"{path} needs the arrays x and y, or without labels one for each input, as many examples in each; "
+            f"it has {shown}"
+        )
+    prepared = [_prepare(array[:CALIBRATION_EXAMPLES], arrays, path) for array in inputs.values()]
+    tensors = tuple(tensor for tensor, _ in prepared)
+    parts = [slice(start, start + ArrayBatches.SIZE) for start in range(0, len(tensors[0]), ArrayBatches.SIZE)]
+    batches = [(tuple(tensor[part] for tensor in tensors), torch.zeros(len(tensors[0][part]))) for part in parts]
+    for batch in batches:
+        _check_batch(batch, str(path))
+    return Data(calibration=batches, preprocessing=prepared[0][1] if len(prepared) == 1 else {})
 
 
 def _prepare(x: Any, arrays: dict[str, Any], path: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -36,6 +36,7 @@ from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.export import export_model
+from edgeprune.graphs.ports import get_ports
 from edgeprune.load import as_arrays, example_inputs, load_data, load_model
 from edgeprune.planning import Planning, check_contenders
 from edgeprune.precisions import FLOATS, train_in_8_bits
@@ -60,7 +61,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
-        inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
+        inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base, get_ports(model).inputs)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         graph = stages.trace()

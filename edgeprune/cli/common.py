@@ -97,10 +97,12 @@ def load_graph(
 
 
 def load_calibration(
-    data: str, model: str, weights: Path | None, shapes: list[str] | None, scope: str | None
+    data: str, taken: nn.Module, model: str, weights: Path | None, shapes: list[str] | None, scope: str | None
 ) -> Batches:
-    """The calibration batches, as the scope sees them."""
-    batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
+    """The calibration batches, as the scope sees them. taken: the module that was loaded, or its scope."""
+    from edgeprune.graphs.ports import get_ports
+
+    batches = edgeprune.load_data(data, Path.cwd(), get_ports(taken).inputs).require("calibration")
     return batches if scope is None else edgeprune.scope_batches(load(model, weights, shapes)[0], scope, batches)
 
 

@@ -143,7 +143,7 @@ def score(
     name, _, options = criterion.partition(":")
     load_member("criteria", name)
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
-    calibration = load_calibration(data, model, weights, shapes, scope)
+    calibration = load_calibration(data, module, model, weights, shapes, scope)
     with bars() as progress:
         importance = edgeprune.score_groups(
             module, inputs, graph, calibration, criterion=name, options=options, curves=curves, depth=depth,
@@ -200,7 +200,7 @@ def compact(
     from edgeprune.core.records import Plan
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
-    calibration = load_calibration(data, model, weights, shapes, scope) if data else None
+    calibration = load_calibration(data, module, model, weights, shapes, scope) if data else None
     chosen = edgeprune.read_record(Plan, plan)
     with bars() as progress:
         smaller = edgeprune.compact_and_compensate(module, inputs, graph, chosen, calibration, progress=progress)

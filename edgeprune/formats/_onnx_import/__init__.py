@@ -72,10 +72,10 @@ def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphMo
         logging.getLogger(__name__).warning(
             "%s takes %d examples at a time and no others: %s", path, wanted[0][0], imported.fixed_because
         )
-    lifted = lift(capture(imported.module, tuple(_examples(wanted, seed=0))))
+    lifted = lift(capture(imported.module, tuple(_examples(wanted, seed=0)))).eval()
     outputs = tuple(value.name for value in model.graph.output)
     set_ports(lifted, Ports(inputs=tuple(names), outputs=outputs, shapes=wanted))
-    return lifted.eval()
+    return lifted
 
 
 def build_module(model: ModelProto, shapes: Sequence[Sequence[int]], run: Run) -> Imported:

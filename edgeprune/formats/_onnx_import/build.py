@@ -74,12 +74,12 @@ class Builder:
 
     def _run(self, node: NodeProto) -> None:
         operation = Operation(self, node, self.opset)
-        if node.op_type == "Constant" or all(name in self.constants for name in node.input if name):
+        if node.op_type == "If" and operation.is_constant(0):
+            self._choose(operation)
+        elif all(name in self.constants for name in _read_by(node)):
             self._fold(node)
         elif node.op_type in ("Shape", "Size"):
             self._measure(operation)
-        elif node.op_type == "If" and operation.is_constant(0):
-            self._choose(operation)
         else:
             self._append(operation)
 
@@ -161,7 +161,7 @@ class Builder:
         if (name,) not in self._held:
             value, source = self.constants[name], self._origin.get(name, name)
             key = source if WRITTEN_BY_TORCH.fullmatch(source) else re.sub(r"\W+", "_", source).strip("_")
-            trained = value.dtype.kind == "f" and source in self._original
+            trained = value.dtype.kind == "f" and source in self._original and bool(np.isfinite(value).all())
             self._held[(name,)] = self.hold(self.free_name(key), value, trained=trained)
         return self._held[(name,)]
 
@@ -172,7 +172,9 @@ class Builder:
             if id(operation.node) not in self._layers:
                 self._layers[id(operation.node)] = self._layer_path(operation, source)
             path = self._layers[id(operation.node)]
-            self._held[key] = self.hold(f"{path}.{name}", value, trained=not name.startswith("running_"))
+            key_ = f"{path}.{name}"  # taken where another call of the same layer has another bias
+            key_ = self.free_name(key_) if key_ in self._names else key_
+            self._held[key] = self.hold(key_, value, trained=not name.startswith("running_"))
         else:
             self._layers.setdefault(id(operation.node), self._held[key].node.target.rpartition(".")[0])  # type: ignore[union-attr]
         return self._held[key]
@@ -204,7 +206,8 @@ class Builder:
         if trained:
             place.register_parameter(leaf, nn.Parameter(tensor))
         else:
-            place.register_buffer(leaf, tensor)
+            # The state dict is for what is learnt; masks may hold infinities besides.
+            place.register_buffer(leaf, tensor, persistent=leaf.startswith("running_"))
         self._names.add(key)
         return Flow(self.graph.get_attr(key), tensor, tensor)
 

@@ -11,6 +11,7 @@ from onnx import NodeProto, helper
 from torch import fx
 
 from edgeprune.core.tensors import Array
+from edgeprune.formats._onnx_import.batch import with_batch
 
 if TYPE_CHECKING:
     from edgeprune.formats._onnx_import.build import Builder
@@ -35,11 +36,6 @@ class Flow:
     def shape(self) -> list[int]:
         """For the example."""
         return list(self.now.shape)
-
-    @property
-    def shape_of_two(self) -> list[int] | None:
-        """For two examples."""
-        return None if self.two is None else list(self.two.shape)
 
     @property
     def rank(self) -> int:
@@ -122,6 +118,12 @@ class Operation:
     def tensor(self, index: int) -> Flow:
         """An input as a tensor: computed, or a weight under the name that it has in the file."""
         return self.builder.weight(self.inputs[index]) if self.is_constant(index) else self.flow(index)
+
+    def beside(self, index: int, other: Flow) -> Flow:
+        """As `tensor`; a constant for one example is repeated for as many as the other tensor has."""
+        tensor = self.tensor(index)
+        alone = other.carries_batch and not tensor.carries_batch and other.shape[0] == tensor.shape[0] == 1
+        return self.call(with_batch, tensor, other) if alone else tensor
 
     def operand(self, index: int) -> Flow | float:
         """As `tensor`; a single number is no tensor."""

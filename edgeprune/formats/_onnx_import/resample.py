@@ -93,7 +93,7 @@ def _interpolation(op: Operation, space: int) -> dict[str, Any]:
 def _grid_sample(op: Operation) -> Result:
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(op.attribute("mode", "linear"), op.attribute("mode", ""))
     padding, corners = op.attribute("padding_mode", "zeros"), bool(op.attribute("align_corners", 0))
-    return op.call(functional.grid_sample, op.flow(0), op.tensor(1), mode or "bilinear", padding, corners)
+    return op.call(functional.grid_sample, op.flow(0), op.beside(1, op.flow(0)), mode or "bilinear", padding, corners)
 
 
 OPERATORS: dict[str, Operator] = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from edgeprune.formats._onnx_import.batch import across_batches, with_batch
+from edgeprune.formats._onnx_import.batch import across_batches
 from edgeprune.formats._onnx_import.operation import Operation, Operator, Result, Unsupported
 
 
@@ -19,7 +19,7 @@ def _reshape(op: Operation) -> Result:
         target = [x.shape[axis] if size == 0 else size for axis, size in enumerate(target)]
     known = prod(size for size in target if size != -1)
     target = [prod(x.shape) // known if size == -1 else size for size in target]
-    return op.call(torch.reshape, x, across_batches(x.shape, x.shape_of_two, target))
+    return op.call(torch.reshape, x, across_batches(x.now, x.two, target))
 
 
 def _flatten(op: Operation) -> Result:
@@ -29,7 +29,7 @@ def _flatten(op: Operation) -> Result:
     if axis == 1:
         return op.call(torch.flatten, x, 1)
     target = [prod(x.shape[:axis]), prod(x.shape[axis:])]
-    return op.call(torch.reshape, x, across_batches(x.shape, x.shape_of_two, target))
+    return op.call(torch.reshape, x, across_batches(x.now, x.two, target))
 
 
 def _transpose(op: Operation) -> Result:
@@ -52,13 +52,10 @@ def _unsqueeze(op: Operation) -> Result:
 
 def _concat(op: Operation) -> Result:
     """Constants, such as class tokens, are repeated for every example."""
-    parts = [op.tensor(index) for index in range(len(op.inputs))]
-    axis = op.attribute("axis") % parts[0].rank
-    moving = next((part for part in parts if part.carries_batch), None)
-    if moving is not None and axis != 0:
-        fixed = [not part.carries_batch and moving.shape[0] == part.shape[0] == 1 for part in parts]
-        parts = [op.call(with_batch, p, moving) if alone else p for p, alone in zip(parts, fixed, strict=True)]
-    return op.call(torch.cat, parts, axis)
+    places = range(len(op.inputs))
+    first = next(op.flow(index) for index in places if not op.is_constant(index))
+    axis = op.attribute("axis") % first.rank
+    return op.call(torch.cat, [op.beside(index, first) if axis else op.tensor(index) for index in places], axis)
 
 
 def _split(op: Operation) -> Result:
@@ -107,7 +104,7 @@ def _gather(op: Operation) -> Result:
         return op.call(torch.select, x, axis, int(wanted))
     positions = np.where(wanted < 0, wanted + x.shape[axis], wanted)
     if x.rank == 1 and np.array_equal(positions.reshape(-1), np.arange(x.shape[0])):  # how torch writes as_strided
-        return op.call(torch.reshape, x, across_batches(x.shape, x.shape_of_two, positions.shape))
+        return op.call(torch.reshape, x, across_batches(x.now, x.two, positions.shape))
     before = (slice(None),) * axis
     if positions.ndim == 1 and len(positions) and (np.diff(positions) == 1).all():
         return op.call(operator.getitem, x, (*before, slice(int(positions[0]), int(positions[-1]) + 1)))
@@ -121,7 +118,7 @@ def _gather_nd(op: Operation) -> Result:
 
 
 def _gather_elements(op: Operation) -> Result:
-    return op.call(torch.gather, op.tensor(0), op.attribute("axis", 0), op.tensor(1))
+    return op.call(torch.gather, op.flow(0), op.attribute("axis", 0), op.beside(1, op.flow(0)))
 
 
 def _expand(op: Operation) -> Result:
@@ -153,6 +150,15 @@ def _pad(op: Operation) -> Result:
     return op.call(functional.pad, x, pairs, mode=mode)
 
 
+def _col2im(op: Operation) -> Result:
+    image, block = op.integers(1, "image_shape") or [], op.integers(2, "block_shape") or []
+    pads = op.attribute("pads", [0] * 2 * len(block))
+    if len(block) != 2 or pads[:2] != pads[2:]:
+        raise Unsupported("other than two axes, or pads that are not symmetric")
+    strides, dilations = op.attribute("strides", [1, 1]), op.attribute("dilations", [1, 1])
+    return op.call(functional.fold, op.flow(0), image, block, dilations, pads[:2], strides)
+
+
 def _depth_to_space(op: Operation) -> Result:
     block, x = op.attribute("blocksize"), op.flow(0)
     if op.attribute("mode", "DCR") == "CRD":
@@ -177,6 +183,7 @@ def _triangle(op: Operation) -> Result:
 
 
 OPERATORS: dict[str, Operator] = {
+    "Col2Im": _col2im,
     "Concat": _concat,
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,
