@@ -160,7 +160,8 @@ class Builder:
         """A constant of the file as a tensor of the module."""
         if (name,) not in self._held:
             value, source = self.constants[name], self._origin.get(name, name)
-            key = source if WRITTEN_BY_TORCH.fullmatch(source) else re.sub(r"\W+", "_", source).strip("_")
+            # A word of one part could be what an exporter calls the output of an operator.
+            key = source if WRITTEN_BY_TORCH.fullmatch(source) else "weights." + re.sub(r"\W+", "_", source).strip("_")
             trained = value.dtype.kind == "f" and source in self._original and bool(np.isfinite(value).all())
             self._held[(name,)] = self.hold(self.free_name(key), value, trained=trained)
         return self._held[(name,)]

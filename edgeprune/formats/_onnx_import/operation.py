@@ -153,7 +153,7 @@ class Operation:
 
     def buffer(self, value: Array) -> Flow:
         """A constant that is no weight."""
-        return self.builder.hold(self.builder.free_name(f"constant_{self.kind.lower()}"), value, trained=False)
+        return self.builder.hold(self.builder.free_name(f"constants.{self.kind.lower()}"), value, trained=False)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Flow:
         """Append a call; it runs on the examples at once."""
