@@ -44,11 +44,11 @@ def _numbers_before_batch(now: Tensor, two: Tensor) -> int:
     if len(grown) > 1:
         raise FixedBatch("the batch is in several axes")
     (axis,) = grown
-    size = now.shape[axis]
+    size = int(now.shape[axis])
     for outer in (part for part in (1, size, *range(2, size)) if size % part == 0):
         first = two.unflatten(axis, (outer, 2, size // outer)).select(axis + 1, 0).flatten(axis, axis + 1)
         if torch.allclose(first, now, rtol=1e-3, atol=1e-5):
-            return prod(now.shape[:axis]) * outer
+            return int(prod(now.shape[:axis]) * outer)
     raise FixedBatch("examples are mixed")
 
 
