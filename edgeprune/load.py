@@ -40,7 +40,8 @@ TEST_SHARE = 0.2
 class Data:
     """What a data source gives; a split that it lacks is None.
 
-    labels: names of the classes, in the order of the model's outputs.
+    labels: names of the classes, in the order of the model's outputs. labelled: whether targets are labels; else they
+        are floats that say nothing, and accuracy cannot be measured.
     preprocessing: what was done to raw values (`scale`, `mean`, `std`, `layout`), for the app.
     """
 
@@ -49,6 +50,7 @@ class Data:
     test: Batches | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    labelled: bool = True
 
     def require(self, split: Literal["train", "calibration", "test"]) -> Batches:
         """A split that cannot be done without. raises: DataError when the source lacks it."""
@@ -211,7 +213,7 @@ def load_data(source: str, base: Path, names: Sequence[str] = ()) -> Data:
         .test` (iterables of (inputs, targets)) and optionally `.labels`, `.preprocessing`; or an
         `.npz` with x (n, ...) and y (n,), optionally labels, mean, std: the fifth part becomes the
         test set, the first 512 of the rest the calibration set, always the same ones. An `.npz` without y
-        has an array for each input, of which the first 512 examples are the calibration set.
+        has an array for each input, and is divided in the same way.
     base: folder that relative paths start from. names: of the model's inputs, for arrays that are named after them.
     raises: DataError when it cannot be read, is not finite, or inputs and targets do not fit.
     """
@@ -224,7 +226,9 @@ def load_data(source: str, base: Path, names: Sequence[str] = ()) -> Data:
     checked = {split: _checked(batches, f"{source} .{split}") for split, batches in splits.items()}
     labels = getattr(given, "labels", None)
     return Data(
-        **checked,
+        train=checked["train"],
+        calibration=checked["calibration"],
+        test=checked["test"],
         labels=None if labels is None else tuple(str(label) for label in labels),
         preprocessing=dict(getattr(given, "preprocessing", None) or {}),
     )
@@ -326,7 +330,7 @@ def _read_arrays(path: Path, names: Sequence[str]) -> Data:
 
 
 def _read_inputs(arrays: dict[str, Any], names: Sequence[str], path: Path) -> Data:
-    """Calibration examples without labels, an array for each input; floats stand in the place of the labels."""
+    """Examples without labels, an array for each input; floats stand in the place of the labels."""
     inputs = {name: array for name, array in arrays.items() if name not in ("y", "labels", "mean", "std")}
     if set(names) <= inputs.keys():
         inputs = {name: inputs[name] for name in names or inputs}
@@ -337,13 +341,23 @@ def _read_inputs(arrays: dict[str, Any], names: Sequence[str], path: Path) -> Da
             f"{path} needs the arrays x and y, or without labels one for each input, as many examples in each; "
             f"it has {shown}"
         )
-    prepared = [_prepare(array[:CALIBRATION_EXAMPLES], arrays, path) for array in inputs.values()]
+    prepared = [_prepare(array, arrays, path) for array in inputs.values()]
     tensors = tuple(tensor for tensor, _ in prepared)
-    parts = [slice(start, start + ArrayBatches.SIZE) for start in range(0, len(tensors[0]), ArrayBatches.SIZE)]
-    batches = [(tuple(tensor[part] for tensor in tensors), torch.zeros(len(tensors[0][part]))) for part in parts]
-    for batch in batches:
-        _check_batch(batch, str(path))
-    return Data(calibration=batches, preprocessing=prepared[0][1] if len(prepared) == 1 else {})
+    count = len(tensors[0])
+    _check_batch((tensors, torch.zeros(count)), str(path))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    tested = int(count * TEST_SHARE)
+
+    def batches(picked: Tensor) -> list[tuple[Any, Tensor]]:
+        parts = picked.split(ArrayBatches.SIZE) if len(picked) else ()
+        return [(tuple(each[part] for each in tensors), torch.zeros(len(part))) for part in parts]
+
+    return Data(
+        calibration=batches(order[tested : tested + CALIBRATION_EXAMPLES]),
+        test=batches(order[:tested]) or None,
+        preprocessing=prepared[0][1] if len(prepared) == 1 else {},
+        labelled=False,
+    )
 
 
 def _prepare(x: Any, arrays: dict[str, Any], path: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -497,10 +497,19 @@ def test_names_survive_compaction_disk_and_export(tmp_path: Path) -> None:
 
 
 def test_calibration_arrays_are_matched_to_inputs_by_name(tmp_path: Path) -> None:
-    np.savez(tmp_path / "data.npz", x1=noise(70, 4, 6, 6), x0=noise(70, 3, 8, 8))
-    given, targets = next(iter(load_data("data.npz", tmp_path, ("x0", "x1")).require("calibration")))
+    arrays = {"x1": noise(90, 4, 6, 6), "x0": noise(90, 3, 8, 8)}
+    np.savez(tmp_path / "data.npz", **arrays)
+    data = load_data("data.npz", tmp_path, ("x0", "x1"))
+    given, targets = next(iter(data.require("calibration")))
     assert [tuple(tensor.shape) for tensor in given] == [(64, 3, 8, 8), (64, 4, 6, 6)]
-    assert targets.is_floating_point(), "there are no labels"
+    assert targets.is_floating_point() and not data.labelled
+    everything = [inputs for split in (data.calibration, data.test) for inputs, _ in split or ()]
+    assert sum(len(left) for left, _ in everything) == 90
+    pairs = {
+        float(left[0, 0, 0]): float(right[0, 0, 0]) for left, right in zip(arrays["x0"], arrays["x1"], strict=True)
+    }
+    both = [pair for left, right in everything for pair in zip(left, right, strict=True)]
+    assert all(pairs[float(a[0, 0, 0])] == float(b[0, 0, 0]) for a, b in both)
     np.savez(tmp_path / "bad.npz", a=noise(3, 4), b=noise(4, 4))
     with pytest.raises(DataError, match="as many examples"):
         load_data("bad.npz", tmp_path)
