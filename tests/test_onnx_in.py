@@ -430,6 +430,21 @@ def test_layers_are_named_after_weights_or_the_modules_they_were(tmp_path: Path)
         assert all(p.requires_grad for p in module.parameters())
 
 
+def test_names_that_a_module_has_itself_or_that_meet_each_other_are_changed(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x0", "train.weight"], ["a"]),
+        helper.make_node("Mul", ["a", "train.weight.scale"], ["b"]),
+        helper.make_node("Conv", ["b", "0"], ["c"], name="0"),
+        helper.make_node("Conv", ["c", "0", "bias"], ["out"]),
+    ]
+    weights = {"train.weight": noise(8, 8, 1, 1), "train.weight.scale": noise(8, 1, 1), "0": noise(8, 8, 1, 1)}
+    path = write(tmp_path / "net.onnx", nodes, [IMAGE], weights | {"bias": noise(8)})
+    images = torch.randn(*IMAGE)
+    module = import_model(path)
+    assert relative_error(leaves(module, images)[0], run_file(path, images)[0]) < LIMIT
+    assert "train_.weight" in module.state_dict()
+
+
 def test_a_free_batch_stays_free_and_other_free_sizes_are_asked_for(tmp_path: Path) -> None:
     node = helper.make_node("Conv", ["x0", "w"], ["out"], kernel_shape=[3, 3])
     path = write(tmp_path / "net.onnx", [node], [["batch", 3, "height", "width"]], {"w": noise(4, 3, 3, 3)})

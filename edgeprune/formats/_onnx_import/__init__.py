@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 from onnx.inliner import inline_local_functions
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from edgeprune.core.errors import ModelError
 from edgeprune.core.tensors import Array
@@ -42,10 +43,14 @@ Run = Callable[[list[Array]], list[Array]]
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """module: takes the file's inputs in its order. fixed_because: why it takes as many examples as the file, or ""."""
+    """module: takes the file's inputs in its order. fixed_because: why it takes as many examples as the file, or "".
+
+    expected: ONNX Runtime's outputs for the first example.
+    """
 
     module: fx.GraphModule
     fixed_because: str
+    expected: list[Array]
 
 
 def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphModule:
@@ -72,7 +77,10 @@ def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphMo
         logging.getLogger(__name__).warning(
             "%s takes %d examples at a time and no others: %s", path, wanted[0][0], imported.fixed_because
         )
-    lifted = lift(capture(imported.module, tuple(_examples(wanted, seed=0)))).eval()
+    example = tuple(_examples(wanted, seed=0))
+    lifted = lift(capture(imported.module, example)).eval()
+    with torch.no_grad():
+        _check(pytree.tree_leaves(lifted(*example)), imported.expected)
     outputs = tuple(value.name for value in model.graph.output)
     set_ports(lifted, Ports(inputs=tuple(names), outputs=outputs, shapes=wanted))
     return lifted
@@ -87,13 +95,13 @@ def build_module(model: ModelProto, shapes: Sequence[Sequence[int]], run: Run) -
     examples = _examples(shapes, seed=0), _examples(shapes, seed=1)
     first, second = (run([tensor.numpy() for tensor in inputs]) for inputs in examples)
     builder, outputs = _walk(model, examples, "")
-    _check(outputs, first)
+    _check([flow.now for flow in outputs], first)
     if reason := builder.fixed_because or _differs_for_two(outputs, second):
         builder, outputs = _walk(model, examples, reason)
-        _check(outputs, first)
+        _check([flow.now for flow in outputs], first)
     builder.graph.output(outputs[0].node if len(outputs) == 1 else tuple(flow.node for flow in outputs))
     builder.graph.lint()
-    return Imported(fx.GraphModule(builder.root, builder.graph, class_name="Imported").eval(), reason)
+    return Imported(fx.GraphModule(builder.root, builder.graph, class_name="Imported").eval(), reason, first)
 
 
 def _walk(
@@ -113,9 +121,9 @@ def _walk(
     return builder, [builder.flows[name] for name in outputs]
 
 
-def _check(outputs: list[Flow], expected: list[Array]) -> None:
-    for flow, theirs in zip(outputs, expected, strict=True):
-        if (error := _apart(flow.now.numpy(), theirs)) > TOLERANCE:
+def _check(outputs: list[Tensor], expected: list[Array]) -> None:
+    for mine, theirs in zip(outputs, expected, strict=True):
+        if (error := _apart(mine.numpy(), theirs)) > TOLERANCE:
             raise ModelError(
                 f"as a module the model computes something else than ONNX Runtime (relative error {error:.1g}): one of "
                 "its operators is read wrongly; please report the model"

@@ -200,9 +200,9 @@ class Builder:
         path, _, leaf = key.rpartition(".")
         place = self.root
         for part in path.split(".") if path else ():
-            if not hasattr(place, part):
+            if part not in place._modules:
                 place.add_module(part, nn.Module())
-            place = getattr(place, part)
+            place = place.get_submodule(part)
         tensor = torch.from_numpy(np.array(value))
         if trained:
             place.register_parameter(leaf, nn.Parameter(tensor))
@@ -214,10 +214,10 @@ class Builder:
 
     def free_name(self, name: str) -> str:
         """The name, or with a number behind it where it is taken."""
-        name = f"_{name}" if name[:1].isdigit() else name or "constant"
-        taken = self._names | {key.rpartition(".")[0] for key in self._names}
-        candidate, number = name, 1
-        while candidate in taken or any(key.startswith(f"{candidate}.") for key in self._names):
+        parts = (name or "layer").split(".")
+        name = candidate = ".".join(f"{part}_" if hasattr(nn.Module, part) else part for part in parts)
+        number = 1
+        while any(f"{key}.".startswith(f"{candidate}.") or candidate.startswith(f"{key}.") for key in self._names):
             number += 1
             candidate = f"{name}_{number}"
         return candidate
