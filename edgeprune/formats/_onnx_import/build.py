@@ -170,14 +170,11 @@ class Builder:
         """A parameter of the layer that a node stands for."""
         key = (source, name, operation.kind, str(value.shape))
         if key not in self._held:
+            # A weight that two calls share keeps its place; what else the second call has gets one of its own.
             if id(operation.node) not in self._layers:
                 self._layers[id(operation.node)] = self._layer_path(operation, source)
             path = self._layers[id(operation.node)]
-            key_ = f"{path}.{name}"  # taken where another call of the same layer has another bias
-            key_ = self.free_name(key_) if key_ in self._names else key_
-            self._held[key] = self.hold(key_, value, trained=not name.startswith("running_"))
-        else:
-            self._layers.setdefault(id(operation.node), self._held[key].node.target.rpartition(".")[0])  # type: ignore[union-attr]
+            self._held[key] = self.hold(f"{path}.{name}", value, trained=not name.startswith("running_"))
         return self._held[key]
 
     def following_bias(self, operation: Operation, size: int) -> Flow | None:
@@ -215,9 +212,11 @@ class Builder:
     def free_name(self, name: str) -> str:
         """The name, or with a number behind it where it is taken."""
         parts = (name or "layer").split(".")
-        name = candidate = ".".join(f"{part}_" if hasattr(nn.Module, part) else part for part in parts)
-        number = 1
-        while any(f"{key}.".startswith(f"{candidate}.") or candidate.startswith(f"{key}.") for key in self._names):
+        name = ".".join(f"{part}_" if hasattr(nn.Module, part) else part for part in parts)
+        if any(name.startswith(f"{key}.") for key in self._names):  # nothing can be inside of a tensor
+            name = name.replace(".", "_")
+        candidate, number = name, 1
+        while any(f"{key}.".startswith(f"{candidate}.") for key in self._names):
             number += 1
             candidate = f"{name}_{number}"
         return candidate
