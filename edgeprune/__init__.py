@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgeprune.device.targets import list_targets as list_targets
     from edgeprune.device.targets import load_target as load_target
     from edgeprune.device.targets import setup_target as setup_target
+    from edgeprune.draw import render_drawing as render_drawing
+    from edgeprune.draw import write_drawing as write_drawing
     from edgeprune.export import export_model as export_model
     from edgeprune.fleet import profile_fleet as profile_fleet
     from edgeprune.inspect import inspect_file as inspect_file
@@ -64,6 +66,7 @@ _PLACES = {
     "core.store": ("read_record", "write_record"),
     "device.session": ("open_session",),
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
+    "draw": ("render_drawing", "write_drawing"),
     "export": ("export_model",),
     "fleet": ("profile_fleet",),
     "inspect": ("inspect_file", "read_any_record"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.capture import Inputs, evaluating, export_program
+from edgeprune.graphs.ports import PORTS, get_ports
 from edgeprune.graphs.slice import Keep, dropped_by, parameter_slices, removed_units, replace_tensors, slice_model
 
 TOLERANCE = 1e-4
@@ -56,7 +58,8 @@ def save_compact(module: nn.Module, inputs: Inputs, directory: Path, *, name: st
     raises: ModelError from torch.export; UsageError when the folder cannot be written.
     """
     file = io.BytesIO()
-    torch.export.save(export_program(module, inputs), file)
+    ports = replace(get_ports(module), shapes=tuple(tuple(tensor.shape) for tensor in inputs))
+    torch.export.save(export_program(module, inputs), file, extra_files={PORTS: ports.to_json()})
     state = {key: tensor.detach().clone().contiguous() for key, tensor in module.state_dict().items()}
     write_atomic(directory / f"{name}.safetensors", serialise(state))
     write_atomic(directory / f"{name}.pt2", file.getvalue())

@@ -7,9 +7,9 @@ import importlib.util
 import sys
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, InputError, ModelError
+from edgeprune.core.family import load_member
 from edgeprune.core.records import ModelSpec
 from edgeprune.core.tensors import Calibration
 from edgeprune.graphs.archive import check_archive
 from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
+from edgeprune.graphs.ports import PORTS, Ports, get_ports, set_ports
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Something that can be iterated again and again, each time giving (inputs, targets) batches."""
@@ -38,7 +40,8 @@ TEST_SHARE = 0.2
 class Data:
     """What a data source gives; a split that it lacks is None.
 
-    labels: names of the classes, in the order of the model's outputs.
+    labels: names of the classes, in the order of the model's outputs. labelled: whether targets are labels; else they
+        are floats that say nothing, and accuracy cannot be measured.
     preprocessing: what was done to raw values (`scale`, `mean`, `std`, `layout`), for the app.
     """
 
@@ -47,6 +50,7 @@ class Data:
     test: Batches | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    labelled: bool = True
 
     def require(self, split: Literal["train", "calibration", "test"]) -> Batches:
         """A split that cannot be done without. raises: DataError when the source lacks it."""
@@ -65,7 +69,9 @@ class Data:
 class ArrayBatches:
     """Batches of arrays in memory; shuffled anew by torch's global generator in each pass if asked to."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch: int = 64, shuffle: bool = False) -> None:
+    SIZE = 64
+
+    def __init__(self, inputs: Tensor, targets: Tensor, batch: int = SIZE, shuffle: bool = False) -> None:
         self.inputs, self.targets, self.batch, self.shuffle = inputs, targets, batch, shuffle
 
     def __len__(self) -> int:
@@ -84,10 +90,10 @@ class ArrayBatches:
 def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Tensor, ...]:
     """Inputs of the shapes in the specification: standard normal, the same every time.
 
-    module: a `.pt2` knows its own shapes (batch 1 where it is free), for when the specification names none.
+    module: one read from a file knows its own shapes, for when the specification names none.
     raises: ModelError when neither does.
     """
-    shapes = spec.inputs or _traced_shapes(module)
+    shapes = spec.inputs or (get_ports(module).shapes if module is not None else ())
     if not shapes:
         raise ModelError(
             "the model's input shapes are not given; add inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
@@ -96,27 +102,20 @@ def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Te
     return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
-def _traced_shapes(module: nn.Module | None) -> tuple[tuple[int, ...], ...]:
-    if not isinstance(module, torch.fx.GraphModule):
-        return ()
-    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    if not all(isinstance(value, Tensor) for value in values):
-        return ()
-    return tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
-
-
 def load_model(spec: ModelSpec, base: Path) -> nn.Module:
     """Build the model, put its weights in, and try it on the example inputs.
 
     spec: exactly one of `factory` and `file` is set. base: folder that relative paths start from.
-    returns: the module in eval mode; a `.pt2` comes back with real layers, so that it trains.
+    returns: the module in eval mode; a `.pt2` or `.onnx` comes back with real layers, so that it trains.
     raises: ModelError when the factory fails, the file or weights are unsafe or do not fit, a weight
         is NaN, or the example inputs do not fit.
     """
     if (spec.factory is None) == (spec.file is None):
-        raise ModelError("give the model either as a factory (`path.py:fn`) or as a .pt2 file, not both or neither")
+        raise ModelError(
+            "give the model either as a factory (`path.py:fn`) or as a .pt2 or .onnx file, not both or neither"
+        )
     if spec.file is not None:
-        module, name = _read_program(base / spec.file), spec.file
+        module, name = _read_file(base / spec.file, spec.inputs), spec.file
     else:
         assert spec.factory is not None
         module, name = call_factory(spec.factory, base, ModelError), spec.factory
@@ -142,13 +141,25 @@ def _try_inputs(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Non
         raise ModelError(f"{name} does not run on inputs of shape {shapes}: {_first_line(error)}") from error
 
 
+def _read_file(path: Path, shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
+    if path.suffix.lower() == ".onnx":
+        return load_member("formats", "onnx").import_model(path, shapes)  # type: ignore[no-any-return]
+    return _read_program(path)
+
+
 def _read_program(path: Path) -> nn.Module:
     check_archive(path)
+    notes = {PORTS: ""}
     try:
-        program = torch.export.load(path)
+        program = torch.export.load(path, extra_files=notes)
+        captured = import_program(program)
+        values = [node.meta["val"] for node in captured.graph.nodes if node.op == "placeholder"]
+        shapes = tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
+        ports = Ports.from_json(notes[PORTS]) if notes[PORTS] else Ports()
     except Exception as error:
         raise ModelError(f"{path} cannot be read by torch.export.load: {_first_line(error)}") from error
-    return lift(import_program(program))
+    set_ports(captured, replace(ports, shapes=shapes))
+    return lift(captured)
 
 
 def _put_weights(module: nn.Module, path: Path, name: str) -> None:
@@ -195,18 +206,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 # --- the data ------------------------------------------------------------------------------------
 
 
-def load_data(source: str, base: Path) -> Data:
+def load_data(source: str, base: Path, names: Sequence[str] = ()) -> Data:
     """Batches for training, calibration and testing.
 
     source: `path.py:fn` or `pkg.mod:fn`, returning an object with some of `.train .calibration
         .test` (iterables of (inputs, targets)) and optionally `.labels`, `.preprocessing`; or an
         `.npz` with x (n, ...) and y (n,), optionally labels, mean, std: the fifth part becomes the
-        test set, the first 512 of the rest the calibration set, always the same ones.
-    base: folder that relative paths start from.
+        test set, the first 512 of the rest the calibration set, always the same ones. An `.npz` without y
+        has an array for each input, and is divided in the same way.
+    base: folder that relative paths start from. names: of the model's inputs, for arrays that are named after them.
     raises: DataError when it cannot be read, is not finite, or inputs and targets do not fit.
     """
     if source.endswith(".npz"):
-        return _read_arrays(base / source)
+        return _read_arrays(base / source, names)
     given = call_factory(source, base, DataError)
     splits = {split: getattr(given, split, None) for split in ("train", "calibration", "test")}
     if all(batches is None for batches in splits.values()):
@@ -214,7 +226,9 @@ def load_data(source: str, base: Path) -> Data:
     checked = {split: _checked(batches, f"{source} .{split}") for split, batches in splits.items()}
     labels = getattr(given, "labels", None)
     return Data(
-        **checked,
+        train=checked["train"],
+        calibration=checked["calibration"],
+        test=checked["test"],
         labels=None if labels is None else tuple(str(label) for label in labels),
         preprocessing=dict(getattr(given, "preprocessing", None) or {}),
     )
@@ -283,7 +297,7 @@ def as_arrays(batches: Batches) -> Calibration:
     return [tuple(tensor.numpy(force=True) for tensor in _tensors(inputs)) for inputs, _ in batches]
 
 
-def _read_arrays(path: Path) -> Data:
+def _read_arrays(path: Path, names: Sequence[str]) -> Data:
     if not path.is_file():
         raise DataError(f"no data at {path}")
     try:
@@ -292,7 +306,7 @@ def _read_arrays(path: Path) -> Data:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise DataError(f"{path} is not an .npz of plain arrays: {_first_line(error)}") from error
     if not {"x", "y"} <= arrays.keys():
-        raise DataError(f"{path} needs the arrays x and y; it has {', '.join(arrays) or 'none'}")
+        return _read_inputs(arrays, names, path)
     x, y = arrays["x"], arrays["y"]
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise DataError(f"{path}: y is {y.dtype} of shape {list(y.shape)}, expected one whole-number label per example")
@@ -312,6 +326,37 @@ def _read_arrays(path: Path) -> Data:
         test=ArrayBatches(inputs[test], targets[test]),
         labels=None if labels is None else tuple(str(label) for label in labels.tolist()),
         preprocessing=preprocessing,
+    )
+
+
+def _read_inputs(arrays: dict[str, Any], names: Sequence[str], path: Path) -> Data:
+    """Examples without labels, an array for each input; floats stand in the place of the labels."""
+    inputs = {name: array for name, array in arrays.items() if name not in ("y", "labels", "mean", "std")}
+    if set(names) <= inputs.keys():
+        inputs = {name: inputs[name] for name in names or inputs}
+    wrong = [name for name, array in inputs.items() if array.ndim < 2 or array.dtype.kind not in "fiu"]
+    if "y" in arrays or not inputs or wrong or len({len(array) for array in inputs.values()}) != 1:
+        shown = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "none"
+        raise DataError(
+            f"{path} needs the arrays x and y, or without labels one for each input, as many examples in each; "
+            f"it has {shown}"
+        )
+    prepared = [_prepare(array, arrays, path) for array in inputs.values()]
+    tensors = tuple(tensor for tensor, _ in prepared)
+    count = len(tensors[0])
+    _check_batch((tensors, torch.zeros(count)), str(path))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    tested = int(count * TEST_SHARE)
+
+    def batches(picked: Tensor) -> list[tuple[Any, Tensor]]:
+        parts = picked.split(ArrayBatches.SIZE) if len(picked) else ()
+        return [(tuple(each[part] for each in tensors), torch.zeros(len(part))) for part in parts]
+
+    return Data(
+        calibration=batches(order[tested : tested + CALIBRATION_EXAMPLES]),
+        test=batches(order[:tested]) or None,
+        preprocessing=prepared[0][1] if len(prepared) == 1 else {},
+        labelled=False,
     )
 
 

@@ -20,6 +20,8 @@ from edgeprune.compact import compact_model, save_compact
 from edgeprune.context import first, weights_digest
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import find_effort
+from edgeprune.core.errors import UsageError
+from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Accuracy,
@@ -36,12 +38,14 @@ from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file
 from edgeprune.export import export_model
-from edgeprune.load import as_arrays, example_inputs, load_data, load_model
+from edgeprune.graphs.ports import get_ports
+from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
 from edgeprune.planning import Planning, check_contenders
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
+from edgeprune.scope import ScopeBatches, enter_scope
 from edgeprune.trace import trace_graph
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
 from edgeprune.validate import collect_examples, validate_artifact
@@ -60,8 +64,14 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
-        inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
+        inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base, get_ports(model).inputs)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
+        if run.model.scope is not None:
+            sources = (*sources, run.model.scope)
+            model, inputs, data = take_scope(model, run.model.scope, inputs, data)
+        if not data.labelled:
+            check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
+            folder.log("no labels: nothing is trained; layers that read removed channels are refitted instead")
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         graph = stages.trace()
         dense = stages.export_dense(graph)
@@ -75,6 +85,37 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         report = stages.validate(graph, plan, dense, artifact, recovered, accuracy)
         stages.bundle(plan, artifact, report)
         return report
+
+
+def take_scope(
+    model: nn.Module, path: str, inputs: tuple[Tensor, ...], data: Data
+) -> tuple[nn.Module, tuple[Tensor, ...], Data]:
+    """The submodule in the place of the model, with the inputs that it receives in the model's forward passes."""
+    part, received = enter_scope(model, path, inputs)
+    calibration, test = (
+        None if batches is None else ScopeBatches(model, path, batches) for batches in (data.calibration, data.test)
+    )
+    return part, received, Data(calibration=calibration, test=test, labelled=False)
+
+
+def check_unlabelled(run: RunFile, why: str) -> None:
+    """raises: UsageError naming every setting that needs labels."""
+    prune = run.prune
+    needs = load_member("criteria", prune.criterion.partition(":")[0]).NEEDS
+    wrong = {
+        '[prune] criterion = "reconstruction" (or another that needs none)': needs is not None
+        and load_member("statistics", needs).LABELS,
+        "[prune] curves = false": prune.curves,
+        "[prune] steps = 1": prune.steps > 1,
+        "[prune] without regularizer": prune.regularizer is not None,
+        "[recover] epochs = 0": run.recover.epochs > 0,
+        '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
+    }
+    if found := [setting for setting, is_wrong in wrong.items() if is_wrong]:
+        raise UsageError(
+            f"{why}, so the run cannot measure losses or train; set {', '.join(found)}. "
+            "Layers that read removed channels are refitted by least squares all the same"
+        )
 
 
 class Stages(Planning):
@@ -290,7 +331,8 @@ class Stages(Planning):
         self.folder.stage("page", made_from, [page.name], lambda: report_run(self.folder.path, page))
 
     def _accuracy(self, module: nn.Module) -> float | None:
-        return evaluate_accuracy(module, self.data.test) if self.data.test is not None else None
+        labelled = self.data.labelled and self.data.test is not None
+        return evaluate_accuracy(module, self.data.require("test")) if labelled else None
 
 
 def file_digest(path: Path) -> list[str]:

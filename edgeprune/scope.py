@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +39,23 @@ def scope_batches(model: nn.Module, path: str, batches: Batches) -> list[tuple[t
     if not seen:
         raise DataError("there are no batches to take through the model")
     return seen
+
+
+class ScopeBatches:
+    """As `scope_batches`, taken through the model anew in each pass and so not kept in memory; without targets.
+
+    Floats stand in their place: labels of the model are none of its submodule's outputs.
+    """
+
+    def __init__(self, model: nn.Module, path: str, batches: Batches) -> None:
+        self.model, self.path, self.batches = model, path, batches
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        part = _find(self.model, self.path)
+        for given, _ in self.batches:
+            inputs = tuple(given) if isinstance(given, tuple | list) else (given,)
+            seen = _receive(self.model, part, self.path, inputs)
+            yield seen, torch.zeros(len(seen[0]))
 
 
 def put_back(model: nn.Module, path: str, part: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -333,7 +333,8 @@ def test_images_in_bytes_are_scaled_and_normalised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.ones((20, 3))}, "needs the arrays x and y"),
+        ({"y": np.zeros(20, int)}, "needs the arrays x and y"),
+        ({"a": np.ones((20, 3)), "b": np.ones((19, 3))}, "as many examples in each"),
         ({"x": np.ones((20, 3)), "y": np.ones(20)}, "whole-number label"),
         ({"x": np.ones((20, 3)), "y": np.zeros(19, int)}, "19 labels"),
         ({"x": np.full((20, 3), np.inf), "y": np.zeros(20, int)}, "NaN or infinity"),

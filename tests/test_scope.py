@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from zoo import torchvision_models
 
 from edgeprune.compact import compact_model
-from edgeprune.core.errors import DataError, ModelError
+from edgeprune.core.errors import DataError, ModelError, UsageError
+from edgeprune.core.records import ModelSpec, Report
+from edgeprune.core.runfile import read_run_file
 from edgeprune.graphs.slice import mask_model
+from edgeprune.load import load_model
+from edgeprune.pipeline import run_pipeline
 from edgeprune.scope import enter_scope, put_back, scope_batches
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
@@ -114,6 +119,97 @@ def test_what_is_no_scope_is_refused(model: nn.Module) -> None:
 
     with pytest.raises(ModelError, match="is called with x=; a scope takes tensors by position"):
         enter_scope(Named(), "inner", (IMAGE,))
+
+
+SCOPED = """
+[model]
+factory = "nets.py:detector"
+inputs = [[1, 3, 24, 24]]
+scope = "body"
+[data]
+source = "nets.py:source"
+[target]
+name = "embedded"
+effort = "quick"
+[budget]
+size = "0.6x"
+[profile]
+configurations = 4
+held_out = 1
+[prune]
+criterion = "CRITERION"
+curves = false
+[recover]
+epochs = EPOCHS
+[output]
+dir = "run"
+"""
+NETS = """
+import torch
+from torch import nn
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3, stride=2, padding=1),
+            nn.ReLU(), nn.Conv2d(48, 8, 1),
+        )
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        scores = self.head(self.body(x / 2 + 1)).flatten(2)
+        return scores[:, :, scores.amax((0, 1)) > 0]
+
+def detector():
+    torch.manual_seed(0)
+    return Detector()
+
+class Source:
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(96, 3, 24, 24, generator=generator)
+        y = torch.zeros(96, 4)  # boxes, say
+        self.calibration = [(self.x[:64], y[:64])]
+        self.test = [(self.x[64:], y[64:])]
+        self.train = self.calibration
+
+def source():
+    return Source()
+"""
+
+
+def _scoped(folder: Path, criterion: str = "reconstruction", epochs: int = 0) -> Report:
+    (folder / "nets.py").write_text(NETS)
+    text = SCOPED.replace("CRITERION", criterion).replace("EPOCHS", str(epochs))
+    (folder / "edgeprune.toml").write_text(text)
+    return run_pipeline(read_run_file(folder / "edgeprune.toml"), folder)
+
+
+def test_a_run_of_a_scope_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no labels.*criterion = .reconstruction.*\[recover\] epochs = 0") as caught:
+        _scoped(tmp_path, "taylor", 3)
+    assert "curves" not in str(caught.value), "what is right already is not asked for"
+
+
+@pytest.mark.slow
+def test_a_whole_run_prunes_a_scope_which_goes_back_into_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("asyncssh")
+    report = _scoped(tmp_path)
+    assert all(check.passed for check in report.checks if check.name in ("artifact size", "numeric error"))
+    assert report.compact.artifact_bytes <= 0.6 * report.dense.artifact_bytes
+    assert report.accuracy.dense is None and report.accuracy.after_recovery is None
+    assert "nothing is trained" in (tmp_path / "run" / "run.log").read_text()
+    model = load_model(ModelSpec(factory="nets.py:detector"), tmp_path)
+    small = load_model(ModelSpec(file="run/compact.pt2"), tmp_path)
+    images = torch.randn(2, 3, 24, 24)
+    body, (seen, *_) = enter_scope(model, "body", (images,))
+    with torch.no_grad():
+        dense, ours = body(seen), small(seen)
+        put_back(model, "body", small, (images,))
+        assert model(images).shape[:2] == (2, 5)
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(p.numel() for p in body.parameters())
+    assert float((ours - dense).norm() / (dense - dense.mean()).norm()) < 0.9, "it was refitted to the dense outputs"
 
 
 @pytest.mark.slow

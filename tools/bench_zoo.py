@@ -8,7 +8,9 @@ The first draw is exported to ONNX and run on the host against the module; `in p
 module can be sliced. `MACs` is the share of multiply-adds in prunable groups; what keeps the others is listed below.
 A model has a process and a time limit of its own; results are kept in a JSONL file, where a second call goes on.
 
-    python tools/bench_zoo.py [--quick] [--models PATTERN ...] [--log FILE] [--no-export] [--peer]
+With --onnx each model is first exported to ONNX, by torch's exporter or its older one, and taken from that file alone.
+
+    python tools/bench_zoo.py [--quick] [--models PATTERN ...] [--log FILE] [--no-export] [--peer] [--onnx EXPORTER]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import io
 import json
 import multiprocessing
 import signal
@@ -25,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ from edgeprune.core.describe import prunable_macs
 from edgeprune.core.errors import EdgepruneError
 from edgeprune.core.records import Graph
 from edgeprune.export import export_model
+from edgeprune.formats.onnx import import_model
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.slice import mask_model, slice_captured
 from edgeprune.trace import trace_captured
@@ -128,8 +133,19 @@ def difference(ours: list[Tensor], reference: list[Tensor]) -> float:
     return max(error if np.isfinite(error) else float("inf") for error in errors)
 
 
-def examine(name: str, export: bool, peer: bool) -> dict[str, Any]:
-    """One row of the table."""
+def through_onnx(module: nn.Module, images: Tensor, exporter: str) -> nn.Module:
+    """The model as it comes back from an ONNX file that one of torch's exporters wrote for one example."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        path = Path(folder) / "model.onnx"
+        if exporter == "dynamo":
+            torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
+        else:
+            torch.onnx.export(module, (images,), str(path), dynamo=False, opset_version=17)
+        return import_model(path)
+
+
+def examine(name: str, export: bool, peer: bool, exporter: str | None = None) -> dict[str, Any]:
+    """One row of the table; exporter: takes the model from an ONNX file of it."""
     build, shape = zoo()[name]
     torch.manual_seed(0)
     row: dict[str, Any] = {"model": name, "stage": "build"}
@@ -138,6 +154,11 @@ def examine(name: str, export: bool, peer: bool) -> dict[str, Any]:
         images = torch.randn(2, *shape[1:])
         row |= {"stage": "trace", "parameters": sum(p.numel() for p in module.parameters())}
         dense = outputs(module, images)
+        if exporter is not None:
+            row["stage"] = "import"
+            module = through_onnx(module, images[:1], exporter)
+            row["import_error"] = difference(outputs(module, images), dense)
+            row["stage"] = "trace"
         started = time.perf_counter()
         captured = capture(module, (images[:1],))
         graph = trace_captured(captured)
@@ -167,7 +188,7 @@ def examine(name: str, export: bool, peer: bool) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 export_model(first, (images[:1],), Path(folder) / "model.onnx", graph=graph)
             row |= {"stage": "in place", "onnx": True}
-            row["in_place"] = sliced_in_place(module, images, graph, draws[0])
+            row["in_place"] = exporter is None and sliced_in_place(module, images, graph, draws[0])
         row["stage"] = "done"
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -220,7 +241,9 @@ def examine_peer(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict
     return {"runs": True, "seconds": seconds}
 
 
-def run_all(names: list[str], log: Path, export: bool, peer: bool, limit_s: float) -> Iterator[dict[str, Any]]:
+def run_all(
+    names: list[str], log: Path, export: bool, peer: bool, limit_s: float, exporter: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows as they come, those in the log first."""
     known = {row["model"]: row for row in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
     torchvision_models()
@@ -228,7 +251,7 @@ def run_all(names: list[str], log: Path, export: bool, peer: bool, limit_s: floa
     for name in names:
         if name not in known:
             receiving, sending = context.Pipe(duplex=False)
-            send = lambda: sending.send(examine(name, export, peer))  # noqa: B023, E731
+            send = lambda: sending.send(examine(name, export, peer, exporter))  # noqa: B023, E731
             process = context.Process(target=send, daemon=True)  # ends with this one
             process.start()
             sending.close()
@@ -248,7 +271,7 @@ def verdict(row: dict[str, Any]) -> str:
     """exact, frozen (nothing can be pruned), wrong, or what failed."""
     if "error" in row:
         return f"{row.get('stage', 'process')}: {row['error']}"
-    if max(row["errors"]) >= LIMIT:
+    if max(*row["errors"], row.get("import_error", 0.0)) >= LIMIT:
         return "WRONG"
     return "exact" if row["groups"] else "frozen"
 
@@ -260,6 +283,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, such as timm/*vit*")
     parser.add_argument("--log", type=Path, help="where rows are kept; those in it are not made again")
     parser.add_argument("--no-export", action="store_true", help="trace and compact only")
+    parser.add_argument("--onnx", choices=("dynamo", "torchscript"), help="take each model from an ONNX file of it")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT_S, help="seconds a model may take")
     options = parser.parse_args()
@@ -272,7 +296,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         log = options.log or Path(folder) / "zoo.jsonl"
-        for row in run_all(names, log, export, options.peer, options.limit):
+        for row in run_all(names, log, export, options.peer, options.limit, options.onnx):
             rows.append(row)
             print(describe(row), flush=True)
     reasons = Counter[str]()

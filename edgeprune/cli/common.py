@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgeprune.core.records import Graph, Report
     from edgeprune.load import Batches
 
-Model = Annotated[str, typer.Argument(help="path.py:function, package.module:function or a .pt2 file")]
+Model = Annotated[str, typer.Argument(help="path.py:function, package.module:function, a .pt2 or an .onnx file")]
 Weights = Annotated[Path | None, typer.Option(help=".safetensors, or a state dict")]
 Shapes = Annotated[list[str] | None, typer.Option("--input", help="shape of an input, batch first: 1x3x224x224")]
 Inexact = Annotated[bool, typer.Option("--allow-inexact", help="also prune across layer norms")]
@@ -80,7 +80,7 @@ def load(model: str, weights: Path | None, shapes: list[str] | None) -> tuple[nn
         inputs = tuple(tuple(int(size) for size in shape.lower().split("x")) for shape in shapes or ())
     except ValueError as error:
         raise UsageError(f"--input {' '.join(shapes or ())}: expected sizes such as 1x3x224x224") from error
-    place = {"file": model} if model.endswith(".pt2") else {"factory": model}
+    place = {"file": model} if model.endswith((".pt2", ".onnx")) else {"factory": model}
     spec = ModelSpec(**place, weights=str(weights) if weights else None, inputs=inputs)
     module = edgeprune.load_model(spec, Path.cwd())
     return module, edgeprune.example_inputs(spec, module)
@@ -97,10 +97,12 @@ def load_graph(
 
 
 def load_calibration(
-    data: str, model: str, weights: Path | None, shapes: list[str] | None, scope: str | None
+    data: str, taken: nn.Module, model: str, weights: Path | None, shapes: list[str] | None, scope: str | None
 ) -> Batches:
-    """The calibration batches, as the scope sees them."""
-    batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
+    """The calibration batches, as the scope sees them. taken: the module that was loaded, or its scope."""
+    from edgeprune.graphs.ports import get_ports
+
+    batches = edgeprune.load_data(data, Path.cwd(), get_ports(taken).inputs).require("calibration")
     return batches if scope is None else edgeprune.scope_batches(load(model, weights, shapes)[0], scope, batches)
 
 

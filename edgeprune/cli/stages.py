@@ -58,13 +58,17 @@ CALIBRATION_BATCHES = 8
 def trace(
     model: Model, weights: Weights = None, shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None,
     freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1, min_width: MinWidth = 1,
-    out: Annotated[Path | None, typer.Option("--out", "-o")] = None, as_json: AsJson = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o")] = None,
+    html: Annotated[Path | None, typer.Option(help="also draw it: a page that needs no network")] = None,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What can be pruned, what is frozen and why."""
     *_, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     if out:
         edgeprune.write_record(out, graph)
+    if html:
+        edgeprune.write_drawing(html, graph, model if scope is None else f"{model} {scope}")
     show(graph, as_json, "describe_graph")
 
 
@@ -143,7 +147,7 @@ def score(
     name, _, options = criterion.partition(":")
     load_member("criteria", name)
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
-    calibration = load_calibration(data, model, weights, shapes, scope)
+    calibration = load_calibration(data, module, model, weights, shapes, scope)
     with bars() as progress:
         importance = edgeprune.score_groups(
             module, inputs, graph, calibration, criterion=name, options=options, curves=curves, depth=depth,
@@ -200,7 +204,7 @@ def compact(
     from edgeprune.core.records import Plan
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
-    calibration = load_calibration(data, model, weights, shapes, scope) if data else None
+    calibration = load_calibration(data, module, model, weights, shapes, scope) if data else None
     chosen = edgeprune.read_record(Plan, plan)
     with bars() as progress:
         smaller = edgeprune.compact_and_compensate(module, inputs, graph, chosen, calibration, progress=progress)

@@ -73,7 +73,7 @@ def describe_graph(graph: Graph) -> str:
         for part in group.name.split("."):
             place = place.setdefault(part, {})
         place[""] = group
-    macs, parameters = _shares(mac_polynomial(graph), graph), _shares(parameter_polynomial(graph), graph)
+    macs, parameters = shares(mac_polynomial(graph), graph), shares(parameter_polynomial(graph), graph)
     rows = [
         (f"{'  ' * depth}{label}", *(_group_cells(group, macs, parameters) if group else ("",) * 5))
         for depth, label, group in _walk(tree)
@@ -114,11 +114,11 @@ def _group_cells(group: Group, macs: Mapping[str, float], parameters: Mapping[st
     if group.least > 1:
         notes.append(f"at least {group.least}")
     step = "" if group.frozen_because else str(group.step)
-    sizes = (_short(macs.get(group.name, 0)), _short(parameters.get(group.name, 0)))
+    sizes = (short_number(macs.get(group.name, 0)), short_number(parameters.get(group.name, 0)))
     return (str(group.units), step, *sizes, "; ".join(notes))
 
 
-def _shares(polynomial: Mapping[tuple[str, ...], float], graph: Graph) -> dict[str, float]:
+def shares(polynomial: Mapping[tuple[str, ...], float], graph: Graph) -> dict[str, float]:
     """What each group takes part in, so that the sum over groups counts twice what two groups share."""
     units, found = graph.units, dict.fromkeys(graph.units, 0.0)
     for names, coefficient in polynomial.items():
@@ -127,7 +127,7 @@ def _shares(polynomial: Mapping[tuple[str, ...], float], graph: Graph) -> dict[s
     return found
 
 
-def _short(number: float) -> str:
+def short_number(number: float) -> str:
     """Three digits and k, M or G."""
     for suffix in ("", " k", " M"):
         if number < 999.5:

@@ -16,12 +16,13 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelSection(_Section, frozen=True, kw_only=True):
-    """Where the trained model comes from (see `ModelSpec`)."""
+    """Where the trained model comes from (see `ModelSpec`). scope: the submodule to prune, instead of all."""
 
     factory: str | None = None
     file: str | None = None
     weights: str | None = None
     inputs: tuple[tuple[int, ...], ...] = ()
+    scope: str | None = None
 
 
 class DataSection(_Section, frozen=True, kw_only=True):
@@ -156,7 +157,9 @@ class RunFile(_Section, frozen=True, kw_only=True):
     @property
     def spec(self) -> ModelSpec:
         """The model section as a record."""
-        return ModelSpec(**msgspec.structs.asdict(self.model))
+        return ModelSpec(
+            factory=self.model.factory, file=self.model.file, weights=self.model.weights, inputs=self.model.inputs
+        )
 
 
 def read_run_file(path: Path, *, format: str | None = None, dtype: str | None = None) -> RunFile:

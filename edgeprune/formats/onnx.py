@@ -21,6 +21,7 @@ from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import sha256_file, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
+from edgeprune.formats._onnx_import import import_model as import_model
 from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._onnx_quantize import (
@@ -33,6 +34,7 @@ from edgeprune.formats._onnx_quantize import (
 )
 from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer
 from edgeprune.formats._units import Unresizable
+from edgeprune.graphs.ports import Ports, get_ports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,6 +72,7 @@ def export(
     if precision.dtype == "int8":
         calibration = check_calibration(calibration)
     model = to_proto(module, inputs, opset=opset)
+    _rename(model, get_ports(module))
     if precision.dtype != "float32":
         exclude = float_operations(model, precision, graph)
         ranges = find_ranges(model, calibration) if precision.dtype == "int8" and calibration else {}
@@ -187,6 +190,21 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 yield from _all_nodes(inner)
+
+
+def _rename(model: ModelProto, ports: Ports) -> None:
+    """Give inputs and outputs the names that they had in the file that the module came from."""
+    graph = model.graph
+    pairs = [*zip(graph.input, ports.inputs, strict=False), *zip(graph.output, ports.outputs, strict=False)]
+    new = {value.name: name for value, name in pairs}
+    taken = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    for name in set(new.values()) & taken - set(new):
+        new[name] = f"{name}_inner"
+    for node in _all_nodes(graph):
+        for names in (node.input, node.output):
+            names[:] = [new.get(name, name) for name in names]
+    for value in (*graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        value.name = new.get(value.name, value.name)
 
 
 def write_proto(model: ModelProto, path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
 from edgeprune.core.errors import ModelError
+from edgeprune.graphs.ports import get_ports, set_ports
 
 Inputs = tuple[torch.Tensor, ...]
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
@@ -30,7 +31,9 @@ def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
         gives the same node names each time.
     raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module.
     """
-    return import_program(export_program(module, inputs))
+    captured = import_program(export_program(module, inputs))
+    set_ports(captured, get_ports(module))
+    return captured
 
 
 def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:

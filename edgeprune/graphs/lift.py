@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from edgeprune.graphs.capture import mark_persistent, module_path, operator_name
+from edgeprune.graphs.ports import get_ports, set_ports
 
 CONVOLUTIONS: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
@@ -52,6 +53,7 @@ def lift(captured: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
     lifted = fx.GraphModule(captured, graph, class_name="Lifted")
     mark_persistent(lifted, keys)
+    set_ports(lifted, get_ports(captured))
     for node in lifted.graph.nodes:
         node.meta = {}
     lifted.graph.lint()

@@ -13,7 +13,7 @@ class ModelSpec:
     """Where a model comes from.
 
     factory: `path.py:fn` or `pkg.mod:fn`, called without arguments; or None when `file` is given.
-    file: a `.pt2` written by torch.export.
+    file: a `.pt2` written by torch.export, or an `.onnx`.
     weights: a `.safetensors` file or a state dict that loads with `weights_only=True`.
     inputs: shapes of the example inputs, batch first.
     """
