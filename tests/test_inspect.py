@@ -26,7 +26,7 @@ from edgeprune.core.errors import RecordError, UsageError
 from edgeprune.core.records import Inspection, Plan
 from edgeprune.core.store import sha256_file, write_record
 from edgeprune.export import export_model
-from edgeprune.formats import _onnx_metadata, _tflite_metadata
+from edgeprune.formats import _onnx_metadata, _tflite_metadata, _tflite_model, tflite
 from edgeprune.formats import onnx as onnx_format
 from edgeprune.inspect import inspect_file, read_any_record
 
@@ -269,6 +269,40 @@ def test_tflite_metadata_are_the_standard_ones(tmp_path: Path) -> None:
     assert text(table(scores, 6, 0), 0) == "labels.txt"
     with zipfile.ZipFile(path) as archive:
         assert archive.read("labels.txt").decode().splitlines() == LABELS
+
+
+def test_constants_behind_the_flatbuffer_survive(tmp_path: Path) -> None:
+    """So the quantizer writes larger models: at offsets in the file, which do not hold once it is packed anew."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    inline, path = tmp_path / "inline.tflite", tmp_path / "model.tflite"
+    write_classifier(inline)
+    model = schema.ModelT.InitFromPackedBuf(inline.read_bytes(), 0)
+    contents = {number: bytes(b.data) for number, b in enumerate(model.buffers) if b.data is not None and len(b.data)}
+
+    def pack(at: int) -> bytes:
+        for number, data in contents.items():
+            buffer = model.buffers[number]
+            buffer.data, buffer.offset, buffer.size = None, at, len(data)
+            at += -(-len(data) // 16) * 16
+        builder = flatbuffers.Builder()
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    end = -(-len(pack(1 << 20)) // 16) * 16
+    path.write_bytes(
+        pack(end).ljust(end, b"\0") + b"".join(d.ljust(-(-len(d) // 16) * 16, b"\0") for d in contents.values())
+    )
+    image = np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)
+    (wanted,) = tflite.run(inline, [image])
+    np.testing.assert_array_equal(tflite.run(path, [image])[0], wanted)
+    _tflite_metadata.embed_metadata(path, {"name": "tiny"}, labels=LABELS, normalisation=NORMALISATION)
+    np.testing.assert_array_equal(tflite.run(path, [image])[0], wanted)
+    assert not any(buffer.offset for buffer in _tflite_model.unpack(path.read_bytes()).buffers)
+    path.write_bytes(pack(1 << 20))
+    with pytest.raises(RecordError, match="a buffer lies outside the file"):
+        tflite.inspect(path)
 
 
 def test_tensors_stay_aligned(tmp_path: Path) -> None:
