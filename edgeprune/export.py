@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.family import load_member
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision
-from edgeprune.core.store import replacing, sha256_file
+from edgeprune.core.store import compressed_bytes, replacing, sha256_file
 from edgeprune.core.tensors import Array, Calibration, random_like
 
 Check = Callable[[Array, Array], str | None]
@@ -63,6 +63,7 @@ def export_model(
         made_by = {"name": path.stem, "edgeprune": version("edgeprune"), "precision": precision.name}
         member.embed_metadata(temporary, made_by, labels=labels, normalisation=preprocessing or None)
         size_bytes, sha256 = temporary.stat().st_size, sha256_file(temporary)
+        packed_bytes = compressed_bytes(temporary)
         check = _within(HALF_TOLERANCE if precision.dtype == "float16" else tolerance)
         noise = random_like([tensor.numpy(force=True) for tensor in inputs])
         given = {"example": inputs, "random": _like(inputs, [noise])}
@@ -78,6 +79,7 @@ def export_model(
         artifact,
         path=str(path),
         bytes=size_bytes,
+        compressed_bytes=packed_bytes,
         metadata_bytes=size_bytes - artifact.bytes,
         sha256=sha256,
         graph_sha256=graph.model_sha256 if graph is not None else artifact.graph_sha256,

@@ -63,6 +63,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
 
     regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
+    pattern: of zeros in the weights that are left; recovery keeps to it.
     """
 
     transform: str | None = None
@@ -83,6 +84,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     regularizer_epochs: int = 5
     steps: int = 1
     step_epochs: int = 1
+    pattern: str | None = None
 
     @property
     def rules(self) -> WidthRules:
