@@ -37,7 +37,7 @@ from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file, write_record
-from edgeprune.export import export_model
+from edgeprune.export import check_sparse, export_model
 from edgeprune.load import as_arrays, example_inputs, load_data, load_model
 from edgeprune.patterns import load_pattern
 from edgeprune.planning import Planning, check_contenders
@@ -71,6 +71,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base)
         sources = (weights_digest(model), run.data.source, *file_digest(base / run.data.source.partition(":")[0]))
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
+        if run.export.sparse:
+            check_sparse(stages.format_name)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         stages = stages.regularize(graph)
@@ -256,7 +258,14 @@ class Stages(Planning):
         artifact = self.folder.record(
             Artifact,
             "model.json",
-            [weights_digest(smaller), digest(graph), digest(plan.precision), self.format_name, self._described],
+            [
+                weights_digest(smaller),
+                digest(graph),
+                digest(plan.precision),
+                self.format_name,
+                self._described,
+                self.run.export.sparse,
+            ],
             lambda: export_model(
                 smaller,
                 self.inputs,
@@ -265,6 +274,7 @@ class Stages(Planning):
                 graph=graph,
                 precision=plan.precision,
                 calibration=None if plan.precision.dtype in FLOATS else self._calibration,
+                sparse=self.run.export.sparse,
                 **self._described,
             ),
             also=[path.name],

@@ -270,6 +270,7 @@ def export(
     dtype: Dtype = "float32",
     activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
+    sparse: Annotated[bool, typer.Option("--sparse", help="1x1 convolutions without their zeros (tflite)")] = False,
     cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -286,7 +287,9 @@ def export(
         batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
         calibration = as_arrays(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False))
     module, inputs = load(model, weights, shapes)
-    artifact = edgeprune.export_model(module, inputs, out, format=name, precision=precision, calibration=calibration)
+    artifact = edgeprune.export_model(
+        module, inputs, out, format=name, precision=precision, calibration=calibration, sparse=sparse
+    )
     found = None
     if cross_check:
         found = member.cross_check(out, calibration[0] if calibration else [x.numpy(force=True) for x in inputs])

@@ -117,12 +117,14 @@ class ExportSection(_Section, frozen=True, kw_only=True):
     """What kind of file runs on the board; by default what the target's runtime runs, in float32.
 
     tolerance: accuracy that 8 bits may cost before the model is trained for them, `epochs` long.
+    sparse: store 1x1 convolutions without their zeros, in a format that can.
     """
 
     format: str | None = None
     dtype: Literal["float32", "float16", "dynamic", "int8", "auto"] = "float32"
     tolerance: float = 0.01
     epochs: int = 2
+    sparse: bool = False
 
 
 class BundleSection(_Section, frozen=True, kw_only=True):

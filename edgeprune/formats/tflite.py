@@ -20,6 +20,7 @@ from edgeprune.formats._tflite_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._tflite_model import DTYPES, name_of, operator_names, precision_of, read, shape_of, unpack
 from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer, TfliteResizer
+from edgeprune.formats._tflite_sparse import encode_sparse as encode_sparse
 from edgeprune.formats._units import Unresizable
 
 if TYPE_CHECKING:
