@@ -255,6 +255,7 @@ def sparsify(
     record = replace(edgeprune.sparsify_model(module, pattern, before=dense), permuted=permuted)
     edgeprune.save_compact(module, inputs, out, name="sparse")
     edgeprune.write_record(out / "sparsity.json", record)
+    (out / "sparsify.checkpoint").unlink(missing_ok=True)
     show(record, as_json, "describe_sparsity")
     if not as_json:
         print(f"{out}/sparse.pt2{note}")
