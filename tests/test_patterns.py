@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from edgeprune.core.records import Graph, Precision, RecoverResult, Sparsity
 from edgeprune.core.store import read_record, write_record
 from edgeprune.export import export_model
 from edgeprune.formats import _tflite_model as tflite_model
+from edgeprune.inspect import inspect_file
 from edgeprune.load import ArrayBatches
 from edgeprune.patterns import load_pattern, load_sparsifier, select_layers
 from edgeprune.patterns._layers import Layer
@@ -276,6 +278,21 @@ def weights_in_tflite(path: Path) -> list[np.ndarray]:
             assert values is not None
             found.append(values.reshape(values.shape[0], -1, values.shape[-1]))
     return found
+
+
+def test_zeros_compress(tmp_path: Path) -> None:
+    dense, sparse = trained()[0], copy.deepcopy(trained()[0])
+    sparsify_model(sparse, "unstructured:sparsity=0.9")
+    found = {
+        name: export_model(model, INPUTS, tmp_path / f"{name}.onnx", format="onnx")
+        for name, model in (("dense", dense), ("sparse", sparse))
+    }
+    for name, artifact in found.items():
+        data = (tmp_path / f"{name}.onnx").read_bytes()
+        assert artifact.bytes == len(data) and artifact.compressed_bytes == len(zlib.compress(data, 9))
+        assert inspect_file(tmp_path / f"{name}.onnx").compressed_bytes == artifact.compressed_bytes
+    assert abs(found["sparse"].bytes - found["dense"].bytes) < 100
+    assert found["sparse"].compressed_bytes < 0.6 * found["dense"].compressed_bytes
 
 
 def test_the_battery_covers_every_member() -> None:

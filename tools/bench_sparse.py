@@ -118,8 +118,9 @@ def make_rows(options: argparse.Namespace, net: nn.Module, data: Cifar, target: 
     rows, models = [], Structured(options, net, data, target, kept)
     for name in options.row or ROWS:
         stem = file_stem(options.net, name)
-        made_from = [name, options.epochs, len(data.train.y), len(data.test.y), options.board, options.speed_up]
-        made_from += [models.structured_limit]
+        made_from = [name, options.epochs, len(data.train.y), len(data.test.y)]
+        # A plan is of its board; everything else is only measured on it.
+        made_from += [models.structured_limit, options.board] if name.startswith(STRUCTURED) else []
         note = kept / f"{stem}.json"
         if note.is_file() and (known := json.loads(note.read_text()))["made_from"] == made_from:
             rows.append(Row(**known["row"]))
@@ -268,6 +269,9 @@ def pointwise_net() -> nn.Module:
 def make_pointwise(kept: Path) -> list[Row]:
     """The net dense, with zeros, and with zeros that its TFLite file does not store."""
     inputs = (torch.zeros(1, 3, POINTWISE_SIDE, POINTWISE_SIDE),)
+    note = kept / "pointwise.json"
+    if note.is_file():
+        return [Row(**row) for row in json.loads(note.read_text())]
     rows = []
     for sparsity in (0.0, 0.8, 0.9):
         net = pointwise_net()
@@ -278,6 +282,7 @@ def make_pointwise(kept: Path) -> list[Row]:
             row = Row(f"{pattern}{' stored sparsely' if sparse else ''}" if sparsity else DENSE, zeros=share)
             row.sizes = write_files(net, kept / file_stem("pointwise", row.name), inputs, sparse=sparse)
             rows.append(row)
+    note.write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 
 
