@@ -180,12 +180,13 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
             row.zeros = record.share
             if record.skipped:
                 row.note = f"{len(record.skipped)} layers dense"
-        row.before = evaluate_accuracy(model, data.test)
-        if models.options.epochs:
+        if not models.options.epochs:
+            row.before = evaluate_accuracy(model, data.test)
+        else:
             result = recover_accuracy(
                 model, data, teacher=models.net, epochs=models.options.epochs, lr=0.02, pattern=pattern, progress=show
             )
-            row.after = result.accuracy_after
+            row.before, row.after = result.accuracy_before, result.accuracy_after
         models.trained[name] = model
     row.sizes = write_files(model, stem, INPUTS, as_arrays(data.calibration) if int8 else None)
     if int8:
