@@ -221,7 +221,7 @@ def test_a_pattern_at_once_and_trained(project: Path) -> None:
     for name, layer in read_record(Sparsity, project / "trained" / "sparsity.json").layers.items():
         assert int((trained[name] == 0).sum()) == layer.zeros == int((once[name] == 0).sum())
         assert not bool((trained[name] == once[name]).all()), "it trained"
-    done = edgeprune("export", "trained/sparse.pt2", "-o", "model.onnx", cwd=project)
+    done = edgeprune("export", "trained/sparse.pt2", "--input", "1x3x12x12", "-o", "model.onnx", cwd=project)
     assert done.returncode == 0 and "compressed" in done.stdout, done.stderr
 
 
