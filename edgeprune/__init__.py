@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from edgeprune.scope import put_back as put_back
     from edgeprune.scope import scope_batches as scope_batches
     from edgeprune.score import score_groups as score_groups
+    from edgeprune.sparsify import order_channels as order_channels
+    from edgeprune.sparsify import prepare_pattern as prepare_pattern
+    from edgeprune.sparsify import sparsify_model as sparsify_model
     from edgeprune.trace import trace_graph as trace_graph
     from edgeprune.transform import restore_layers as restore_layers
     from edgeprune.transform import settle_plan as settle_plan
@@ -86,6 +89,7 @@ _PLACES = {
     "recover": ("evaluate_accuracy", "recover_accuracy"),
     "scope": ("enter_scope", "put_back", "scope_batches"),
     "score": ("score_groups",),
+    "sparsify": ("order_channels", "prepare_pattern", "sparsify_model"),
     "trace": ("trace_graph",),
     "transform": ("restore_layers", "settle_plan", "transform_model"),
     "validate": ("collect_examples", "validate_artifact"),

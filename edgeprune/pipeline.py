@@ -6,6 +6,7 @@ and writes its own record there, so that a run that was killed goes on at the st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -32,25 +33,30 @@ from edgeprune.core.records import (
     Importance,
     Plan,
     Report,
+    Sparsity,
 )
 from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
-from edgeprune.core.store import digest, read_record, sha256_file
-from edgeprune.export import export_model
+from edgeprune.core.store import digest, read_record, sha256_file, write_record
+from edgeprune.export import check_sparse, export_model
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
+from edgeprune.patterns import load_pattern
 from edgeprune.planning import Planning, check_contenders
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.scope import ScopeBatches, enter_scope
+from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
 from edgeprune.validate import collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
+KEPT_ZEROS = "zeros"
+"""The pattern of further training: what is zero stays zero."""
 
 
 def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Report:
@@ -61,6 +67,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     raises: EdgepruneError with what was wrong; what was finished stays in the run's folder.
     """
     check_contenders(run.search.contenders)
+    if run.prune.pattern is not None:
+        load_pattern(run.prune.pattern)
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
@@ -73,12 +81,14 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
             check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
             folder.log("no labels: nothing is trained; layers that read removed channels are refitted instead")
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
+        if run.export.sparse:
+            check_sparse(stages.format_name)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         stages = stages.regularize(graph)
         stages, importance = stages.narrow(graph, stages.score(graph), dense)
         plan = stages.profile_and_plan(graph, importance, dense)
-        compact, accuracy = stages.compact(graph, plan)
+        compact, accuracy = stages.sparsify(*stages.compact(graph, plan))
         recovered, accuracy = stages.recover(plan, compact, accuracy)
         recovered, accuracy = stages.train_for_8_bits(graph, plan, recovered, accuracy)
         artifact = stages.export(graph, plan, recovered)
@@ -174,6 +184,31 @@ class Stages(Planning):
         smaller.load_state_dict(load_file(self.folder / "compact.safetensors"))
         return smaller.eval(), accuracy
 
+    def sparsify(self, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
+        """The compact model in the order of channels that the run's pattern wants, and how accurate zeros leave it.
+
+        Where training follows, it puts the zeros in; they stay to the end.
+        """
+        if (pattern := self.run.prune.pattern) is None:
+            return smaller, accuracy
+
+        def make() -> Accuracy:
+            permuted = order_channels(smaller, self.inputs, trace_graph(smaller, self.inputs), pattern)
+            sparse = copy.deepcopy(smaller)
+            write_record(self.folder / "sparsity.json", replace(sparsify_model(sparse, pattern), permuted=permuted))
+            save_compact(smaller if self._trains else sparse, self.inputs, self.folder.path, name="sparse")
+            return replace(accuracy, before_recovery=self._accuracy(sparse))
+
+        made_from = [weights_digest(smaller), digest(accuracy), *self.sources, pattern, self._trains]
+        files = ["sparsity.json", "sparse.pt2", "sparse.safetensors"]
+        accuracy = self.folder.record(Accuracy, "sparse.json", made_from, make, also=files)
+        smaller.load_state_dict(load_file(self.folder / "sparse.safetensors"))
+        return smaller.eval(), accuracy
+
+    @property
+    def _trains(self) -> bool:
+        return bool(self.run.recover.epochs) and self.data.train is not None
+
     def _settled(self, graph: Graph, plan: Plan) -> tuple[Plan, list[str]]:
         """The plan with layers whole whose rewritten form saves nothing, and their paths."""
         if (chosen := self.run.prune.transform) is None:
@@ -196,7 +231,7 @@ class Stages(Planning):
     def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The smaller model, trained."""
         settings, checkpoint = self.run.recover, self.folder / "recover.checkpoint"
-        if not settings.epochs or self.data.train is None:
+        if not self._trains:
             return smaller, accuracy
 
         def make() -> Accuracy:
@@ -208,6 +243,7 @@ class Stages(Planning):
                 lr=settings.lr,
                 checkpoint=checkpoint,
                 seed=self.run.seed,
+                pattern=self.run.prune.pattern,
                 progress=self.progress,
             )
             self.folder.log(f"recover: {result.note or 'nothing to note'}")
@@ -216,6 +252,7 @@ class Stages(Planning):
             return replace(accuracy, after_recovery=result.accuracy_after)
 
         made_from = [digest(plan), digest(accuracy), *self.sources, msgspec.to_builtins(settings), self.run.seed]
+        made_from += [pattern] if (pattern := self.run.prune.pattern) is not None else []
         files = ["recovered.pt2", "recovered.safetensors"]
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
@@ -242,6 +279,7 @@ class Stages(Planning):
                 teacher=self.dense if self.run.recover.distil else None,
                 checkpoint=checkpoint,
                 seed=self.run.seed,
+                pattern=None if self.run.prune.pattern is None else KEPT_ZEROS,
                 progress=self.progress,
             )
             self.folder.log(outcome)
@@ -261,7 +299,14 @@ class Stages(Planning):
         artifact = self.folder.record(
             Artifact,
             "model.json",
-            [weights_digest(smaller), digest(graph), digest(plan.precision), self.format_name, self._described],
+            [
+                weights_digest(smaller),
+                digest(graph),
+                digest(plan.precision),
+                self.format_name,
+                self._described,
+                self.run.export.sparse,
+            ],
             lambda: export_model(
                 smaller,
                 self.inputs,
@@ -270,6 +315,7 @@ class Stages(Planning):
                 graph=graph,
                 precision=plan.precision,
                 calibration=None if plan.precision.dtype in FLOATS else self._calibration,
+                sparse=self.run.export.sparse,
                 **self._described,
             ),
             also=[path.name],
@@ -297,11 +343,15 @@ class Stages(Planning):
                     accuracy=accuracy,
                     effort=find_effort(self.run.target.effort),
                     provenance={"plan_sha256": digest(plan)},
+                    sparsity=None if self.run.prune.pattern is None else self._sparsity(),
                     progress=self.progress,
                 )
 
         made_from = [artifact.sha256, dense.sha256, digest(plan), digest(accuracy), *self.sources]
         return self.folder.record(Report, "report.json", made_from, make)
+
+    def _sparsity(self) -> Sparsity:
+        return read_record(Sparsity, self.folder / "sparsity.json")
 
     def bundle(self, plan: Plan, artifact: Artifact, report: Report) -> None:
         """What an app embeds, and the page with the evidence."""

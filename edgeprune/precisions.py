@@ -269,11 +269,13 @@ def train_in_8_bits(
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     seed: int = 0,
+    pattern: str | None = None,
     progress: Progress = silent,
 ) -> str:
     """Train a module with 8 bits simulated, in place, where they lose more accuracy than is tolerated.
 
-    It stays as it was where the artifact of the trained module is no more accurate. returns: what was done, in words.
+    It stays as it was where the artifact of the trained module is no more accurate. pattern: that of its zeros, as
+    `recover_accuracy` takes it. returns: what was done, in words.
     """
     wanted, found = judge.accuracy(module, FLOAT32), judge.accuracy(module, precision)
     if wanted - found <= tolerance:
@@ -283,7 +285,7 @@ def train_in_8_bits(
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     recover_accuracy(
         module, data, teacher=teacher, epochs=epochs, lr=lr, checkpoint=checkpoint, seed=seed, precision=precision,
-        progress=progress,
+        pattern=pattern, progress=progress,
     )  # fmt: skip
     trained = judge.accuracy(module, precision)
     if trained <= found:

@@ -8,9 +8,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +24,10 @@ from torch.nn import functional
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.errors import DataError, RecordError, UsageError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Graph, Precision
+from edgeprune.core.records import Graph, Precision, RecoverResult, RecoverSettings
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.fake_quantize import simulate_int8
+from edgeprune.patterns import load_sparsifier
 from edgeprune.regularizers import Regularizer, load_regularizer
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -52,38 +53,17 @@ class Data(Protocol):
     def test(self) -> Batches | None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What decides the outcome of a recovery, so that a checkpoint of another one is not resumed."""
+class Hook(Protocol):
+    """What changes a training step; regularizers and patterns give one. held: its state, by name."""
 
-    epochs: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    distil_weight: float
-    temperature: float
-    seed: int
-    precision: Precision | None = None
-    regularizer: str | None = None
+    held: dict[str, Tensor]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoverResult:
-    """What training did.
-
-    accuracy_before, accuracy_after: top-1 on the test batches, None without them.
-    losses: mean training loss of each epoch. epochs: how many were trained.
-    note: why training stopped early or was undone, or "".
-    zeroed: units that a regularizer has brought to zero, per group that has any.
-    """
-
-    accuracy_before: float | None
-    accuracy_after: float | None
-    losses: tuple[float, ...]
-    epochs: int
-    autocast: bool
-    note: str = ""
-    zeroed: dict[str, int] = field(default_factory=dict)
+    def before_forward(self) -> None: ...
+    def after_backward(self) -> None: ...
+    def after_step(self, rate: float) -> None: ...
+    def finish(self) -> None: ...
+    def zeroed(self) -> dict[str, int]: ...
+    def load(self, held: Mapping[str, Tensor]) -> None: ...
 
 
 @torch.no_grad()
@@ -126,6 +106,7 @@ def recover_accuracy(
     precision: Precision | None = None,
     regularizer: str | None = None,
     graph: Graph | None = None,
+    pattern: str | None = None,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -142,27 +123,33 @@ def recover_accuracy(
     regularizer:   member of `regularizers` and its options (`increg:ratio=0.6`): drives whole units of `graph`'s
                    prunable groups, traced from `module`, to zero, for a plan to remove. Its last epoch counts,
                    though the loss may have risen.
+    pattern:       member of `patterns` and its options (`n_m:n=2,m=4`): weights of `module` are zero in it, in float32
+                   and in int8. Its last epoch counts as well.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
-                   another model; UsageError for a regularizer together with int8, or without a graph.
+                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
-    settings = Settings(
+    settings = RecoverSettings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
-        precision=precision, regularizer=regularizer,
+        precision=precision, regularizer=regularizer, pattern=pattern,
     )  # fmt: skip
     if regularizer is not None and (graph is None or (precision is not None and precision.dtype == "int8")):
         raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
+    if regularizer is not None and pattern is not None:
+        raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
     trained = module
     if precision is not None and precision.dtype == "int8":
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
     trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
     if regularizer is not None and graph is not None:
-        trainer.regularize(regularizer, graph)
+        trainer.hook = load_regularizer(regularizer, trained, graph, trainer.planned_steps("a regularizer"))
+    if pattern is not None:
+        trainer.hook = load_sparsifier(pattern, module, trainer.planned_steps("a pattern"))
     resumed = trainer.resume()
     if not resumed:
         trainer.begin()
@@ -193,7 +180,7 @@ class _Trainer:
         module: nn.Module,
         data: Data,
         teacher: nn.Module | None,
-        settings: Settings,
+        settings: RecoverSettings,
         autocast: bool | None,
         checkpoint: Path | None,
     ) -> None:
@@ -214,14 +201,13 @@ class _Trainer:
         self.before: float | None = None
         self.judged: list[float] = []
         self.best: dict[str, Tensor] = {}
-        self.regularizer = Regularizer(())
+        self.hook: Hook = Regularizer(())
 
-    def regularize(self, chosen: str, graph: Graph) -> None:
-        """Use a regularizer, which has to know how long the training is."""
+    def planned_steps(self, asking: str) -> int:
+        """How long the training is, which a hook has to know. raises: DataError."""
         if not isinstance(self.train, Sized):
-            raise DataError("a regularizer needs training batches with a length")
-        steps = len(self.train) * self.settings.epochs
-        self.regularizer = load_regularizer(chosen, self.module, graph, steps)
+            raise DataError(f"{asking} needs training batches with a length")
+        return len(self.train) * self.settings.epochs
 
     def begin(self) -> None:
         self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
@@ -261,7 +247,7 @@ class _Trainer:
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
         tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
-        self.regularizer.before_forward()
+        self.hook.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
         _check_targets(logits, targets)
@@ -278,9 +264,9 @@ class _Trainer:
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            self.regularizer.after_backward()
+            self.hook.after_backward()
             self.optimizer.step()
-            self.regularizer.after_step(self.optimizer.param_groups[0]["lr"])
+            self.hook.after_step(self.optimizer.param_groups[0]["lr"])
         return value
 
     def _set_rate(self, epoch: int, step: int) -> None:
@@ -322,16 +308,16 @@ class _Trainer:
         if not self.judged:
             self.judged.append(float(np.mean(losses[:JUDGING_STEPS])))
         self.judged.append(float(np.mean(losses[-JUDGING_STEPS:])))
-        if (self.judged[-1] <= min(self.judged[1:]) or self.settings.regularizer is not None) and not self._diverged():
+        if (self.judged[-1] <= min(self.judged[1:]) or self._hooked) and not self._diverged():
             self.best = self._state()
 
+    @property
+    def _hooked(self) -> bool:
+        return self.settings.regularizer is not None or self.settings.pattern is not None
+
     def _diverged(self) -> bool:
-        # What a regularizer takes away may cost more than the training gives.
-        return (
-            self.settings.regularizer is None
-            and len(self.judged) > 1
-            and not self.judged[-1] <= DIVERGED * self.judged[0]
-        )
+        # What a regularizer or a pattern takes away may cost more than the training gives.
+        return not self._hooked and len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
 
     def _state(self) -> dict[str, Tensor]:
         return {key: value.detach().clone() for key, value in self.module.state_dict().items()}
@@ -341,12 +327,13 @@ class _Trainer:
             self.note = "the training loss ended far above where it began; kept the best epoch"
         if self.note:
             self.module.load_state_dict(self.best)
+        self.hook.finish()
         self.module.eval()
         self.module.zero_grad(set_to_none=True)
         after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
         return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
                              epochs=self.epoch, autocast=self.autocast, note=self.note,
-                             zeroed=self.regularizer.zeroed())  # fmt: skip
+                             zeroed=self.hook.zeroed())  # fmt: skip
 
     def _settle(self) -> None:
         """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
@@ -367,7 +354,7 @@ class _Trainer:
         for name, parameter in self.parameters.items():
             if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
-        tensors |= {f"regularizer/{name}": value for name, value in self.regularizer.held.items()}
+        tensors |= {f"regularizer/{name}": value for name, value in self.hook.held.items()}
         facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
                  "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
                  "autocast": self.autocast}  # fmt: skip
@@ -394,7 +381,7 @@ class _Trainer:
             self.module.load_state_dict(parts["model"])
             for name, value in parts["momentum"].items():
                 self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
-            self.regularizer.load(parts["regularizer"])
+            self.hook.load(parts["regularizer"])
             self.best = parts["best"]
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]

@@ -165,8 +165,12 @@ def tabulate_costs(report: Report) -> Table:
     add("energy", lambda cost: cost.energy_j, lambda value: format_energy(value.median), lambda value: value.median)
     add("peak activation memory", lambda cost: cost.peak_memory_bytes, format_bytes, float)
     add("artifact size", lambda cost: cost.artifact_bytes, format_bytes, float)
+    add("artifact size, compressed", lambda cost: cost.compressed_bytes, format_bytes, float)
     add("parameters", lambda cost: cost.parameters, _count, float)
     add("multiply-accumulates", lambda cost: cost.macs, _count, float)
+    if report.sparsity is not None:
+        zero = _share(report.sparsity.share)
+        rows.append((f"weights at zero, {report.sparsity.pattern}", UNKNOWN, zero, UNKNOWN, UNKNOWN))
     accuracy = report.accuracy
     examples = f", {report.numeric_error.examples} examples" if report.numeric_error is not None else ""
     for name, dense, share in (

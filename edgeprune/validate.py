@@ -30,6 +30,7 @@ from edgeprune.core.records import (
     Quantity,
     Report,
     Samples,
+    Sparsity,
     Step,
     StepResult,
 )
@@ -135,6 +136,7 @@ def validate_artifact(
     agreement: float = 0.99,
     effort: Effort = DEFAULT,
     provenance: Mapping[str, str] | None = None,
+    sparsity: Sparsity | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Measure dense and compact on the board, compare outputs with the host, check every limit.
@@ -148,6 +150,7 @@ def validate_artifact(
         top-1 answers.
     effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
         many while the limit lies inside the measured interval.
+    sparsity: of the model's weights, for the report.
     returns: the report. A limit that is not met is a failed check in it, not an exception.
     raises: RecordError when an artifact was altered since it was exported; AgentError when one does
         not run on the board; DeviceError from the session.
@@ -186,6 +189,7 @@ def validate_artifact(
             peak_memory_bytes=board.memory[name],
             energy_j=board.energy.get(name),
             artifact_bytes=file.bytes,
+            compressed_bytes=file.compressed_bytes,
             parameters=counts[name].parameters,
             macs=counts[name].macs,
         )
@@ -218,6 +222,7 @@ def validate_artifact(
             **(provenance or {}),
         },
         samples={name: tuple(samples) for name, samples in board.samples.items()},
+        sparsity=sparsity,
     )
 
 

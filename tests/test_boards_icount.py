@@ -12,8 +12,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import bench_sparse
 import pytest
 import torch
 from boards.__main__ import write_target
@@ -30,10 +32,12 @@ from edgeprune.core.runfile import read_run_file
 from edgeprune.core.stats import median
 from edgeprune.core.store import read_record
 from edgeprune.device.session import open_session
+from edgeprune.export import export_model
 from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.pipeline import run_pipeline
 from edgeprune.profile import profile_target
 from edgeprune.score import score_groups
+from edgeprune.sparsify import sparsify_model
 from edgeprune.trace import trace_graph
 
 pytestmark = [pytest.mark.device, pytest.mark.board]
@@ -268,3 +272,29 @@ def test_auto_weighs_what_int8_gains_there(
     plans = [read_record(Plan, tmp_path / "run" / f"plan-{precision.name}.json") for precision, _ in choice.candidates]
     assert [plan.precision.dtype for plan in plans] == ["float32", "int8"]
     assert plans[1].predicted.parameters > plans[0].predicted.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_zeros_that_are_not_stored_take_fewer_instructions(icount: tuple[IcountBoard, Target], tmp_path: Path) -> None:
+    """LiteRT on arm64 has kernels that skip the zeros of pointwise layers, and uses them when a file asks for it."""
+    pytest.importorskip("litert_torch", reason="TFLite files need edgeprune[tflite]")
+    side = bench_sparse.POINTWISE_SIDE  # at 32 x 32 the sparse kernels are the slower ones
+    net, inputs = bench_sparse.pointwise_net(), (torch.zeros(1, 3, side, side),)
+    sparsify_model(net, "unstructured:sparsity=0.9,layers=*.3")
+    bench_sparse.settle(net)
+    files = {}
+    for name, sparse in (("stored", False), ("left-out", True)):
+        files[f"{name}.tflite"] = tmp_path / f"{name}.tflite"
+        export_model(net, inputs, files[f"{name}.tflite"], format="tflite", sparse=sparse)
+    with open_session(replace(icount[1], runtime="tflite"), space="sparse") as session:
+        session.push(files)
+        steps = [Step(key=f"{kind} {name}", kind=kind, artifact=name, seconds=0.0, runs=2, min_samples=1, steady=True)
+                 for name in files for kind in ("time", "kernels")]  # fmt: skip
+        results = {result.key: result for result in session.run(steps, job="sparse")}
+    assert not [result.error for result in results.values() if result.error]
+    times = {name: median(results[f"time {name}"].samples.values) for name in files}
+    assert times["left-out.tflite"] < 0.7 * times["stored.tflite"]
+    kernels = {name: [kernel.op for kernel in results[f"kernels {name}"].kernels] for name in files}
+    assert sum("SPMM" in op for op in kernels["left-out.tflite"]) == 10
+    assert not any("SPMM" in op for op in kernels["stored.tflite"])

@@ -122,6 +122,9 @@ def test_every_command_is_in_the_readme() -> None:
         (["plan", "nets.py:net", "--input", "1x3x12x12", "--profile", "absent.jsonl", "--importance", "i.json",
           "-o", "plan.json", "--latency", "0.5x"], 4, "absent.jsonl"),
         (["trace", "nets.py:net", "--input", "1x3x12x12", "--freeze", "nope"], 2, "no group of channels matches"),
+        (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:n=5,m=4", "-o", "s"], 2, "less than m"),
+        (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:m=7", "-o", "s"], 4, "not divisible"),
+        (["export", "nets.py:net", "--input", "1x3x12x12", "-o", "m.onnx", "--sparse"], 2, "store every zero"),
         (["run", "absent.toml"], 2, "there is no absent.toml"),
         (["targets", "check", "nope"], 2, "known: "),
     ],
@@ -199,6 +202,27 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
     assert done.returncode == 0, done.stderr
     scores = read_record(Importance, project / "i.json").scores
     assert sorted(int((values == 0).sum()) for values in scores.values()) == [8, 12]
+
+
+def test_a_pattern_at_once_and_trained(project: Path) -> None:
+    from safetensors.torch import load_file
+
+    from edgeprune.core.records import Sparsity
+    from edgeprune.core.store import read_record
+
+    sparsify = ["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "unstructured:sparsity=0.75", "-o"]
+    done = edgeprune(*sparsify, "once", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "2,916 of 4,008 weights are zero (72.8%)" in done.stdout and "dense: small: 120 weights" in done.stdout
+    done = edgeprune(*sparsify, "trained", "--data", "data.npz", "--epochs", "1", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and not (project / "trained" / "sparsify.checkpoint").exists()
+    once, trained = (load_file(project / folder / "sparse.safetensors") for folder in ("once", "trained"))
+    for name, layer in read_record(Sparsity, project / "trained" / "sparsity.json").layers.items():
+        assert int((trained[name] == 0).sum()) == layer.zeros == int((once[name] == 0).sum())
+        assert not bool((trained[name] == once[name]).all()), "it trained"
+    done = edgeprune("export", "trained/sparse.pt2", "--input", "1x3x12x12", "-o", "model.onnx", cwd=project)
+    assert done.returncode == 0 and "compressed" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")

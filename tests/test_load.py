@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from edgeprune.compact import save_compact
 from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.records import ModelSpec
+from edgeprune.graphs.archive import _refused_values
 from edgeprune.load import example_inputs, load_data, load_model
 
 torch.set_num_threads(1)
@@ -203,6 +205,20 @@ def test_a_program_comes_back_trainable_with_its_own_names(folder: Path, program
     model.train()
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_program_that_we_wrote_comes_back(folder: Path) -> None:
+    model = load_model(spec(), folder).eval()
+    save_compact(model, example_inputs(spec()), folder, name="model")
+    again = load_model(spec(factory=None, file="model.pt2"), folder).eval()
+    x = torch.randn(3, *example_inputs(spec())[0].shape[1:])  # its batch size is free
+    assert torch.allclose(again(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Symbol('s0').__class__", "Symbol(open('s0'))", "Symbol('s0', x=exec('1'))"])
+def test_more_than_a_symbol_is_refused(text: str) -> None:
+    assert list(_refused_values({"as_expr": {"expr_str": text}}))
+    assert not list(_refused_values({"as_expr": {"expr_str": "2*Symbol('s0', positive=True, integer=True) + 1"}}))
 
 
 def test_a_program_that_is_no_archive_is_refused(folder: Path) -> None:

@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file
 
 from edgeprune.core.closed_loop import best_round
-from edgeprune.core.records import Bracket, Graph, Importance, Plan, PlanRound, Quantity, Report
+from edgeprune.core.records import Bracket, Graph, Importance, Plan, PlanRound, Quantity, Report, Sparsity
 from edgeprune.core.runfile import read_run_file
 from edgeprune.core.store import read_record
 from edgeprune.pipeline import run_pipeline
@@ -227,3 +231,39 @@ def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) ->
         assert len(np.intersect1d(kept, zero[name])) == max(0, len(kept) - spare)
     assert "units at zero" in (folder / "run.log").read_text()
     assert report.compact.parameters < report.dense.parameters and report.accuracy.after_recovery is None
+
+
+@pytest.mark.slow
+@pytest.mark.device
+def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    text = RUN_FILE.replace("[prune]", '[prune]\npattern = "n_m:n=2,m=4"\nstep = 4').replace("trials = 3", "trials = 0")
+    text = text.replace('contenders = ["curves", "magnitude"]', "contenders = []")
+    (tmp_path / "edgeprune.toml").write_text(text)
+    run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
+    report = run_pipeline(run, tmp_path)
+    sparsity = read_record(Sparsity, folder / "sparsity.json")
+    assert report.sparsity == sparsity and len(sparsity.layers) >= 2 and sparsity.share > 0.3
+    assert report.compact.parameters < report.dense.parameters
+    for weights in (load_file(folder / "recovered.safetensors"), weights_of(folder / "model.onnx", sparsity)):
+        for name in sparsity.layers:
+            live = (weights[name] != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1)
+            assert int(live.max()) == 2, name
+    assert report.dense.compressed_bytes is not None and report.compact.compressed_bytes is not None
+    assert report.compact.compressed_bytes < report.compact.artifact_bytes
+    assert "weights at zero, n_m:n=2,m=4" in (folder / "report.html").read_text()
+    assert run_pipeline(run, tmp_path) == report
+    assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+def weights_of(path: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:
+    """The file's weights by the shapes of the layers that have the pattern."""
+    stored = [numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    trained = load_file(path.parent / "recovered.safetensors")
+    found = {}
+    for name in sparsity.layers:
+        zero = (trained[name] == 0).numpy()
+        fitting = [each for each in stored if each.shape == zero.shape and not each[zero].any()]
+        assert fitting, f"{name} is not in the file with its zeros"
+        found[name] = torch.from_numpy(fitting[0].copy())
+    return found

@@ -68,6 +68,11 @@ def test_versions() -> None:
             {"precision": "best", "dla": "0"},
             ["--fp16", "--profilingVerbosity=detailed", "--skipInference", "--useDLACore=0", "--allowGPUFallback"],
         ),
+        (
+            (8, 5),
+            {"precision": "fp16", "sparsity": "enable"},
+            ["--fp16", "--sparsity=enable", "--profilingVerbosity=detailed", "--buildOnly"],
+        ),
     ],
 )
 def test_options_of_trtexec(version: tuple[int, int], options: dict[str, str], expected: list[str]) -> None:
@@ -84,7 +89,8 @@ def test_int8_needs_ranges_and_ranges_need_int8() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "fp8"}, {"workspace": "1G"}, {"workspace": "0"}, {"dla": "2"}, {"dla": "0"}]
+    "options",
+    [{"precision": "fp8"}, {"workspace": "1G"}, {"workspace": "0"}, {"dla": "2"}, {"dla": "0"}, {"sparsity": "force"}],
 )
 def test_options_that_cannot_be_right(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)) if options != {"dla": "0"} else "fp32"):

@@ -11,10 +11,13 @@ from ai_edge_litert import schema_py_generated as schema
 TYPES = {"float32": schema.TensorType.FLOAT32, "int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
 
 
-def write_classifier(path: Path, dtype: str = "float32", seed: int = 0, side: int = 4) -> None:
-    """Image (1, side, side, 3), 3x3 convolution to 6 channels with ReLU, mean over space, 5 scores; layout NHWC.
+def write_classifier(
+    path: Path, dtype: str = "float32", seed: int = 0, side: int = 4, kernel: int = 3, channels: int = 6,
+    zeros: float = 0.0,
+) -> None:  # fmt: skip
+    """Image (1, side, side, 3), convolution to 6 channels with ReLU, mean over space, 5 scores; layout NHWC.
 
-    dtype: float32, or int8 with scales that were not fitted to anything.
+    dtype: float32, or int8 with scales that were not fitted to anything. zeros: share of the weights.
     """
     rng = np.random.default_rng(seed)
     graph = schema.SubGraphT()
@@ -41,6 +44,7 @@ def write_classifier(path: Path, dtype: str = "float32", seed: int = 0, side: in
 
     def weights(name: str, shape: tuple[int, ...]) -> int:
         values = rng.standard_normal(shape)
+        values[rng.random(shape) < zeros] = 0
         if quantised:
             return tensor(name, shape, 0.02, np.clip(np.rint(values / 0.02), -127, 127).astype(np.int8))
         return tensor(name, shape, 0.02, values.astype(np.float32))
@@ -62,21 +66,21 @@ def write_classifier(path: Path, dtype: str = "float32", seed: int = 0, side: in
         graph.operators.append(made)
 
     image = tensor("image", (1, side, side, 3), 0.04)
-    convolved = tensor("convolved", (1, side, side, 6), 0.1)
+    convolved = tensor("convolved", (1, side, side, channels), 0.1)
     convolution = schema.Conv2DOptionsT()
     convolution.strideH = convolution.strideW = 1
     convolution.fusedActivationFunction = schema.ActivationFunctionType.RELU
-    inputs = [image, weights("conv.weight", (6, 3, 3, 3)), bias("conv.bias", 6, 0.04 * 0.02)]
+    inputs = [image, weights("conv.weight", (channels, kernel, kernel, 3)), bias("conv.bias", channels, 0.04 * 0.02)]
     options = schema.BuiltinOptions
     operator(schema.BuiltinOperator.CONV_2D, 3, inputs, convolved, options.Conv2DOptions, convolution)
-    pooled = tensor("pooled", (1, 6), 0.1)
+    pooled = tensor("pooled", (1, channels), 0.1)
     axes = tensor("axes", (2,), 1.0, np.array([1, 2], np.int32), "int32")
     graph.tensors[axes].quantization = None
     operator(
         schema.BuiltinOperator.MEAN, 2, [convolved, axes], pooled, options.ReducerOptions, schema.ReducerOptionsT()
     )
     scores = tensor("scores", (1, 5), 0.2)
-    inputs = [pooled, weights("fc.weight", (5, 6)), bias("fc.bias", 5, 0.1 * 0.02)]
+    inputs = [pooled, weights("fc.weight", (5, channels)), bias("fc.bias", 5, 0.1 * 0.02)]
     linear = schema.FullyConnectedOptionsT()
     operator(schema.BuiltinOperator.FULLY_CONNECTED, 4, inputs, scores, options.FullyConnectedOptions, linear)
     graph.inputs, graph.outputs = [image], [scores]

@@ -230,10 +230,43 @@ def recover(
             checkpoint=out / "recover.checkpoint", progress=progress, regularizer=regularizer, graph=graph,
         )  # fmt: skip
     edgeprune.save_compact(module, inputs, out, name="recovered")
-    accuracies = [UNMEASURED if a is None else f"{a:.2%}" for a in (result.accuracy_before, result.accuracy_after)]
     if regularizer is not None:
         print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
-    print(f"accuracy {' -> '.join(accuracies)}: {out}/recovered.pt2{result.note and '; ' + result.note}")
+    accuracies = _arrow(result.accuracy_before, result.accuracy_after)
+    print(f"accuracy {accuracies}: {out}/recovered.pt2{result.note and '; ' + result.note}")
+
+
+def sparsify(
+    model: Model, out: Out,
+    pattern: Annotated[str, typer.Option(help="a name, or name:option=value,... such as n_m:n=2,m=4")],
+    weights: Weights = None, shapes: Shapes = None,
+    data: Annotated[str | None, typer.Option(help="train with the pattern: path.py:function, or .npz")] = None,
+    epochs: Annotated[int, typer.Option(help="of that training")] = 5, lr: float = 0.02, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Zero weights in a pattern, every shape stays. Writes sparse.pt2 and sparsity.json in the folder --out."""
+    from copy import deepcopy
+
+    module, inputs, graph = load_graph(model, weights, shapes, False)
+    permuted, note = edgeprune.order_channels(module, inputs, graph, pattern), ""
+    dense = deepcopy(module)
+    if data is not None:
+        with bars() as progress:
+            result = edgeprune.recover_accuracy(
+                module, edgeprune.load_data(data, Path.cwd()), teacher=dense, epochs=epochs, lr=lr,
+                checkpoint=out / "sparsify.checkpoint", pattern=pattern, progress=progress,
+            )  # fmt: skip
+        note = f"\naccuracy {_arrow(result.accuracy_before, result.accuracy_after)}{result.note and '; ' + result.note}"
+    record = replace(edgeprune.sparsify_model(module, pattern, before=dense), permuted=permuted)
+    edgeprune.save_compact(module, inputs, out, name="sparse")
+    edgeprune.write_record(out / "sparsity.json", record)
+    (out / "sparsify.checkpoint").unlink(missing_ok=True)
+    show(record, as_json, "describe_sparsity")
+    if not as_json:
+        print(f"{out}/sparse.pt2{note}")
+
+
+def _arrow(*accuracies: float | None) -> str:
+    return " -> ".join(UNMEASURED if each is None else f"{each:.2%}" for each in accuracies)
 
 
 def export(
@@ -242,6 +275,7 @@ def export(
     dtype: Dtype = "float32",
     activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
+    sparse: Annotated[bool, typer.Option("--sparse", help="1x1 convolutions without their zeros (tflite)")] = False,
     cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -258,7 +292,9 @@ def export(
         batches = edgeprune.load_data(data, Path.cwd()).require("calibration")
         calibration = as_arrays(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False))
     module, inputs = load(model, weights, shapes)
-    artifact = edgeprune.export_model(module, inputs, out, format=name, precision=precision, calibration=calibration)
+    artifact = edgeprune.export_model(
+        module, inputs, out, format=name, precision=precision, calibration=calibration, sparse=sparse
+    )
     found = None
     if cross_check:
         found = member.cross_check(out, calibration[0] if calibration else [x.numpy(force=True) for x in inputs])
@@ -389,4 +425,4 @@ def report(
     print(edgeprune.report_run(directory, out or directory / "report.html"))
 
 
-COMMANDS = (trace, profile, score, plan, compact, recover, export, validate, inspect, report)
+COMMANDS = (trace, profile, score, plan, compact, sparsify, recover, export, validate, inspect, report)

@@ -24,6 +24,7 @@ from edgeprune.core.records import (
     Profile,
     Quantity,
     Report,
+    Sparsity,
     Target,
     TensorInfo,
 )
@@ -210,9 +211,27 @@ def describe_targets(targets: Sequence[Target]) -> str:
     return table(("target", "board", "transport", ""), rows)
 
 
+def describe_sparsity(sparsity: Sparsity) -> str:
+    """What is zero, layer by layer, and what stays dense and why."""
+    rows = [
+        (name.removesuffix(".weight"), f"{each.weights:,}", f"{each.zeros / each.weights:.1%}",
+         UNKNOWN if each.kept_share is None else f"{each.kept_share:.1%}", "")
+        for name, each in sparsity.layers.items()
+    ]  # fmt: skip
+    rows += [(name.removesuffix(".weight"), "", "", "", f"dense: {why}") for name, why in sparsity.skipped.items()]
+    parts = [table(("layer", "weights", "zero", "magnitude kept", ""), rows, left=(0, 4))]
+    if sparsity.permuted:
+        parts.append(f"channels in another order: {', '.join(sparsity.permuted)}")
+    parts.append(
+        f"{sparsity.pattern}: {sparsity.zeros:,} of {sparsity.weights:,} weights are zero ({sparsity.share:.1%})"
+    )
+    return "\n\n".join(parts)
+
+
 def describe_artifact(artifact: Artifact) -> str:
     """An exported file in one line."""
-    return f"{artifact.format}, {artifact.bytes:,} bytes, sha256 {artifact.sha256[:12]}: {artifact.path}"
+    packed = "" if artifact.compressed_bytes is None else f" ({artifact.compressed_bytes:,} compressed)"
+    return f"{artifact.format}, {artifact.bytes:,} bytes{packed}, sha256 {artifact.sha256[:12]}: {artifact.path}"
 
 
 def describe_cross_check(found: CrossCheck, most: int = 5) -> str:
@@ -282,6 +301,7 @@ def summary(directory: Path, report: Report) -> str:
         ("parameters", *(counts("parameters", cost) for cost in (dense, predicted, compact))),
         ("MACs", *(counts("macs", cost) for cost in (dense, predicted, compact))),
         ("artifact size", *amounts("artifact_bytes")),
+        ("  compressed", *amounts("compressed_bytes")),
         ("peak memory", *amounts("peak_memory_bytes")),
     ]
     checks = [
@@ -388,6 +408,7 @@ def describe_inspection(found: Inspection, most: int = 200) -> str:
         *(f"metadata: {key} = {value}" for key, value in found.metadata.items()),
         f"{found.format}, {len(found.operations)} operations, "
         f"{UNKNOWN if found.macs is None else f'{found.macs:,}'} MACs, {format_bytes(found.bytes)}, "
+        f"{UNKNOWN if found.compressed_bytes is None else format_bytes(found.compressed_bytes)} compressed, "
         f"sha256 {found.sha256}",
     ]
     return "\n\n".join([*parts, "\n".join(lines), _measured_lines(found.measured)])
@@ -404,7 +425,7 @@ def _measured_lines(measured: Mapping[str, Any]) -> str:
     if not measured:
         return UNKNOWN
     rows = []
-    for name in ("latency_s", "peak_memory_bytes", "artifact_bytes", "energy_j"):
+    for name in ("latency_s", "peak_memory_bytes", "artifact_bytes", "compressed_bytes", "energy_j"):
         cells = []
         for which in ("dense", "compact"):
             value = measured.get(which, {}).get(name)

@@ -64,6 +64,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
 
     regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
+    pattern: of zeros in the weights that are left; recovery keeps to it.
     """
 
     transform: str | None = None
@@ -84,6 +85,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     regularizer_epochs: int = 5
     steps: int = 1
     step_epochs: int = 1
+    pattern: str | None = None
 
     @property
     def rules(self) -> WidthRules:
@@ -116,12 +118,14 @@ class ExportSection(_Section, frozen=True, kw_only=True):
     """What kind of file runs on the board; by default what the target's runtime runs, in float32.
 
     tolerance: accuracy that 8 bits may cost before the model is trained for them, `epochs` long.
+    sparse: store 1x1 convolutions without their zeros, in a format that can.
     """
 
     format: str | None = None
     dtype: Literal["float32", "float16", "dynamic", "int8", "auto"] = "float32"
     tolerance: float = 0.01
     epochs: int = 2
+    sparse: bool = False
 
 
 class BundleSection(_Section, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,15 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's content, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compressed_bytes(path: Path) -> int:
+    """Size of a file as an app store or a firmware image packs it: deflate at level 9, read in pieces."""
+    packer, size = zlib.compressobj(9), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            size += len(packer.compress(piece))
+    return size + len(packer.flush())
 
 
 @contextmanager

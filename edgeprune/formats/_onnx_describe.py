@@ -11,7 +11,7 @@ import onnx
 
 from edgeprune.core.errors import RecordError
 from edgeprune.core.records import Inspection, Operation, TensorInfo
-from edgeprune.core.store import sha256_file
+from edgeprune.core.store import compressed_bytes, sha256_file
 
 Shape = tuple[int, ...]
 FIRST_WEIGHT = {"QLinearConv": 3, "QLinearMatMul": 3}
@@ -52,6 +52,7 @@ def describe(path: Path) -> Inspection:
         format="onnx",
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
+        compressed_bytes=compressed_bytes(path),
         inputs=tuple(_tensor_info(value) for value in graph.input if value.name not in constants),
         outputs=tuple(_tensor_info(value) for value in graph.output),
         operations=tuple(

@@ -10,7 +10,7 @@ from typing import Any
 from edgeprune.core.errors import RecordError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import Inspection, Operation, TensorInfo
-from edgeprune.core.store import sha256_file
+from edgeprune.core.store import compressed_bytes, sha256_file
 
 try:
     from ai_edge_litert import schema_py_generated as schema
@@ -54,6 +54,7 @@ def describe(path: Path) -> Inspection:
             format="tflite",
             sha256=sha256_file(path),
             bytes=len(data),
+            compressed_bytes=compressed_bytes(path),
             inputs=tuple(_tensor_info(graph.tensors[place]) for place in graph.inputs),
             outputs=tuple(_tensor_info(graph.tensors[place]) for place in graph.outputs),
             operations=tuple(_operation(model, graph, operator, constants) for operator in graph.operators or ()),

@@ -98,7 +98,7 @@ def check(model: Any) -> None:
             if not 0 <= tensor.buffer < len(model.buffers):
                 raise ValueError("a tensor has no buffer")
             content = model.buffers[tensor.buffer].data
-            if content is not None and len(content) and tensor.type in DTYPES:
+            if content is not None and len(content) and tensor.type in DTYPES and tensor.sparsity is None:
                 size = int(np.prod(shape_of(tensor), dtype=np.int64)) * np.dtype(DTYPES[tensor.type]).itemsize
                 if size != len(content):
                     raise ValueError(f"tensor {name_of(tensor)} has {len(content)} bytes of {size}")
@@ -157,7 +157,9 @@ def name_of(tensor: Any) -> str:
 
 
 def constant(model: Any, tensor: Any) -> Array | None:
-    """A tensor's values, or None where they are computed."""
+    """A tensor's values, or None where they are computed or stored without their zeros."""
+    if tensor.sparsity is not None:
+        return None
     data = model.buffers[tensor.buffer].data
     if data is None or not len(data):
         return None

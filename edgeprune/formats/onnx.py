@@ -19,7 +19,7 @@ from onnx import ModelProto
 
 from edgeprune.core.errors import ModelError, RecordError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
-from edgeprune.core.store import sha256_file, write_atomic
+from edgeprune.core.store import compressed_bytes, sha256_file, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
 from edgeprune.formats._onnx_import import import_model as import_model
 from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES
@@ -102,6 +102,7 @@ def inspect(path: Path) -> Artifact:
         dtype=precision_of(model),
         sha256=sha256_file(path),
         bytes=path.stat().st_size + sum(file.stat().st_size for file in data_files if file is not None),
+        compressed_bytes=sum(compressed_bytes(file) for file in (path, *data_files) if file is not None),
         inputs=inputs,
         outputs=tuple(_tensor_info(value) for value in model.graph.output),
         tools=tools | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(_opset(model))},

@@ -13,13 +13,14 @@ import numpy as np
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.records import Artifact, CrossCheck, Graph, Precision, TensorInfo
-from edgeprune.core.store import sha256_bytes, write_atomic
+from edgeprune.core.store import compressed_bytes, sha256_bytes, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, decode, encode, run_in_batches
 from edgeprune.formats._tflite_convert import convert
 from edgeprune.formats._tflite_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._tflite_model import DTYPES, name_of, operator_names, precision_of, read, shape_of, unpack
 from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer, TfliteResizer
+from edgeprune.formats._tflite_sparse import encode_sparse as encode_sparse
 from edgeprune.formats._units import Unresizable
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
         dtype=precision_of(model),
         sha256=sha256_bytes(data),
         bytes=len(data),
+        compressed_bytes=compressed_bytes(path),
         inputs=tuple(_tensor_info(graph.tensors[index]) for index in graph.inputs),
         outputs=tuple(_tensor_info(graph.tensors[index]) for index in graph.outputs),
         graph_sha256=graph_sha256,

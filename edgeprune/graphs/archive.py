@@ -29,7 +29,8 @@ OPERATORS = re.compile(
     r"|torch\.sym_\w+|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)"
     r"|math\.\w+"
 )
-SYMBOL = re.compile(r"Symbol\('[a-z]+[0-9]+'(, (positive|nonnegative|integer)=True)*\)")
+SYMBOL = re.compile(r"Symbol\('[su]\d+'(, (positive|nonnegative|integer)=True)*\)")
+"""A free size as torch 2.13 writes it."""
 SIZE_EXPRESSION = re.compile(r"(?!.*__)[A-Za-z0-9_+\-*/%(), <>=]*")
 
 
@@ -90,7 +91,7 @@ def _refused_values(value: Any) -> Iterator[str]:
         for key, item in value.items():
             if key == "target" and isinstance(item, str) and "inputs" in value and not OPERATORS.fullmatch(item):
                 yield f"its graph calls '{item}'"
-            elif key == "expr_str" and not SIZE_EXPRESSION.fullmatch(SYMBOL.sub("s0", str(item))):
+            elif key == "expr_str" and not SIZE_EXPRESSION.fullmatch(SYMBOL.sub("s", str(item))):
                 yield f"its graph holds the size '{item}'"
             else:
                 yield from _refused_values(item)

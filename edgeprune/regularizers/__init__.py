@@ -38,6 +38,9 @@ class Regularizer:
     def after_step(self, rate: float) -> None:
         """When the optimiser has moved the parameters, at this learning rate."""
 
+    def finish(self) -> None:
+        """At the end, also of an earlier state that was put back."""
+
     def zeroed(self) -> dict[str, int]:
         """Units that are zero now, per group that has any."""
         counts = {group.name: int((group.norms() == 0).sum()) for group in self.groups}

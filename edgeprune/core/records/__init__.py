@@ -64,6 +64,8 @@ from edgeprune.core.records.plan import LossCurve as LossCurve
 from edgeprune.core.records.plan import Plan as Plan
 from edgeprune.core.records.plan import PlanRound as PlanRound
 from edgeprune.core.records.plan import SolverResult as SolverResult
+from edgeprune.core.records.recovery import RecoverResult as RecoverResult
+from edgeprune.core.records.recovery import RecoverSettings as RecoverSettings
 from edgeprune.core.records.report import Accuracy as Accuracy
 from edgeprune.core.records.report import Artifact as Artifact
 from edgeprune.core.records.report import Bundle as Bundle
@@ -71,3 +73,5 @@ from edgeprune.core.records.report import Check as Check
 from edgeprune.core.records.report import NumericError as NumericError
 from edgeprune.core.records.report import Report as Report
 from edgeprune.core.records.report import TensorInfo as TensorInfo
+from edgeprune.core.records.sparsity import LayerSparsity as LayerSparsity
+from edgeprune.core.records.sparsity import Sparsity as Sparsity

@@ -159,7 +159,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What running a model takes; each None when not known."""
+    """What running a model takes; each None when not known. compressed_bytes: of its file, deflated."""
 
     latency_s: Quantity | None = None
     peak_memory_bytes: int | None = None
@@ -167,6 +167,7 @@ class Cost:
     parameters: int | None = None
     macs: int | None = None
     energy_j: Quantity | None = None
+    compressed_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,6 +156,7 @@ class Inspection:
 
     weights: data type -> (numbers, bytes) of all constants. metadata: what the file says of itself.
     measured: target, conditions and costs from the bundle's manifest or the report beside the file; {} without.
+    compressed_bytes: as in `Artifact`.
     """
 
     path: str
@@ -168,6 +169,7 @@ class Inspection:
     weights: dict[str, tuple[int, int]]
     metadata: dict[str, str] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    compressed_bytes: int | None = None
 
     @property
     def macs(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeprune.core.records.board import Conditions, Samples
 from edgeprune.core.records.costs import Budget, Cost
+from edgeprune.core.records.sparsity import Sparsity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,8 @@ class Artifact:
     """An exported model file.
 
     dtype: as `Precision.dtype`, of the weights and what is computed with them. metadata_bytes: how many of its bytes
-    say what it is and name the classes, and do not depend on the widths.
+    say what it is and name the classes, and do not depend on the widths. compressed_bytes: of the file as an app store
+    or a firmware image packs it (deflate at level 9).
     """
 
     path: str
@@ -39,6 +41,7 @@ class Artifact:
     sha256: str
     bytes: int
     metadata_bytes: int = 0
+    compressed_bytes: int | None = None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     graph_sha256: str | None = None
@@ -87,6 +90,7 @@ class Report:
     """The evidence. Its JSON keys are stable.
 
     samples: raw latencies on the board, one `Samples` per round, under "dense" and "compact".
+    sparsity: of the pruned model's weights, where it has a pattern.
     """
 
     artifact_sha256: str
@@ -101,6 +105,7 @@ class Report:
     conditions: Conditions
     provenance: dict[str, str] = field(default_factory=dict)
     samples: dict[str, tuple[Samples, ...]] = field(default_factory=dict)
+    sparsity: Sparsity | None = None
 
     @property
     def passed(self) -> bool:

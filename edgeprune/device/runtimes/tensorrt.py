@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "onnx"
-OPTIONS = ("precision", "workspace", "dla", "trtexec")
+OPTIONS = ("precision", "workspace", "dla", "sparsity", "trtexec")
 MODULES = ("tensorrt", "numpy")
 BY_HAND = {
     "tensorrt": "it comes with JetPack and not from pip: on the board, sudo apt-get install -y "
@@ -68,7 +68,8 @@ class Model:
 
     precision: fp32 (with TF32 where the GPU has it), fp16, int8 or best, what the engine may compute in; int8 takes
         a file with QuantizeLinear. workspace: MiB that building may take. dla: core of the deep learning
-        accelerator, the GPU does what it cannot. trtexec: its path.
+        accelerator, the GPU does what it cannot. sparsity: "enable" lets it try kernels for weights of 2:4
+        where the file has such. trtexec: its path.
     raises: RuntimeError; ValueError for an option that cannot be right.
     """
 
@@ -81,12 +82,13 @@ class Model:
         precision: str = "fp32",
         workspace: str = "",
         dla: str = "",
+        sparsity: str = "",
         trtexec: str = "",
     ) -> None:
         import numpy as np
         import tensorrt  # type: ignore[import-not-found,unused-ignore]
 
-        settings = {"precision": precision, "workspace": workspace, "dla": dla}
+        settings = {"precision": precision, "workspace": workspace, "dla": dla, "sparsity": sparsity}
         self._trtexec = find_trtexec(trtexec)
         self._engine_path = build_engine(Path(path).absolute(), self._trtexec, tensorrt.__version__, **settings)
         self._errors: list[str] = []
@@ -192,7 +194,13 @@ def parse_banner(log: str) -> tuple[int, int] | None:
 
 
 def build_flags(
-    version: tuple[int, int], *, quantised: bool, precision: str = "fp32", workspace: str = "", dla: str = ""
+    version: tuple[int, int],
+    *,
+    quantised: bool,
+    precision: str = "fp32",
+    workspace: str = "",
+    dla: str = "",
+    sparsity: str = "",
 ) -> list[str]:
     """trtexec's options for these settings.
 
@@ -212,7 +220,10 @@ def build_flags(
         raise ValueError(f"dla={dla}: 0 or 1, the core's number")
     if dla and precision == "fp32":
         raise ValueError("the deep learning accelerator has no fp32: give precision=fp16 or int8")
+    if sparsity not in ("", "enable"):
+        raise ValueError(f"sparsity={sparsity}: enable, or leave it out (force would overwrite the weights)")
     flags = [flag for flag in PRECISIONS[precision] if quantised or flag != "--int8"]
+    flags += [f"--sparsity={sparsity}"] if sparsity else []
     if version >= (8, 4):
         flags += [f"--memPoolSize=workspace:{workspace}"] if workspace else []
         flags += ["--profilingVerbosity=detailed"]
@@ -321,7 +332,7 @@ def engine_key(path: Path, content: bytes, version: str, flags: Sequence[str]) -
 def build_engine(path: Path, trtexec: str, version: str, **settings: str) -> Path:
     """The engine of a model, built now where there is none of it yet.
 
-    settings: precision, workspace, dla. raises: RuntimeError, saying why; ValueError for a setting.
+    settings: precision, workspace, dla, sparsity. raises: RuntimeError, saying why; ValueError for a setting.
     """
     content = path.read_bytes()
     flags = build_flags(parse_version(version), quantised=b"DequantizeLinear" in content, **settings)
