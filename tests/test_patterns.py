@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from digits import digits
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from edgeprune.core.store import read_record, write_record
 from edgeprune.export import export_model
 from edgeprune.formats import _tflite_model as tflite_model
 from edgeprune.inspect import inspect_file
-from edgeprune.load import ArrayBatches
 from edgeprune.patterns import load_pattern, load_sparsifier, select_layers
 from edgeprune.patterns._layers import Layer
 from edgeprune.patterns._permutation import find_order, kept
@@ -62,24 +62,6 @@ class Net(nn.Module):
         y = torch.relu(self.depth_norm(self.depth(torch.relu(self.inner_norm(self.inner(x))))))
         x = torch.relu(x + self.outer_norm(self.outer(y))).flatten(1)
         return self.head(torch.relu(self.hidden(x)))
-
-
-class Digits:
-    """Real handwritten digits (scikit-learn)."""
-
-    calibration = None
-
-    def __init__(self) -> None:
-        sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-        bunch = sklearn.load_digits()
-        x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
-        self.train = ArrayBatches(x[:800], y[:800], batch=50, shuffle=True)
-        self.test = ArrayBatches(x[800:1100], y[800:1100])
-
-
-@cache
-def digits() -> Digits:
-    return Digits()
 
 
 @cache

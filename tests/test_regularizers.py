@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits import Digits, digits
 from torch import Tensor, nn
 
 from edgeprune.compact import compact_model
@@ -53,24 +54,6 @@ class Net(nn.Module):
         x = torch.relu(self.stem_norm(self.stem(x)))
         y = torch.relu(self.depth_norm(self.depth(torch.relu(self.inner_norm(self.inner(x))))))
         return self.head(torch.relu(x + self.outer_norm(self.outer(y))).flatten(1))
-
-
-class Digits:
-    """Real handwritten digits (scikit-learn)."""
-
-    calibration = None
-
-    def __init__(self) -> None:
-        sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-        bunch = sklearn.load_digits()
-        x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
-        self.train = ArrayBatches(x[:800], y[:800], batch=50, shuffle=True)
-        self.test = ArrayBatches(x[800:1100], y[800:1100])
-
-
-@cache
-def digits() -> Digits:
-    return Digits()
 
 
 @cache

@@ -1,0 +1,29 @@
+"""Real handwritten digits (scikit-learn), for tests that train."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from edgeprune.load import ArrayBatches
+
+
+class Digits:
+    """800 to train on, 300 to test on, (n, 1, 8, 8) in [0, 1]."""
+
+    calibration = None
+
+    def __init__(self) -> None:
+        sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
+        bunch = sklearn.load_digits()
+        x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
+        self.train = ArrayBatches(x[:800], y[:800], batch=50, shuffle=True)
+        self.test = ArrayBatches(x[800:1100], y[800:1100])
+
+
+@cache
+def digits() -> Digits:
+    """The same ones for all tests of a process."""
+    return Digits()
