@@ -167,6 +167,21 @@ def test_channels_merged_with_the_batch_are_followed() -> None:
         assert relative_error(ours, mask_model(module, graph, keep)(images)) < LIMIT
 
 
+def test_an_empty_slice_of_a_tensor_is_no_obstacle() -> None:
+    """Window attention without a shift takes one; its size is 0, which every number divides."""
+
+    class Rolled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x[..., 8:], x[..., :8]], dim=-1)
+
+    module, images = randomise(Chain(4, Rolled(), 4)), torch.randn(2, 3, 8, 8)
+    graph = trace_graph(module, (images,))
+    keep = {"stem": np.array([1, 2])}
+    with torch.no_grad():
+        ours = slice_model(module, (images,), graph, keep).eval()(images)
+        assert relative_error(ours, mask_model(module, graph, keep)(images)) < LIMIT
+
+
 def test_union_find() -> None:
     units = Units()
     ids = units.fresh(8)

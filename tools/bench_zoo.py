@@ -65,6 +65,15 @@ TORCHVISION = {
     96: "alexnet inception_v3",
     224: "vit_b_32 maxvit_t",
 }
+VIDEO = {(4, 32): "r3d_18 mc3_18 r2plus1d_18", (8, 64): "swin3d_t", (16, 224): "s3d"}
+"""(frames, size) -> models."""
+FLOW = {128: "raft_small raft_large"}
+DETECTION = {
+    128: "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn fcos_resnet50_fpn",
+    300: "ssd300_vgg16",
+    320: "ssdlite320_mobilenet_v3_large",
+}
+"""Detectors, whose boxes depend on values: their backbones, as `--scope backbone` takes them."""
 TIMM = {
     64: """
         resnet18d ecaresnet26t resnetv2_18 resnest14d res2net50_14w_8s res2next50 skresnet18 legacy_seresnet18
@@ -102,6 +111,15 @@ def zoo() -> dict[str, Entry]:
     for size, names in TORCHVISION.items():
         for name in names.split():
             entries[f"torchvision/{name}"] = (lambda name=name: build_torchvision(name)), (1, 3, size, size)
+    for (frames, size), names in VIDEO.items():
+        for name in names.split():
+            entries[f"torchvision/{name}"] = (lambda name=name: build_torchvision(name)), (1, 3, frames, size, size)
+    for size, names in FLOW.items():
+        for name in names.split():
+            entries[f"torchvision/{name}"] = (lambda name=name: Pair(build_torchvision(name))), (1, 6, size, size)
+    for size, names in DETECTION.items():
+        for name in names.split():
+            entries[f"torchvision/{name}.backbone"] = (lambda name=name: build_backbone(name)), (1, 3, size, size)
     for size, names in TIMM.items():
         for name in names.split():
             own = OWN_SIZE.get(name, size)
@@ -119,6 +137,24 @@ def build_torchvision(name: str) -> nn.Module:
     model = torchvision_models().get_model(name, **options)
     assert isinstance(model, nn.Module)
     return model
+
+
+class Pair(nn.Module):
+    """A model of two images that takes them as one of six channels."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Any:
+        return self.net(images[:, :3], images[:, 3:])
+
+
+def build_backbone(name: str) -> nn.Module:
+    """The feature pyramid of a torchvision detector, without weights."""
+    backbone = torchvision_models().get_model(name, weights=None, weights_backbone=None).backbone
+    assert isinstance(backbone, nn.Module)
+    return backbone
 
 
 def outputs(module: nn.Module, images: Tensor) -> list[Tensor]:

@@ -63,6 +63,7 @@ def _stand_in(captured: fx.GraphModule) -> int:
     """A number for the free batch size: a prime that divides no size keeps views of batch and channels apart."""
     tensors = [leaf for node in captured.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
     sizes = {size for t in tensors if isinstance(t, torch.Tensor) for size in t.shape if isinstance(size, int)}
+    sizes.discard(0)  # of an empty slice: every prime divides it
     primes = (n for n in itertools.count(11) if all(n % divisor for divisor in range(2, n)))
     return next(prime for prime in primes if all(size % prime for size in sizes))
 
