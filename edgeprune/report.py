@@ -117,6 +117,7 @@ def write_advice(path: Path, advice: Advice, most: int = 25) -> None:
         advice=advice,
         latency=interval(advice.latency_s),
         outside=format_seconds(advice.outside_s),
+        seconds=format_seconds,
         threads=[(count, interval(time)) for count, time in advice.threads],
         plots=[("kernels", bars, bar_layout), *([("stairs", stairs, stair_layout)] if stairs else [])],
         plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
