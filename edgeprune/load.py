@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from edgeprune.core.errors import DataError, InputError, ModelError
+from edgeprune.core.errors import DataError, InputError, ModelError, first_line
 from edgeprune.core.family import load_member
 from edgeprune.core.records import ModelSpec
 from edgeprune.core.tensors import Calibration
@@ -138,7 +138,7 @@ def _try_inputs(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Non
             module(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        raise ModelError(f"{name} does not run on inputs of shape {shapes}: {_first_line(error)}") from error
+        raise ModelError(f"{name} does not run on inputs of shape {shapes}: {first_line(error)}") from error
 
 
 def _read_file(path: Path, shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
@@ -157,7 +157,7 @@ def _read_program(path: Path) -> nn.Module:
         shapes = tuple(tuple(size if isinstance(size, int) else 1 for size in value.shape) for value in values)
         ports = Ports.from_json(notes[PORTS]) if notes[PORTS] else Ports()
     except Exception as error:
-        raise ModelError(f"{path} cannot be read by torch.export.load: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be read by torch.export.load: {first_line(error)}") from error
     set_ports(captured, replace(ports, shapes=shapes))
     return lift(captured)
 
@@ -189,12 +189,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
-        raise ModelError(f"{path} is not a safetensors file: {_first_line(error)}") from error
+        raise ModelError(f"{path} is not a safetensors file: {first_line(error)}") from error
     except Exception as error:
         # torch raises UnpicklingError, RuntimeError, EOFError, zipfile and codec errors here.
         raise ModelError(
             f"{path} was refused: it is damaged or holds more than tensors, and loading it could run code; "
-            f"save the plain state dict as .safetensors ({_first_line(error)})"
+            f"save the plain state dict as .safetensors ({first_line(error)})"
         ) from error
     if isinstance(weights, dict) and set(weights) == {"state_dict"}:
         weights = weights["state_dict"]
@@ -304,7 +304,7 @@ def _read_arrays(path: Path, names: Sequence[str]) -> Data:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise DataError(f"{path} is not an .npz of plain arrays: {_first_line(error)}") from error
+        raise DataError(f"{path} is not an .npz of plain arrays: {first_line(error)}") from error
     if not {"x", "y"} <= arrays.keys():
         return _read_inputs(arrays, names, path)
     x, y = arrays["x"], arrays["y"]
@@ -432,12 +432,7 @@ def _describe(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<frozen")]
     where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
-    return f"{where}{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"{where}{type(error).__name__}: {first_line(error)}"
 
 
 def _some(names: list[str], separator: str = ", ", quote: bool = True, limit: int = 5) -> str:

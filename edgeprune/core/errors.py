@@ -86,3 +86,8 @@ class Unmet(EdgepruneError):
 
 class InfeasibleBudget(Unmet):
     """No widths meet the budgets; the message names the binding one and the best reachable cost."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says anything, else its kind: what others write over many lines, in one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -90,6 +90,7 @@ class Format(Protocol):
         calibration: what int8 takes its ranges from. graph: the module's, to find `precision.float_nodes` in.
         raises: ModelError when it cannot be expressed in the format; DataError for calibration data that are
             missing, constant or not finite; MissingLibrary.
+        returns: what `inspect` says, but for the compressed size, which takes long on large files.
         """
         ...
 

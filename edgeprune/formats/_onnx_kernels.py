@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
-from onnx import ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from edgeprune.core.records import Extent, Graph, Kernel, KernelTime, Node
 from edgeprune.formats._tensorrt_names import find_nodes
@@ -35,6 +35,15 @@ HALF = re.compile(r"(HardSigmoid|Mul)_\d+")
 """The runtime has no HardSwish: where no convolution does it, two kernels do, one after the other, of such names."""
 FX_NODE = "pkg.torch.onnx.fx_node"
 SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph, and those of the branches and bodies inside them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from all_nodes(inner)
 
 
 class OnnxKernelMap:

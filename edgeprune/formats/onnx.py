@@ -17,12 +17,12 @@ import torch
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
-from edgeprune.core.errors import ModelError, RecordError
+from edgeprune.core.errors import ModelError, RecordError, first_line
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import compressed_bytes, sha256_file, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
 from edgeprune.formats._onnx_import import import_model as import_model
-from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES
+from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES, all_nodes
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
 from edgeprune.formats._onnx_quantize import (
     Quantized,
@@ -78,7 +78,7 @@ def export(
         ranges = find_ranges(model, calibration) if precision.dtype == "int8" and calibration else {}
         model = quantize(model, precision, ranges, exclude).model
     write_proto(model, path)
-    return replace(inspect(path), graph_sha256=None if graph is None else graph.model_sha256)
+    return replace(_describe(path)[0], graph_sha256=None if graph is None else graph.model_sha256)
 
 
 def inspect(path: Path) -> Artifact:
@@ -87,26 +87,33 @@ def inspect(path: Path) -> Artifact:
     External data must lie beside the file. raises: RecordError when it is missing, too large,
     truncated, invalid, or points outside its folder.
     """
+    artifact, data_files = _describe(path)
+    return replace(artifact, compressed_bytes=sum(compressed_bytes(file) for file in (path, *data_files)))
+
+
+def _describe(path: Path) -> tuple[Artifact, list[Path]]:
+    """As `inspect`, but for the compressed size, which takes long; and the files of external data."""
     model = _read_proto(path)
-    data_files = {_external_location(tensor, path) for tensor in model.graph.initializer} - {None}
+    found = {_external_location(tensor, path) for tensor in model.graph.initializer}
+    data_files = [file for file in found if file is not None]
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        raise RecordError(f"{path} is not a valid ONNX model: {_first_line(error)}; export it again") from error
+        raise RecordError(f"{path} is not a valid ONNX model: {first_line(error)}; export it again") from error
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_tensor_info(value) for value in model.graph.input if value.name not in weights)
     tools = {"onnx": onnx.__version__, "torch": str(torch.__version__), "onnxruntime": onnxruntime.__version__}
-    return Artifact(
+    artifact = Artifact(
         path=str(path),
         format="onnx",
         dtype=precision_of(model),
         sha256=sha256_file(path),
-        bytes=path.stat().st_size + sum(file.stat().st_size for file in data_files if file is not None),
-        compressed_bytes=sum(compressed_bytes(file) for file in (path, *data_files) if file is not None),
+        bytes=sum(file.stat().st_size for file in (path, *data_files)),
         inputs=inputs,
         outputs=tuple(_tensor_info(value) for value in model.graph.output),
         tools=tools | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(_opset(model))},
     )
+    return artifact, data_files
 
 
 def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
@@ -121,7 +128,7 @@ def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
 
         return run_in_batches(run_batch, inputs, batch if isinstance(batch, int) else 0)
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise ModelError(f"ONNX Runtime cannot run {path.name}: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot run {path.name}: {first_line(error)}") from error
 
 
 def make_resizer(
@@ -161,7 +168,7 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) 
                 module.eval(), inputs, dynamo=True, external_data=False, opset_version=opset, verbose=False
             )
     except EXPORT_ERRORS as error:
-        raise ModelError(f"torch.onnx cannot export the model: {_first_line(error)}; rewrite that operation") from error
+        raise ModelError(f"torch.onnx cannot export the model: {first_line(error)}; rewrite that operation") from error
     finally:
         module.train(training)
     assert program is not None
@@ -176,21 +183,13 @@ def _forget_sources(model: ModelProto) -> None:
     """Drop the exporter's notes but those that lead back to the graph: they hold source lines and paths."""
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         del value.metadata_props[:]
-    for node in _all_nodes(model.graph):
+    for node in all_nodes(model.graph):
         kept = {note.key: note.value for note in node.metadata_props if note.key in (FX_NODE, SCOPES)}
         if FX_NODE in kept:
             kept[FX_NODE] = kept[FX_NODE].partition(" ")[0]
         del node.metadata_props[:]
         for key, text in kept.items():
             node.metadata_props.add(key=key, value=text)
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(inner)
 
 
 def _rename(model: ModelProto, ports: Ports) -> None:
@@ -201,7 +200,7 @@ def _rename(model: ModelProto, ports: Ports) -> None:
     taken = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
     for name in set(new.values()) & taken - set(new):
         new[name] = f"{name}_inner"
-    for node in _all_nodes(graph):
+    for node in all_nodes(graph):
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]
     for value in (*graph.initializer, *graph.value_info, *graph.input, *graph.output):
@@ -252,10 +251,6 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 def _opset(model: ModelProto) -> int:
     version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return version
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,15 +54,20 @@ def export(
     _check_static(data)
     ranges = calibrate(data, precision, given) if precision.dtype == "int8" else None
     write_atomic(path, quantize(data, precision, ranges))
-    return inspect(path, graph_sha256=None if graph is None else graph.model_sha256)
+    return replace(_describe(path), graph_sha256=None if graph is None else graph.model_sha256)
 
 
-def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
+def inspect(path: Path) -> Artifact:
     """Check a file and say what it holds; `tools` counts its operations and the transposes among them.
 
     Tensors of rank 4 have their channels last, as everywhere in TFLite.
     raises: RecordError when it is missing, over 2 GiB, truncated or invalid.
     """
+    return replace(_describe(path), compressed_bytes=compressed_bytes(path))
+
+
+def _describe(path: Path) -> Artifact:
+    """As `inspect`, but for the compressed size, which takes long."""
     model, data = read(path)
     graph, operators = model.subgraphs[0], operator_names(model)
     return Artifact(
@@ -70,10 +76,8 @@ def inspect(path: Path, *, graph_sha256: str | None = None) -> Artifact:
         dtype=precision_of(model),
         sha256=sha256_bytes(data),
         bytes=len(data),
-        compressed_bytes=compressed_bytes(path),
         inputs=tuple(_tensor_info(graph.tensors[index]) for index in graph.inputs),
         outputs=tuple(_tensor_info(graph.tensors[index]) for index in graph.outputs),
-        graph_sha256=graph_sha256,
         tools={
             **{
                 name: found
@@ -93,7 +97,7 @@ def run(path: Path, inputs: Sequence[Array]) -> list[Array]:
         from ai_edge_litert.interpreter import Interpreter
     except ModuleNotFoundError as error:
         raise MissingLibrary(f"running a TFLite file needs {error.name}: pip install 'edgeprune[tflite]'") from error
-    artifact = inspect(path)
+    artifact = _describe(path)
     if len(inputs) != len(artifact.inputs):
         raise ModelError(f"{path.name} takes {len(artifact.inputs)} inputs, not {len(inputs)}")
     try:
@@ -131,7 +135,7 @@ def cross_check(path: Path, inputs: Sequence[Array]) -> CrossCheck:
         open_tensorflow,
     )
 
-    artifact = inspect(path)
+    artifact = _describe(path)
     arrays = [
         encode(np.asarray(array)[: info.shape[0]] if info.shape else np.asarray(array), info)
         for info, array in zip(artifact.inputs, inputs, strict=True)
@@ -150,7 +154,7 @@ def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
         values = rng.standard_normal(info.shape) if info.dtype == "float32" else np.zeros(info.shape)
         return decode(values.astype(info.dtype), info)
 
-    needed, data = inspect(path).inputs, path.read_bytes()
+    needed, data = _describe(path).inputs, path.read_bytes()
     calibration = [tuple(noise(info) for info in needed) for _ in range(RANDOM_BATCHES)]
     ranges = calibrate(data, precision, calibration) if precision.dtype == "int8" else None
     write_atomic(out, quantize(data, precision, ranges))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,16 @@ import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, numpy_helper
 from onnx.inliner import inline_local_functions
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from edgeprune.core.errors import ModelError
+from edgeprune.core.errors import ModelError, first_line
 from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_import.build import Builder, identifier
 from edgeprune.formats._onnx_import.operation import Flow
+from edgeprune.formats._onnx_kernels import all_nodes
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.lift import lift
 from edgeprune.graphs.ports import Ports, set_ports
@@ -72,7 +73,7 @@ def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphMo
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise ModelError(f"ONNX Runtime cannot run {path}: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
     if imported.fixed_because:
         logging.getLogger(__name__).warning(
             "%s takes %d examples at a time and no others: %s", path, wanted[0][0], imported.fixed_because
@@ -167,7 +168,7 @@ def _read(path: Path) -> ModelProto:
         _check_external(model.graph, path)
         onnx.load_external_data_for_model(model, str(path.parent))
     except (DecodeError, ValueError, onnx.checker.ValidationError, OSError) as error:
-        raise ModelError(f"{path} is truncated or not an ONNX file ({_first_line(error)}); export it again") from error
+        raise ModelError(f"{path} is truncated or not an ONNX file ({first_line(error)}); export it again") from error
     if not model.graph.node:
         raise ModelError(f"{path} is truncated or not an ONNX file: it holds no operation; export it again")
     return model
@@ -187,7 +188,7 @@ def _check_external(graph: GraphProto, path: Path) -> None:
 
 def _prepare(model: ModelProto, path: Path) -> ModelProto:
     """The model without functions of its own, in an opset that is understood."""
-    if found := next((node for node in _nodes(model.graph) if QUANTISED.fullmatch(node.op_type)), None):
+    if found := next((node for node in all_nodes(model.graph) if QUANTISED.fullmatch(node.op_type)), None):
         raise ModelError(
             f"{path} is quantised (it holds {found.op_type}); give the float32 model, and quantise what is pruned: "
             "--dtype int8 of `edgeprune export`"
@@ -198,7 +199,7 @@ def _prepare(model: ModelProto, path: Path) -> ModelProto:
             model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
     except Exception as error:  # onnx raises RuntimeError, ConvertError and more of its own
         raise ModelError(
-            f"{path} is of opset {_opset(model)} and cannot be converted to {CONVERTED_OPSET}: {_first_line(error)}; "
+            f"{path} is of opset {_opset(model)} and cannot be converted to {CONVERTED_OPSET}: {first_line(error)}; "
             "export it again at a newer opset"
         ) from error
     return model
@@ -207,14 +208,6 @@ def _prepare(model: ModelProto, path: Path) -> ModelProto:
 def _opset(model: ModelProto) -> int:
     version: int = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     return version
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
 
 
 def _shapes(
@@ -246,7 +239,3 @@ def _shapes(
         else:
             shapes.append((sizes[0] or 1, *sizes[1:]))
     return tuple(shapes)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

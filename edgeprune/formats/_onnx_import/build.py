@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import fx, nn
 
-from edgeprune.core.errors import ModelError
+from edgeprune.core.errors import ModelError, first_line
 from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_import import axes, elementwise, layers, resample, shapes
 from edgeprune.formats._onnx_import.batch import FixedBatch
@@ -93,7 +93,7 @@ class Builder:
         except Unsupported as reason:
             raise ModelError(f"{_kind(node)} of {_label(node)} is not supported: {reason}") from reason
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise ModelError(f"{_kind(node)} of {_label(node)} cannot be computed: {_first_line(error)}") from error
+            raise ModelError(f"{_kind(node)} of {_label(node)} cannot be computed: {first_line(error)}") from error
         made = made if isinstance(made, tuple) else (made,)
         for name, flow in zip(node.output, made, strict=False):
             self.flows[name] = self.flows[self._absorbed.get(name, name)] = flow
@@ -107,7 +107,7 @@ class Builder:
             else:
                 values = ReferenceEvaluator(_alone(node, given, self.opset)).run(None, given)
         except Exception as error:  # whatever the reference implementation raises
-            raise ModelError(f"{_kind(node)} of {_label(node)} cannot be computed: {_first_line(error)}") from error
+            raise ModelError(f"{_kind(node)} of {_label(node)} cannot be computed: {first_line(error)}") from error
         for name, value in zip((name for name in node.output if name), values, strict=False):
             self.constants[name] = np.asarray(value)
             sources = [source for source in given if source in self._original or source in self._origin]
@@ -153,7 +153,7 @@ class Builder:
             try:
                 two = function(*picked(args, lambda flow: flow.two), **kwargs)
             except (RuntimeError, ValueError, TypeError, IndexError, FixedBatch) as error:
-                self.fixed_because = _first_line(error)
+                self.fixed_because = first_line(error)
         return Flow(self.graph.call_function(function, nodes[0], nodes[1]), now, two)
 
     def weight(self, name: str) -> Flow:
@@ -288,7 +288,3 @@ def _kind(node: NodeProto) -> str:
 
 def _label(node: NodeProto) -> str:
     return f"node '{node.name}'" if node.name else f"the node that makes '{node.output[0]}'"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
