@@ -12,6 +12,7 @@ TensorRT's 2:4 sparsity counts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ Layers = Mapping[str, Layer]
 Masks = dict[str, Tensor]
 
 
-class Pattern:
+class Pattern(ABC):
     """Which weights are kept. A member gives `masks`, and overrides what it needs of the rest.
 
     layers: shell patterns of the layers that it is for.
@@ -40,9 +41,9 @@ class Pattern:
         del layer
         return None
 
+    @abstractmethod
     def masks(self, layers: Layers) -> Masks:
         """A bool tensor of each weight's shape: True is kept. Of weights that have the pattern: their own."""
-        raise NotImplementedError
 
     def orders(self, layers: Layers, graph: Graph) -> dict[str, IntArray]:
         """Other orders of the units of groups, (units,) each, that lose less to the pattern and change nothing else."""
