@@ -35,7 +35,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.stats import clean_turns, median, quantity, turn_medians, turn_ratios
 from edgeprune.device.session import Session
-from edgeprune.formats import Format, KernelMap, Resizer
+from edgeprune.formats import Format, KernelMap, Resizer, runnable_precisions
 from edgeprune.tables.design import DENSE, Configuration
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def advise_pruning(
             file = f"{configuration.name}{member.SUFFIX}"
             files[file] = folder / file
             resizer.write_structure(configuration.widths, files[file], WEIGHTS)
-        twins, notes = _make_int8(member, resizer, graph, folder, progress) if int8 else ({}, [])
+        twins, notes = (
+            _make_int8(member, session.target.runtime, resizer, graph, folder, progress) if int8 else ({}, [])
+        )
         files |= {path.name: path for path in twins.values()}
         models = {name: path.name for name, path in twins.items()}
         models |= {configuration.name: f"{configuration.name}{member.SUFFIX}" for configuration in sweep}
@@ -147,13 +149,13 @@ def _sweep(graph: Graph) -> list[Configuration]:
 
 
 def _make_int8(
-    member: Format, resizer: Resizer, graph: Graph, folder: Path, progress: Progress
+    member: Format, runtime: str, resizer: Resizer, graph: Graph, folder: Path, progress: Progress
 ) -> tuple[dict[str, Path], list[str]]:
-    """Twins of the dense model in every int8 that the format has, or why there are none."""
+    """Twins of the dense model in every int8 that the runtime runs, or why there are none."""
     whole = folder / f"whole{member.SUFFIX}"
     resizer.write_model({name: np.arange(count) for name, count in graph.units.items()}, whole)
     twins: dict[str, Path] = {}
-    kinds = [precision for precision in member.PRECISIONS if precision.dtype == "int8"]
+    kinds = runnable_precisions(member, runtime, "int8")
     for number, precision in enumerate(kinds):
         progress("making int8 models", number, len(kinds))
         path = folder / f"{precision.name}{member.SUFFIX}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.core.effort import DEFAULT, Effort
-from edgeprune.core.errors import AgentError, DeviceError, UsageError
+from edgeprune.core.errors import AgentError, DeviceError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -36,7 +36,7 @@ from edgeprune.core.stats import median, quantity, turn_ratios
 from edgeprune.core.tensors import Calibration, random_like
 from edgeprune.device.session import Session
 from edgeprune.export import evaluate_artifact
-from edgeprune.formats import Resizer
+from edgeprune.formats import Resizer, runnable_precisions
 from edgeprune.graphs.fake_quantize import simulate_int8
 from edgeprune.recover import Batches, Data, evaluate_accuracy, recover_accuracy
 
@@ -76,10 +76,7 @@ def try_precisions(
     returns: the fastest first. raises: UsageError where the format has no such dtype; AgentError where none runs.
     """
     member = load_member("formats", session.format)
-    precisions = [precision for precision in member.PRECISIONS if precision.dtype == dtype]
-    if not precisions:
-        known = ", ".join(dict.fromkeys(precision.dtype for precision in member.PRECISIONS))
-        raise UsageError(f"{session.format} files cannot be {dtype}; known: {known}")
+    precisions = runnable_precisions(member, session.target.runtime, dtype)
     with _files(model, inputs, None, precisions, session, progress) as names:
         results = _time_in_turns(session, names, names[FLOAT32], effort)
     trials = [

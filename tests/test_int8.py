@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from safetensors.torch import save
 from torch import nn
 from zoo import torchvision_models
 
-from edgeprune.core.errors import DataError, ModelError
+from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.core.records import KernelTime, Precision
 from edgeprune.core.store import sha256_bytes
 from edgeprune.device.runtimes.onnxruntime import Model
 from edgeprune.formats import onnx as format
+from edgeprune.formats import runnable_precisions
 from edgeprune.formats._onnx_kernels import OnnxKernelMap
 from edgeprune.formats._onnx_quantize import find_ranges, quantize, random_calibration
 from edgeprune.formats._onnx_resize import ExactResizer
@@ -28,6 +30,7 @@ from edgeprune.graphs.slice import slice_model
 from edgeprune.trace import trace_graph
 
 U8, S8 = Precision(dtype="int8", activations="uint8"), Precision(dtype="int8", activations="int8")
+SYMMETRIC = Precision(dtype="int8", activations="symmetric")
 HALF, DYNAMIC = Precision(dtype="float16"), Precision(dtype="dynamic")
 INPUTS = (torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
 CALIBRATION = [(np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32),)]
@@ -173,6 +176,32 @@ def test_nodes_that_stay_in_float32(tmp_path: Path) -> None:
         format.export(net, INPUTS, tmp_path / "x.onnx", precision=unknown, calibration=CALIBRATION)
 
 
+def test_what_tensorrt_takes(tmp_path: Path) -> None:
+    """Zeros at 0, nothing of 32 bits, each reader its own conversions, weights that are floats: its developer guide."""
+    format.export(small(), INPUTS, tmp_path / "net.onnx", precision=SYMMETRIC, calibration=CALIBRATION)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    conversions = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {values[node.input[2]].dtype for node in conversions} == {np.dtype(np.int8)}
+    assert not any(values[node.input[2]].any() for node in conversions)
+    assert all(np.issubdtype(value.dtype, np.floating) for value in values.values() if value.size > 40)
+    readers = Counter(name for node in graph.node for name in node.input)
+    written = [node.output[0] for node in conversions if node.op_type == "DequantizeLinear"]
+    outputs = {output.name for output in graph.output}
+    assert all(readers[name] == 1 for name in written if name not in outputs)
+    assert format.inspect(tmp_path / "net.onnx").dtype == "int8"
+
+
+def test_what_a_runtime_can_run() -> None:
+    def names(runtime: str) -> list[str]:
+        return [each.name for each in runnable_precisions(format, runtime, "int8")]
+
+    assert (names("onnxruntime"), names("tensorrt:precision=best")) == (["int8-uint8", "int8"], ["int8-symmetric"])
+    assert len(runnable_precisions(format, "tensorrt", "float16")) == 1
+    with pytest.raises(UsageError, match=r"\.onnx files cannot be int4; known: float32, float16, dynamic, int8"):
+        runnable_precisions(format, "onnxruntime", "int4")
+
+
 def test_both_halves_of_hard_swish_are_placed(tmp_path: Path) -> None:
     """ONNX Runtime runs two kernels for it that no operation of the file is named as."""
     net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 16, 3), nn.Hardswish()))
@@ -205,7 +234,7 @@ def exports() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("precision", [HALF, DYNAMIC, U8, S8], ids=lambda p: p.name)
+@pytest.mark.parametrize("precision", [HALF, DYNAMIC, U8, S8, SYMMETRIC], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.long
 def test_other_widths_and_kernels(name: str, precision: Precision, exports: None, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edgeprune.core.records import FLOAT32, Precision, PrecisionTrial, Quantity
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
 from edgeprune.formats import onnx as format
-from edgeprune.graphs.fake_quantize import simulate_int8
+from edgeprune.graphs.fake_quantize import ActivationQuantizer, simulate_int8
 from edgeprune.load import ArrayBatches
 from edgeprune.precisions import (
     Judge,
@@ -121,6 +121,17 @@ def test_simulated_operations_can_be_taken_back_one_by_one() -> None:
         pair = (node_of(judge, "stem"), node_of(judge, "depthwise"))
         assert pair in simulated.neighbours and pair[:1] in simulated.neighbours
         assert torch.equal(simulated(images), rounded), "all of it is back"
+
+
+def test_symmetric_rounding_mirrors() -> None:
+    """As with a zero point of 0: what x becomes, -x becomes with the other sign, up to the larger end of the range."""
+    x = torch.linspace(-0.5, 2, 101)
+    for activations, mirrors in (("symmetric", True), ("int8", False)):
+        quantizer = ActivationQuantizer(activations)
+        rounded = quantizer(x)
+        assert (rounded - x).abs().max() <= 2 / 127 / 2 + 1e-6
+        quantizer.eval()
+        assert torch.equal(quantizer(-x), -rounded) == mirrors
 
 
 @pytest.mark.parametrize(

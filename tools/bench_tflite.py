@@ -1,13 +1,13 @@
 """Formats and precisions side by side: size, error, agreement, latency, transposes.
 
     python tools/bench_tflite.py [--quick] [--net NAME ...] [--data DIR] [--board embedded|icount|icount-a76]
-                                 [--legacy PYTHON]
+                                 [--side PIXELS] [--legacy]
 
 ONNX Runtime and LiteRT run the same nets at every precision their formats can be written in. Latency is in turns with
 the same runtime's float32 file, so that what the machine does from second to second falls out; the milliseconds of the
 two float32 files tell the runtimes apart. Agreement is top-1 against PyTorch, on CIFAR test images for ResNet-20 and
-on noise for the others, which have no trained weights here. `--legacy` is a Python with tflite-runtime and numpy < 2,
-which runs the same .tflite files.
+on noise for the others, which have no trained weights here and see smaller images on emulated boards. `--legacy` also
+installs tflite-runtime on the board, in an environment of its own, and runs the same .tflite files with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cifar
 import numpy as np
@@ -28,12 +29,14 @@ import torch
 from bench_profile import open_board, zoo
 from torch import Tensor, nn
 
-from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.errors import EdgepruneError
 from edgeprune.core.family import load_member
 from edgeprune.core.records import Artifact, Step, Target
 from edgeprune.core.stats import median, quantity, turn_ratios
+from edgeprune.device.runtimes import tflite
 from edgeprune.device.session import open_session
+from edgeprune.device.targets import setup_target
 from edgeprune.export import export_model
 
 RUNTIMES = {"onnxruntime": "onnx", "tflite": "tflite"}
@@ -69,8 +72,8 @@ class Row:
     note: str = ""
 
 
-def load_nets(names: Sequence[str], data: Path | None, examples: int) -> list[Net]:
-    """The nets, with real images for ResNet-20 where there are any."""
+def load_nets(names: Sequence[str], data: Path | None, examples: int, side: int) -> list[Net]:
+    """The nets, with real images for ResNet-20 where there are any; `side` is that of the others' images."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for name in names:
@@ -86,9 +89,9 @@ def load_nets(names: Sequence[str], data: Path | None, examples: int) -> list[Ne
             continue
         torch.manual_seed(0)
         module = _timm(name) if name == "efficientnet_lite0" else zoo(name)
-        noise = torch.randn(max(CALIBRATION // 4, 8), 3, 224, 224, generator=generator)
+        noise = torch.randn(max(CALIBRATION // 4, 8), 3, side, side, generator=generator)
         _settle(module, noise)
-        test = torch.randn(min(examples, 32), 3, 224, 224, generator=generator)
+        test = torch.randn(min(examples, 32), 3, side, side, generator=generator)
         found.append(Net(name=name, module=module, inputs=(test[:1],),
                          calibration=[(x[None].numpy(),) for x in noise], test=test))  # fmt: skip
     return found
@@ -151,7 +154,7 @@ def time_files(made: list[tuple[Row, Artifact | None]], target: Target, runtime:
         session.push(paths)
         steps = [
             Step(key=f"{name} {number}", kind="time", artifact=name, against=names[0], seconds=effort.seconds,
-                 precision=effort.precision, min_samples=effort.samples)
+                 precision=effort.precision, min_samples=effort.samples, steady=effort.steady)
             for number in range(effort.repeats) for name in names if name is not None
         ]  # fmt: skip
         results = {result.key: result for result in session.run(steps, job=f"tflite-{time.time_ns():x}")}
@@ -166,6 +169,15 @@ def time_files(made: list[tuple[Row, Artifact | None]], target: Target, runtime:
         row.share = quantity(np.concatenate([turn_ratios(r.samples, r.against) for r in own])).median
         row.latency_s = median([value for r in own for value in r.samples.values])
     return rows
+
+
+def install_legacy(target: Target, folder: Path) -> Target:
+    """The same board with tflite-runtime, which wants an older numpy: an environment of its own."""
+    emulated = target.name.startswith("icount")
+    legacy = replace(target, runtime="tflite", workdir="~/legacy" if emulated else f"{folder}/legacy", python=None)
+    with patch.object(tflite, "WHEELS", [each for each in tflite.WHEELS if LEGACY in each["requirements"][0]]):
+        facts = setup_target(legacy, offline=True)
+    return replace(legacy, python=facts.python)
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -197,19 +209,22 @@ def main() -> None:
     parser.add_argument("--net", nargs="+", choices=NETS)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
-    parser.add_argument("--legacy", type=Path, help="a Python with tflite-runtime 2.14 and numpy < 2")
+    parser.add_argument("--side", type=int, help="of all images but ResNet-20's (default 224, 96 on emulated boards)")
+    parser.add_argument("--legacy", action="store_true", help="also with tflite-runtime")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    effort = EFFORTS["quick" if options.quick else "default"]
+    effort = EFFORTS["quick" if options.quick else "default"] if options.board == "embedded" else NOISELESS
+    side = options.side or (224 if options.board == "embedded" else 96)
     names = options.net or (NETS[0::2] if options.quick else NETS)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
-        for net in load_nets(names, cifar.find_data(options.data), 200 if options.quick else 1000):
+        legacy = install_legacy(target, Path(temporary)) if options.legacy else None
+        for net in load_nets(names, cifar.find_data(options.data), 200 if options.quick else 1000, side):
             for runtime, format in RUNTIMES.items():
                 made = write_files(net, format, Path(temporary))
                 rows += time_files(made, target, runtime, effort)
-                if format == "tflite" and options.legacy:
-                    rows += time_files(made, replace(target, python=str(options.legacy)), LEGACY, effort)
+                if format == "tflite" and legacy:
+                    rows += time_files(made, legacy, LEGACY, effort)
         show(rows)
     transposes = [int(row.transposes) for row in rows if row.transposes]
     cells = [row for row in rows if row.runtime in RUNTIMES]

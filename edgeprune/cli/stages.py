@@ -273,7 +273,7 @@ def export(
     model: Model, out: Out, weights: Weights = None, shapes: Shapes = None,
     format: Annotated[str | None, typer.Option(help="onnx or tflite; by default as the file's name says")] = None,
     dtype: Dtype = "float32",
-    activations: Annotated[str | None, typer.Option(help="of int8: int8 or uint8; default: the first")] = None,
+    activations: Annotated[str | None, typer.Option(help="of int8: uint8, int8, symmetric (TensorRT)")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="1x1 convolutions without their zeros (tflite)")] = False,
     cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,

@@ -10,11 +10,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgeprune.core.errors import UsageError
 from edgeprune.core.records import FLOAT32, Artifact, Graph, IntArray, Kernel, KernelTime, Precision, Widths
 from edgeprune.core.tensors import Array, Calibration
+from edgeprune.device.runtimes import open_runtime
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def runnable_precisions(member: Format, runtime: str, dtype: str) -> tuple[Precision, ...]:
+    """Of what a format writes of a dtype, what a target's runtime can run. raises: UsageError where there is none."""
+    kinds = open_runtime(runtime)[0].ACTIVATIONS
+    written = [each for each in member.PRECISIONS if each.dtype == dtype]
+    found = [each for each in written if dtype != "int8" or each.activations in kinds]
+    if not found:
+        known = ", ".join(dict.fromkeys(each.dtype for each in member.PRECISIONS))
+        raise UsageError(f"{member.SUFFIX} files cannot be {dtype}; known: {known}")
+    return tuple(found)
 
 
 class KernelMap(Protocol):

@@ -30,6 +30,11 @@ LEAST_SIZE = 64
 """Weights of fewer elements stay as they are: storing them otherwise would save nothing."""
 
 
+SYMMETRIC = {
+    "ActivationSymmetric": True, "QuantizeBias": False, "DedicatedQDQPair": True, "AddQDQPairToWeight": True,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A quantised model, and where its tensors come from.
@@ -151,7 +156,10 @@ def _open(model: ModelProto) -> onnxruntime.InferenceSession:
 def _quantize_all(model: ModelProto, activations: str, ranges: Ranges, exclude: Collection[str]) -> Quantized:
     """QDQ: weights per channel and symmetric, activations per tensor.
 
-    source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    TensorRT takes zero points of 0 only, no biases of 32 bits, a pair of conversions for every reader, and, in its
+    older versions, no weights that are integers already: it folds their conversion when it builds the engine.
+    source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html; NVIDIA TensorRT developer
+        guide, "Working with quantized types"
     """
     try:
         with _quiet():
@@ -164,7 +172,7 @@ def _quantize_all(model: ModelProto, activations: str, ranges: Ranges, exclude: 
             quantizer = QDQQuantizer(
                 shape_inference.infer_shapes(model), True, False, QuantType.QInt8, kind,
                 TensorsData(CalibrationMethod.MinMax, dict(ranges)), [], list(exclude),
-                sorted({*QDQRegistry, *QLinearOpsRegistry}), {},
+                sorted({*QDQRegistry, *QLinearOpsRegistry}), SYMMETRIC if activations == "symmetric" else {},
             )  # fmt: skip
             quantizer.quantize_model()
             _keep_float(quantizer.model.model, exclude)
@@ -177,7 +185,9 @@ def _quantize_all(model: ModelProto, activations: str, ranges: Ranges, exclude: 
     floats = {tensor.name: tensor for tensor in model.graph.initializer}
     origins: dict[str, tuple[str, tuple[int, ...]]] = {}
     for node in result.graph.node:
-        name = node.input[0].removesuffix("_quantized") if node.op_type == "DequantizeLinear" else ""
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        name = node.input[0].removesuffix("_quantized") if node.op_type == "DequantizeLinear" else node.input[0]
         if name in floats:
             origins[node.input[0]] = (name, tuple(range(len(floats[name].dims))))
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)

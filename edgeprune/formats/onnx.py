@@ -46,6 +46,7 @@ PRECISIONS = (
     Precision(dtype="dynamic"),
     Precision(dtype="int8", activations="uint8"),
     Precision(dtype="int8", activations="int8"),
+    Precision(dtype="int8", activations="symmetric"),
 )
 MAX_BYTES = 2**31 - 1
 """A protobuf message cannot be larger."""

@@ -35,7 +35,8 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, activations: str) -> None:
         super().__init__()
         self.enabled = True
-        self.least, self.most = (0, 255) if activations == "uint8" else (-128, 127)
+        self.symmetric = activations == "symmetric"
+        self.least, self.most = (0, 255) if activations == "uint8" else (-127 if self.symmetric else -128, 127)
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
         self.low: Tensor
@@ -47,8 +48,10 @@ class ActivationQuantizer(nn.Module):
             self._follow(x.detach())
         if not self.enabled or not bool(torch.isfinite(self.low)):
             return x
-        scale = ((self.high - self.low) / (self.most - self.least)).clamp(min=1e-12)
-        zero = (self.least - self.low / scale).round().clamp(self.least, self.most).to(torch.int32)
+        high = torch.maximum(self.high, -self.low) if self.symmetric else self.high
+        low = -high if self.symmetric else self.low
+        scale = ((high - low) / (self.most - self.least)).clamp(min=1e-12)
+        zero = (self.least - low / scale).round().clamp(self.least, self.most).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, self.least, self.most)
 
     @torch.no_grad()

@@ -30,7 +30,8 @@ class Precision:
 
     dtype: `float32`; `float16`: weights are stored so, computed in float32; `dynamic`: weights of 8 bits, activations
         quantised as they come; `int8`: both, with ranges from calibration data.
-    activations: type of the activations of int8: `int8` or `uint8`.
+    activations: type of the activations of int8: `int8` or `uint8`, or `symmetric`: int8 whose zero is 0, as TensorRT
+        wants it.
     float_nodes: nodes of the graph that stay in float32 all the same.
     """
 

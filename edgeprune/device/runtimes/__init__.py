@@ -84,6 +84,9 @@ class Runtime(Protocol):
     OPTIONS: tuple[str, ...]
     """Names of the options that `Model` takes."""
 
+    ACTIVATIONS: tuple[str, ...]
+    """Of `Precision.activations`, those it runs int8 files of; which is fastest is measured."""
+
     MODULES: tuple[str, ...]
     """Python modules that must be there, the runtime's own first; `a|b`: either, the first that is found."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 FORMAT = "onnx"
 OPTIONS = ()
+ACTIVATIONS = ("uint8", "int8")
 MODULES = ("onnxruntime", "numpy")
 BY_HAND: dict[str, str] = {}
 HOLDS_ACTIVATIONS = False

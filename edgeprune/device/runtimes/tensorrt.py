@@ -27,6 +27,7 @@ from typing import Any
 
 FORMAT = "onnx"
 OPTIONS = ("precision", "workspace", "dla", "sparsity", "trtexec")
+ACTIVATIONS = ("symmetric",)
 MODULES = ("tensorrt", "numpy")
 BY_HAND = {
     "tensorrt": "it comes with JetPack and not from pip: on the board, sudo apt-get install -y "

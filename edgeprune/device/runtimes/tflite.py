@@ -29,6 +29,7 @@ from typing import Any
 
 FORMAT = "tflite"
 OPTIONS = ("delegate", "benchmark")
+ACTIVATIONS = ("int8",)
 MODULES = ("ai_edge_litert|tflite_runtime|tensorflow", "numpy")
 BY_HAND: dict[str, str] = {}
 HOLDS_ACTIVATIONS = True
