@@ -10,15 +10,25 @@ import torch
 from edgeprune.load import ArrayBatches
 
 
+@cache
+def images(*, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All 1 797, (n, 1, 8, 8) in [0, 1], and their classes; as scikit-learn has them, or in another, fixed order."""
+    sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
+    bunch = sklearn.load_digits()
+    x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
+    if not shuffled:
+        return x, y
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return x[order], y[order]
+
+
 class Digits:
     """800 to train on, 300 to test on, (n, 1, 8, 8) in [0, 1]."""
 
     calibration = None
 
     def __init__(self) -> None:
-        sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-        bunch = sklearn.load_digits()
-        x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
+        x, y = images(shuffled=False)
         self.train = ArrayBatches(x[:800], y[:800], batch=50, shuffle=True)
         self.test = ArrayBatches(x[800:1100], y[800:1100])
 

@@ -247,18 +247,21 @@ def test_the_whole_pipeline_meets_its_budget(icount: tuple[IcountBoard, Target],
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("cpu", "dot_product"), [("cortex-a72", False), ("cortex-a76", True)])
+@pytest.mark.parametrize("format", ["onnx", "tflite"])
 def test_auto_weighs_what_int8_gains_there(
-    cpu: str, dot_product: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str, cpu: str, dot_product: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`dtype = "auto"`: what int8 gains is measured; for the same budget its plan keeps more of the net.
 
     The a76 has the int8 dot product, the a72 has not.
     """
+    if format == "tflite":
+        pytest.importorskip("litert_torch", reason="TFLite files need edgeprune[tflite]")
     monkeypatch.setitem(EFFORTS, "quick", NOISELESS)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(NETS)
     run_file = RUN_FILE.replace("= 10", "= 6").replace("0.6x", "0.4x")
-    (tmp_path / "edgeprune.toml").write_text(run_file + '[export]\ndtype = "auto"\n')
+    (tmp_path / "edgeprune.toml").write_text(run_file + f'[export]\nformat = "{format}"\ndtype = "auto"\n')
     board = IcountBoard(cpu=cpu)
     with ExitStack() as stack:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digits import images
 from torch import Tensor, nn
 
 from edgeprune.compensation import least_squares
@@ -53,12 +54,9 @@ class Mixed(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Real handwritten digits (scikit-learn), 3 x 8 x 8 in [0, 1], shuffled once."""
-    sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-    bunch = sklearn.load_digits()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(bunch.images).float()[:, None].expand(-1, 3, -1, -1) / 16
-    return x[order].contiguous(), torch.from_numpy(bunch.target).long()[order]
+    """Real handwritten digits, 3 x 8 x 8."""
+    x, y = images(shuffled=True)
+    return x.expand(-1, 3, -1, -1).contiguous(), y
 
 
 def batches(count: int = 384, size: int = 64) -> list[tuple[Tensor, Tensor]]:

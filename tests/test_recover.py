@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from digits import images
+from torch import nn
 
 from edgeprune.core.errors import DataError, ModelError, RecordError
 from edgeprune.core.records import Precision
@@ -28,18 +29,9 @@ class Splits:
     test: Any = None
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """The 8x8 handwritten digits of scikit-learn, as images in [0, 1]."""
-    sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-    bunch = sklearn.load_digits()
-    x = torch.from_numpy(bunch.images).float()[:, None] / 16
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order], torch.from_numpy(bunch.target).long()[order]
-
-
 @pytest.fixture(scope="module")
 def splits() -> Splits:
-    x, y = digits()
+    x, y = images(shuffled=True)
     return Splits(
         train=ArrayBatches(x[:600], y[:600], batch=50, shuffle=True),
         calibration=ArrayBatches(x[:128], y[:128]),

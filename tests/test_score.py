@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits import images
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,9 +33,7 @@ class Digits:
     test = None
 
     def __init__(self) -> None:
-        sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
-        bunch = sklearn.load_digits()
-        x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
+        x, y = images(shuffled=False)
         self.train = ArrayBatches(x[:800], y[:800], batch=50, shuffle=True)
         self.calibration = ArrayBatches(x[800:928], y[800:928], batch=50)
 

@@ -1,8 +1,9 @@
 """Pruning and 8 bits together on real images: accuracy at the same measured latency.
 
-    python tools/bench_int8.py [--quick] [--data DIR] [--net resnet20] [--format onnx|tflite] [--epochs N]
+    python tools/bench_int8.py [--quick] [--data DIR] [--net resnet20] [--format onnx|tflite] [--speed-up 2]
+                               [--board embedded|icount|icount-a76] [--epochs N]
 
-A share of the dense float32 latency, as measured on the loopback board, is reached twice: by pruning alone, and with
+A share of the dense float32 latency, as measured on the board, is reached twice: by pruning alone, and with
 widths planned for int8, which leaves more of them where 8 bits are fast. Beside them stand the dense model in int8, and
 the net that was pruned in float32 and then stored in 8 bits: as it is, after further training in float32 (the control),
 and after as much training with 8 bits simulated. Every pruned net is trained alike before. Latencies are in turns with
@@ -16,31 +17,30 @@ import copy
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from bench_accuracy import INPUTS, SPEED_UP, aim
+from bench_profile import open_board
 from cifar import Cifar, load_net, log, make_parser, read_options, show
 from torch import nn
 
 from edgeprune.core.budget import make_budget
-from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.family import load_member
 from edgeprune.core.records import FLOAT32, Graph, Importance, Precision, Quantity, Step
 from edgeprune.core.stats import quantity, turn_ratios
-from edgeprune.device.session import Session
+from edgeprune.device.session import Session, open_session
 from edgeprune.export import export_model
 from edgeprune.load import as_arrays
-from edgeprune.on_board import choose_runtime, compact_and_compensate, connect, dense_cost, plan_on_board
+from edgeprune.on_board import compact_and_compensate, dense_cost, plan_on_board
 from edgeprune.precisions import Judge, leave_in_float, try_precisions
 from edgeprune.profile import profile_target
 from edgeprune.recover import recover_accuracy
 from edgeprune.score import score_groups
 from edgeprune.trace import trace_graph
 
-LIMITS = {net: 1 / speed_up for net, speed_up in SPEED_UP.items()}
-"""Of the dense float32 latency."""
 SPREAD = 1.03
 """A measured latency this much over its limit still counts as equal to it: the timer's own spread."""
 LOST_AIM = 0.01
@@ -93,7 +93,7 @@ class Bench:
         self.session.push({path.name: path})
         steps = [
             Step(key=str(number), kind="time", artifact=path.name, against=self.dense.name, seconds=self.effort.seconds,
-                 precision=self.effort.precision, min_samples=self.effort.samples)
+                 precision=self.effort.precision, min_samples=self.effort.samples, steady=self.effort.steady)
             for number in range(2 * self.effort.repeats)
         ]  # fmt: skip
         results = list(self.session.run(steps, job=f"int8-{time.time_ns():x}"))
@@ -163,17 +163,24 @@ def main() -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--net", choices=("resnet20", "wrn16_2"), default="resnet20")
     parser.add_argument("--format", choices=("onnx", "tflite"), default="onnx")
+    parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
+    parser.add_argument("--speed-up", type=float, help="of the dense float32 latency, above 1")
     parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements")
     parser.add_argument("--epochs", type=int, help="epochs of recovery (default 4, quick 1)")
     options, folder = read_options(parser)
     data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
-    limit = LIMITS[options.net]
-    with connect("embedded", runtime=choose_runtime("embedded", None, options.format)) as session:
+    limit = 1 / (options.speed_up or SPEED_UP[options.net])
+    effort = EFFORTS["quick" if options.quick else "default"] if options.board == "embedded" else NOISELESS
+    runtime = "tflite" if options.format == "tflite" else "onnxruntime"
+    with (
+        open_board(options.board) as target,
+        open_session(replace(target, runtime=runtime), space="bench-int8") as session,
+    ):
         rows = bench_net(
-            load_net(options.net, folder), limit, data, session, EFFORTS["quick" if options.quick else "default"],
-            options.epochs or (1 if options.quick else 4), options.quick,
+            load_net(options.net, folder), limit, data, session, effort, options.epochs or (1 if options.quick else 4),
+            options.quick,
         )  # fmt: skip
-    print(f"\n{options.net}, {options.format}: {len(data.test.y)} test images; limit {limit:.3f} of the dense latency")
+    print(f"\n{options.net}, {options.format}, {options.board}: {len(data.test.y)} test images; limit {limit:.3f}")
     print(f"{'':26} {'precision':>16} {'latency/dense':>22} {'top-1':>8} {'KiB':>7} {'training s':>10}")
     for row in rows:
         share = f"{row.share.median:.3f} [{row.share.low:.3f}, {row.share.high:.3f}]"
