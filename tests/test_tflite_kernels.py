@@ -22,14 +22,9 @@ from edgeprune.trace import trace_graph
 pytest.importorskip("ai_edge_litert")
 
 from edgeprune.device.runtimes import tflite as runtime
-from edgeprune.formats._tflite_kernels import (
-    WEIGHTED,
-    TfliteKernelMap,
-    align,
-    execution_order,
-    match_nodes,
-    read_tflite_graph,
-)
+from edgeprune.formats._tflite_graph import WEIGHTED, execution_order, read_tflite_graph
+from edgeprune.formats._tflite_kernels import TfliteKernelMap
+from edgeprune.formats._tflite_match import align, match_nodes
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tflite"
 FILES = ["resnet-1", "mobilenet_v2-1", "mobilenet_v3-1", "mobilenet_v3-1-int8", "mobilenet_v3-1-dynamic",

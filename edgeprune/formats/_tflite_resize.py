@@ -67,7 +67,7 @@ class TfliteResizer(ABC):
 
     def map_kernels(self, times: Sequence[KernelTime] | None) -> KernelMap:
         """Kernels of the dense artifact from the runtime's own names; None: as the file's structure says."""
-        from edgeprune.formats._tflite_kernels import TfliteKernelMap  # type: ignore[import-not-found, unused-ignore]
+        from edgeprune.formats._tflite_kernels import TfliteKernelMap
 
         mapped: KernelMap = TfliteKernelMap(self.dense, self.graph, times)
         return mapped
