@@ -180,10 +180,14 @@ def install_legacy(target: Target, folder: Path) -> Target:
     return replace(legacy, python=facts.python)
 
 
-def show(rows: Sequence[Row]) -> None:
-    """The table."""
+def show_head() -> None:
+    """The table's first line."""
     print(f"{'net':>20} {'runtime':>15} {'precision':>11} {'KiB':>8} {'error':>9} {'top-1 =':>8} {'T':>3}"
-          f" {'/float32':>9} {'ms':>9} {'export s':>9}  note")  # fmt: skip
+          f" {'/float32':>9} {'ms':>9} {'export s':>9}  note", flush=True)  # fmt: skip
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Lines of the table, as soon as they are measured."""
     for row in rows:
         cells = [
             "-" if row.size is None else f"{row.size / 1024:.0f}",
@@ -217,15 +221,17 @@ def main() -> None:
     side = options.side or (224 if options.board == "embedded" else 96)
     names = options.net or (NETS[0::2] if options.quick else NETS)
     rows: list[Row] = []
+    show_head()
     with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
         legacy = install_legacy(target, Path(temporary)) if options.legacy else None
         for net in load_nets(names, cifar.find_data(options.data), 200 if options.quick else 1000, side):
             for runtime, format in RUNTIMES.items():
                 made = write_files(net, format, Path(temporary))
-                rows += time_files(made, target, runtime, effort)
+                found = time_files(made, target, runtime, effort)
                 if format == "tflite" and legacy:
-                    rows += time_files(made, legacy, LEGACY, effort)
-        show(rows)
+                    found += time_files(made, legacy, LEGACY, effort)
+                show(found)
+                rows += found
     transposes = [int(row.transposes) for row in rows if row.transposes]
     cells = [row for row in rows if row.runtime in RUNTIMES]
     told = sum(row.share is not None or bool(row.note) for row in cells)
