@@ -29,6 +29,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,8 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT_S, help="seconds a model may take")
     options = parser.parse_args()
+    if options.peer and find_spec("torch_pruning") is None:
+        parser.error("--peer needs Torch-Pruning: pip install torch-pruning==1.6.1")
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; a second call with the same --log goes on"))
     names = [name for name in zoo() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
