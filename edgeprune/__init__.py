@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from edgeprune.scope import enter_scope as enter_scope
     from edgeprune.scope import put_back as put_back
     from edgeprune.scope import scope_batches as scope_batches
+    from edgeprune.scope import scope_data as scope_data
     from edgeprune.score import score_groups as score_groups
     from edgeprune.sparsify import order_channels as order_channels
     from edgeprune.sparsify import prepare_pattern as prepare_pattern
@@ -87,7 +88,7 @@ _PLACES = {
     "precisions": ("try_precisions",),
     "profile": ("profile_target", "read_profile"),
     "recover": ("evaluate_accuracy", "recover_accuracy"),
-    "scope": ("enter_scope", "put_back", "scope_batches"),
+    "scope": ("enter_scope", "put_back", "scope_batches", "scope_data"),
     "score": ("score_groups",),
     "sparsify": ("order_channels", "prepare_pattern", "sparsify_model"),
     "trace": ("trace_graph",),

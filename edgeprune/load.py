@@ -26,7 +26,7 @@ from edgeprune.core.tensors import Calibration
 from edgeprune.graphs.archive import check_archive
 from edgeprune.graphs.capture import import_program
 from edgeprune.graphs.lift import lift
-from edgeprune.graphs.ports import PORTS, Ports, get_ports, set_ports
+from edgeprune.graphs.ports import PORTS, Ports, dtype_names, example, get_ports, set_ports
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Something that can be iterated again and again, each time giving (inputs, targets) batches."""
@@ -88,18 +88,20 @@ class ArrayBatches:
 
 
 def example_inputs(spec: ModelSpec, module: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """Inputs of the shapes in the specification: standard normal, the same every time.
+    """Inputs of the shapes in the specification: standard normal or whole numbers, the same every time.
 
-    module: one read from a file knows its own shapes, for when the specification names none.
+    module: one read from a file knows its own shapes, for when the specification names none, and types.
     raises: ModelError when neither does.
     """
-    shapes = spec.inputs or (get_ports(module).shapes if module is not None else ())
+    ports = get_ports(module) if module is not None else Ports()
+    shapes = spec.inputs or ports.shapes
     if not shapes:
         raise ModelError(
             "the model's input shapes are not given; add inputs = [[1, 3, 32, 32]] to [model], or --input 1x3x32x32"
         )
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
+    dtypes = [getattr(torch, name) for name in ports.dtypes] or [torch.float32] * len(shapes)
+    return tuple(example(shape, dtype, generator) for shape, dtype in zip(shapes, dtypes, strict=False))
 
 
 def load_model(spec: ModelSpec, base: Path) -> nn.Module:
@@ -128,7 +130,7 @@ def load_model(spec: ModelSpec, base: Path) -> nn.Module:
             raise ModelError(f"{spec.weights or name}: '{key}' holds NaN or infinity; train or export the model again")
     module.eval()
     if spec.inputs:
-        _try_inputs(module, example_inputs(spec), name)
+        _try_inputs(module, example_inputs(spec, module), name)
     return module
 
 
@@ -158,7 +160,7 @@ def _read_program(path: Path) -> nn.Module:
         ports = Ports.from_json(notes[PORTS]) if notes[PORTS] else Ports()
     except Exception as error:
         raise ModelError(f"{path} cannot be read by torch.export.load: {first_line(error)}") from error
-    set_ports(captured, replace(ports, shapes=shapes))
+    set_ports(captured, replace(ports, shapes=shapes, dtypes=dtype_names(values)))
     return lift(captured)
 
 

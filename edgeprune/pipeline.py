@@ -48,7 +48,7 @@ from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
-from edgeprune.scope import ScopeBatches, enter_scope
+from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
@@ -79,7 +79,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
             model, inputs, data = take_scope(model, run.model.scope, inputs, data)
         if not data.labelled:
             check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
-            folder.log("no labels: nothing is trained; layers that read removed channels are refitted instead")
+            data = replace(data, train=data.train or data.calibration)
+            folder.log("no labels: removed channels are refitted for, and training matches the dense outputs")
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         if run.export.sparse:
             check_sparse(stages.format_name)
@@ -102,10 +103,8 @@ def take_scope(
 ) -> tuple[nn.Module, tuple[Tensor, ...], Data]:
     """The submodule in the place of the model, with the inputs that it receives in the model's forward passes."""
     part, received = enter_scope(model, path, inputs)
-    calibration, test = (
-        None if batches is None else ScopeBatches(model, path, batches) for batches in (data.calibration, data.test)
-    )
-    return part, received, Data(calibration=calibration, test=test, labelled=False)
+    seen = scope_data(model, path, data)
+    return part, received, Data(train=seen.train, calibration=seen.calibration, test=seen.test, labelled=False)
 
 
 def check_unlabelled(run: RunFile, why: str) -> None:
@@ -118,12 +117,12 @@ def check_unlabelled(run: RunFile, why: str) -> None:
         "[prune] curves = false": prune.curves,
         "[prune] steps = 1": prune.steps > 1,
         "[prune] without regularizer": prune.regularizer is not None,
-        "[recover] epochs = 0": run.recover.epochs > 0,
+        "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
         '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
     }
     if found := [setting for setting, is_wrong in wrong.items() if is_wrong]:
         raise UsageError(
-            f"{why}, so the run cannot measure losses or train; set {', '.join(found)}. "
+            f"{why}, so the run cannot measure losses, and trains by the dense outputs alone; set {', '.join(found)}. "
             "Layers that read removed channels are refitted by least squares all the same"
         )
 
@@ -244,9 +243,13 @@ class Stages(Planning):
                 checkpoint=checkpoint,
                 seed=self.run.seed,
                 pattern=self.run.prune.pattern,
+                match_outputs=not self.data.labelled,
                 progress=self.progress,
             )
             self.folder.log(f"recover: {result.note or 'nothing to note'}")
+            if result.difference_before is not None and result.difference_after is not None:
+                shares = f"{result.difference_before:.3g} before and {result.difference_after:.3g} after training"
+                self.folder.log(f"recover: outputs differ from the dense ones by {shares}, as shares of their power")
             save_compact(smaller, self.inputs, self.folder.path, name="recovered")
             checkpoint.unlink(missing_ok=True)
             return replace(accuracy, after_recovery=result.accuracy_after)

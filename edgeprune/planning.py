@@ -329,7 +329,7 @@ class Planning(Context):
         run, curves = self.run, precision.name
         others = [name for name in run.search.contenders if name != CURVES]
         train, file = self.data.train, self.folder / "tournament.json"
-        if not run.recover.epochs or train is None or not others:
+        if not run.recover.epochs or train is None or not others or not self.data.labelled:
             file.unlink(missing_ok=True)  # of an earlier run file
             return curves
         try:

@@ -38,7 +38,8 @@ from edgeprune.device.session import Session
 from edgeprune.export import evaluate_artifact
 from edgeprune.formats import Resizer, runnable_precisions
 from edgeprune.graphs.fake_quantize import simulate_int8
-from edgeprune.recover import Batches, Data, evaluate_accuracy, recover_accuracy
+from edgeprune.objective import Batches, evaluate_accuracy
+from edgeprune.recover import Data, recover_accuracy
 
 NodesTime = tuple[frozenset[str], float]
 """The nodes of a graph that a kernel computes, and its seconds."""

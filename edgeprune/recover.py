@@ -1,4 +1,4 @@
-"""Train a compact model until it is good again: cross-entropy, distillation from the dense model, or both."""
+"""Train a compact model until it is good again: by labels, by what the dense model says of them, or by that alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,6 @@ import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.errors import DataError, RecordError, UsageError
@@ -27,16 +26,19 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Precision, RecoverResult, RecoverSettings
 from edgeprune.core.store import write_atomic
 from edgeprune.graphs.fake_quantize import simulate_int8
+from edgeprune.objective import Batches, Objective, device_of, inputs_on
+from edgeprune.objective import evaluate_accuracy as evaluate_accuracy
 from edgeprune.patterns import load_sparsifier
 from edgeprune.regularizers import Regularizer, load_regularizer
 
-Batches = Iterable[tuple[Any, Tensor]]
 JUDGING_STEPS = 8
 """Steps whose mean loss stands for the start, and for the end of an epoch."""
 DIVERGED = 1.5
 """An end loss this many times that of the start means that the training did harm."""
 SETTLING_BATCHES = 64
 """Training batches from which the statistics of batch norms are taken when training has ended."""
+MATCHING_GRADIENT = 1.0
+"""Largest norm of the gradient when outputs are matched, whose loss is 1 where nothing is alike."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
 
@@ -66,28 +68,6 @@ class Hook(Protocol):
     def load(self, held: Mapping[str, Tensor]) -> None: ...
 
 
-@torch.no_grad()
-def evaluate_accuracy(module: nn.Module, batches: Batches) -> float:
-    """Top-1 accuracy in [0, 1], in eval mode; the module's mode is restored.
-
-    raises: DataError when the batches are empty or do not fit a classifier.
-    """
-    training, right, count = module.training, 0, 0
-    module.eval()
-    device = _device(module)
-    try:
-        for inputs, targets in batches:
-            logits = module(*_inputs(inputs, device))
-            _check_targets(logits, targets)
-            right += int((logits.argmax(dim=1).cpu() == targets.cpu()).sum())
-            count += len(targets)
-    finally:
-        module.train(training)
-    if not count:
-        raise DataError("there are no test examples to measure accuracy on")
-    return right / count
-
-
 def recover_accuracy(
     module: nn.Module,
     data: Data,
@@ -107,6 +87,7 @@ def recover_accuracy(
     regularizer: str | None = None,
     graph: Graph | None = None,
     pattern: str | None = None,
+    match_outputs: bool = False,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -125,17 +106,22 @@ def recover_accuracy(
                    though the loss may have risen.
     pattern:       member of `patterns` and its options (`n_m:n=2,m=4`): weights of `module` are zero in it, in float32
                    and in int8. Its last epoch counts as well.
+    match_outputs: learn the teacher's outputs alone, whatever they are, such as features; the batches' targets are not
+                   read. Dropout is off and batch norms keep the statistics they have.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
-                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph.
+                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph,
+                   or for outputs to match without a teacher.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
+    if match_outputs and teacher is None:
+        raise UsageError("there are no outputs to match: give the dense model as the teacher")
     settings = RecoverSettings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
-        precision=precision, regularizer=regularizer, pattern=pattern,
+        precision=precision, regularizer=regularizer, pattern=pattern, match_outputs=match_outputs,
     )  # fmt: skip
     if regularizer is not None and (graph is None or (precision is not None and precision.dtype == "int8")):
         raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
@@ -164,9 +150,9 @@ def recover_accuracy(
 
 
 def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int) -> nn.Module:
-    device = _device(module)
+    device = device_of(module)
     with seeded(seed):
-        batches = [_inputs(inputs, device) for inputs, _ in itertools.islice(train, RANGE_BATCHES)]
+        batches = [inputs_on(inputs, device) for inputs, _ in itertools.islice(train, RANGE_BATCHES)]
     if not batches:
         raise DataError("the training data gave no batches to take the ranges of int8 from")
     return simulate_int8(module, tuple(tensor[:2] for tensor in batches[0]), precision, batches)
@@ -186,9 +172,9 @@ class _Trainer:
     ) -> None:
         assert data.train is not None
         self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
-        self.teacher = None if teacher is None else teacher.eval()
+        self.objective = Objective(teacher, settings.match_outputs, settings.distil_weight, settings.temperature)
         self.train = data.train
-        self.device = _device(module)
+        self.device = device_of(module)
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), lr=settings.lr, momentum=settings.momentum,
@@ -201,17 +187,19 @@ class _Trainer:
         self.before: float | None = None
         self.judged: list[float] = []
         self.best: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}
         self.hook: Hook = Regularizer(())
 
     def planned_steps(self, asking: str) -> int:
         """How long the training is, which a hook has to know. raises: DataError."""
-        if not isinstance(self.train, Sized):
+        if not (length := _length(self.train)):
             raise DataError(f"{asking} needs training batches with a length")
-        return len(self.train) * self.settings.epochs
+        return length * self.settings.epochs
 
     def begin(self) -> None:
-        self.before = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
+        self.before = self.objective.measure(self.module, self.data.test)
         self.best = self._state()
+        self.start = self.best if self.settings.match_outputs else {}
         if self.settings.epochs and self.given_autocast is None:
             with seeded(self.settings.seed):
                 self.autocast = self._autocast_is_faster()
@@ -219,7 +207,7 @@ class _Trainer:
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
         losses: list[float] = []
-        self.module.train()
+        self.module.train(not settings.match_outputs)
         with seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
@@ -242,28 +230,21 @@ class _Trainer:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
             self._judge(losses)
-            if self.epoch == settings.epochs and settings.precision is None:
+            if self.epoch == settings.epochs and settings.precision is None and not settings.match_outputs:
                 self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
-        tensors, targets = _inputs(inputs, self.device), targets.to(self.device)
+        tensors, targets = inputs_on(inputs, self.device), targets.to(self.device)
         self.hook.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
-        _check_targets(logits, targets)
-        logits = logits.float()
-        share = self.settings.distil_weight
-        loss = logits.new_zeros(())
-        if share < 1:
-            loss = loss + (1 - share) * functional.cross_entropy(logits, targets)
-        if share > 0 and self.teacher is not None:
-            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                wanted = self.teacher(*tensors).float()
-            loss = loss + share * _distillation(logits, wanted, self.settings.temperature)
+        loss = self.objective.loss(logits, tensors, targets, self.autocast)
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if self.settings.match_outputs:  # no batch statistics hold the size of a step back
+                nn.utils.clip_grad_norm_(self.parameters.values(), MATCHING_GRADIENT)
             self.hook.after_backward()
             self.optimizer.step()
             self.hook.after_step(self.optimizer.param_groups[0]["lr"])
@@ -271,8 +252,7 @@ class _Trainer:
 
     def _set_rate(self, epoch: int, step: int) -> None:
         # An iterable without a length shows it in the first epoch; until then the rate only warms up.
-        if not self.steps and isinstance(self.train, Sized):
-            self.steps = len(self.train)
+        self.steps = self.steps or _length(self.train)
         total = self.steps * self.settings.epochs
         warm_up = max(1.0, WARM_UP_SHARE * total) if total else 20.0
         done = epoch * self.steps + step
@@ -285,17 +265,17 @@ class _Trainer:
         batch = next(iter(self.train), None)
         if batch is None:
             return False
-        inputs, targets = _inputs(batch[0], self.device), batch[1].to(self.device)
+        inputs, targets = inputs_on(batch[0], self.device), batch[1].to(self.device)
         times: dict[bool, list[float]] = {False: [], True: []}
-        trial = copy.deepcopy(self.module).train()
+        trial = copy.deepcopy(self.module).train(not self.settings.match_outputs)
         for _ in range(steps):
             for enabled in times:
                 start = time.perf_counter()
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
                     logits = trial(*inputs)
-                _check_targets(logits, targets)
-                functional.cross_entropy(logits.float(), targets).backward()
-                float(logits.detach().flatten()[0])  # waits for an accelerator
+                loss = self.objective.loss(logits, inputs, targets, enabled)
+                loss.backward()
+                float(loss.detach())  # waits for an accelerator
                 times[enabled].append(time.perf_counter() - start)
         return sorted(times[True])[1] < sorted(times[False])[1]
 
@@ -330,10 +310,17 @@ class _Trainer:
         self.hook.finish()
         self.module.eval()
         self.module.zero_grad(set_to_none=True)
-        after = None if self.data.test is None else evaluate_accuracy(self.module, self.data.test)
-        return RecoverResult(accuracy_before=self.before, accuracy_after=after, losses=tuple(self.losses),
-                             epochs=self.epoch, autocast=self.autocast, note=self.note,
-                             zeroed=self.hook.zeroed())  # fmt: skip
+        kind = "difference" if self.settings.match_outputs else "accuracy"
+        after = self.objective.measure(self.module, self.data.test)
+        worse = self.before is not None and after is not None and not after <= self.before
+        if self.start and worse and not self._hooked:
+            # The loss does not show it: a model that was refitted to the same examples is near on those alone.
+            self.note = self.note or "training brought the outputs no nearer on the test batches, and is undone"
+            self.module.load_state_dict(self.start)
+            after = self.before
+        measured = {f"{kind}_before": self.before, f"{kind}_after": after}
+        return RecoverResult(losses=tuple(self.losses), epochs=self.epoch, autocast=self.autocast, note=self.note,
+                             zeroed=self.hook.zeroed(), **measured)  # fmt: skip
 
     def _settle(self) -> None:
         """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
@@ -342,7 +329,7 @@ class _Trainer:
         """
         with seeded(self.settings.seed):
             few = itertools.islice(self.train, SETTLING_BATCHES)
-            reestimate_batch_norm(self.module, ((_inputs(inputs, self.device), targets) for inputs, targets in few))
+            reestimate_batch_norm(self.module, ((inputs_on(inputs, self.device), targets) for inputs, targets in few))
 
     # --- checkpoint: tensors and JSON in one safetensors file, no code ---
 
@@ -351,6 +338,7 @@ class _Trainer:
             return
         tensors = {f"model/{key}": value for key, value in self.module.state_dict().items()}
         tensors |= {f"best/{key}": value for key, value in self.best.items()}
+        tensors |= {f"start/{key}": value for key, value in self.start.items()}
         for name, parameter in self.parameters.items():
             if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
@@ -371,7 +359,9 @@ class _Trainer:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
                 return False
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "momentum": {}, "regularizer": {}}
+            parts: dict[str, dict[str, Tensor]] = {
+                "model": {}, "best": {}, "start": {}, "momentum": {}, "regularizer": {},
+            }  # fmt: skip
             for key, value in tensors.items():
                 part, name = key.split("/", 1)
                 parts[part][name] = value.to(self.device)
@@ -382,7 +372,7 @@ class _Trainer:
             for name, value in parts["momentum"].items():
                 self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
             self.hook.load(parts["regularizer"])
-            self.best = parts["best"]
+            self.best, self.start = parts["best"], parts["start"]
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]
             self.before, self.autocast = facts["before"], bool(facts["autocast"])
@@ -391,34 +381,12 @@ class _Trainer:
         return True
 
 
-# --- pieces --------------------------------------------------------------------------------------
-
-
-def _distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    divergence = functional.kl_div(
-        functional.log_softmax(logits / temperature, dim=1),
-        functional.log_softmax(wanted / temperature, dim=1), reduction="batchmean", log_target=True,
-    )  # fmt: skip
-    return divergence * temperature**2
-
-
-def _inputs(inputs: Any, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device) for tensor in (inputs if isinstance(inputs, tuple | list) else (inputs,)))
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _check_targets(logits: Any, targets: Tensor) -> None:
-    """raises: DataError unless the outputs are (n, classes) and the targets n labels below that."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"accuracy needs a classifier with outputs (n, classes); this model gives {shape}")
-    if targets.is_floating_point() or targets.shape != logits.shape[:1]:
-        raise DataError(f"targets are {targets.dtype} of shape {list(targets.shape)}, expected {len(logits)} labels")
-    if int(targets.max()) >= logits.shape[1] or int(targets.min()) < 0:
-        raise DataError(f"the data has the label {int(targets.max())}, the model only {logits.shape[1]} classes")
+def _length(batches: Batches) -> int:
+    """How many there are; 0 where they do not say."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
 
 
 @contextmanager

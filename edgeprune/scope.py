@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, ModelError
+from edgeprune.graphs.capture import evaluating
 
 Batches = Iterable[tuple[Any, Tensor]]
 
@@ -50,12 +52,49 @@ class ScopeBatches:
     def __init__(self, model: nn.Module, path: str, batches: Batches) -> None:
         self.model, self.path, self.batches = model, path, batches
 
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let batches that are drawn anew in each epoch be drawn."""
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         part = _find(self.model, self.path)
         for given, _ in self.batches:
             inputs = tuple(given) if isinstance(given, tuple | list) else (given,)
             seen = _receive(self.model, part, self.path, inputs)
             yield seen, torch.zeros(len(seen[0]))
+
+
+@dataclass(frozen=True)
+class ScopeData:
+    """Data of a model as its submodule sees them; without batches to train on, those for calibration are."""
+
+    train: ScopeBatches | None
+    calibration: ScopeBatches | None
+    test: ScopeBatches | None
+
+
+class Splits(Protocol):
+    """Batches of the whole model; `load.Data` is one."""
+
+    @property
+    def train(self) -> Batches | None: ...
+    @property
+    def calibration(self) -> Batches | None: ...
+    @property
+    def test(self) -> Batches | None: ...
+
+
+def scope_data(model: nn.Module, path: str, data: Splits) -> ScopeData:
+    """All splits of a data source, each taken through the model anew in every pass, without targets."""
+    train, calibration, test = (
+        None if batches is None else ScopeBatches(model, path, batches)
+        for batches in (data.train or data.calibration, data.calibration, data.test)
+    )
+    return ScopeData(train, calibration, test)
 
 
 def put_back(model: nn.Module, path: str, part: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -116,14 +155,11 @@ class _Called(Exception):
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    training = model.training
-    model.eval()
     try:
-        model(*inputs)
+        with evaluating(model):
+            model(*inputs)
     except _Called:
         raise
     except Exception as error:  # whatever the user's code raises
         first = str(error).partition("\n")[0]
         raise ModelError(f"the model does not run on these inputs: {type(error).__name__}: {first}") from error
-    finally:
-        model.train(training)

@@ -257,6 +257,31 @@ class Written(nn.Module):
         return (q.transpose(1, 2) @ k).mean(2).view(-1, 1, 8, 8) * x
 
 
+class Standardised(nn.Conv2d):
+    """Weights that are standardised over their inputs at run time, as in NFNets."""
+
+    def __init__(self, inner: int, outer: int, kernel: int, groups: int = 1) -> None:
+        super().__init__(inner, outer, kernel, padding=kernel // 2, groups=groups)
+        self.gain = nn.Parameter(torch.ones(outer, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * 0.3).view(-1)
+        weight = functional.batch_norm(flat, None, None, gain, training=True, momentum=0.0, eps=1e-6)
+        return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
+
+
+class Chunks(nn.Module):
+    """Two halves of the batch, one after the other, as RAFT takes its two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.chunk(self.inner(torch.cat([x, 2 * x])), 2)
+        return self.outer(left * right.sigmoid())
+
+
 def _seq(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
@@ -294,6 +319,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "gram": lambda: Chain(8, Gram(), 8),
     "shared": lambda: Chain(8, Shared(), 6),
     "written_in_place": lambda: Chain(8, Written(), 8),
+    "standardised": lambda: Chain(8, _seq(Standardised(8, 12, 3), nn.SiLU(), Standardised(12, 6, 3, groups=3)), 6),
+    "chunks": lambda: Chain(8, Chunks(), 6),
     "gated": lambda: Chain(8, _seq(nn.Conv2d(8, 12, 1), nn.GLU(1), nn.Dropout(0.3)), 6),
 }
 """Each reads (batch, 3, 8, 8)."""

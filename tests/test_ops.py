@@ -10,7 +10,7 @@ import torch
 from exactness import LIMIT, random_keep, randomise, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_nets import NETS, Chain
+from small_nets import NETS, Chain, Standardised
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,6 +81,8 @@ def test_expected_units() -> None:
     assert units["lstm"]["middle.layer"] == units["gru"]["middle.layer"] == 7
     assert units["outlook"]["middle.0"] == 6
     assert units["written_in_place"] == {"stem": 8}
+    assert units["standardised"] == {"stem": 8, "middle.0": 4, "middle.2": 2}
+    assert units["chunks"] == {"stem": 8, "middle.inner": 12, "middle.outer": 6}
 
 
 class Custom(nn.Module):
@@ -156,23 +158,32 @@ def test_layer_norm_is_inexact_and_freed_on_demand() -> None:
     assert compact.eval()(IMAGES).shape == (3, 5)
 
 
-def test_a_weight_standardised_at_run_time_is_inexact() -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            weight = functional.batch_norm(self.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0)
-            return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
-
-    module = randomise(Chain(12, nn.Sequential(Standardised(12, 8, 3, padding=1), nn.Conv2d(8, 6, 1)), 6))
-    graph = trace_graph(module, (IMAGES,))
+def test_a_standardised_weight_needs_zeros_where_its_inputs_went() -> None:
+    middle = nn.Sequential(nn.Sigmoid(), Standardised(12, 8, 3), nn.SiLU(), Standardised(8, 6, 1))
+    graph = trace_graph(randomise(Chain(12, middle, 6)), (IMAGES,))
     groups = {g.name: g for g in graph.groups}
-    assert groups["stem"].frozen_because is not None and "normalised over" in groups["stem"].frozen_because
-    assert {g.name for g in graph.prunable} == {"middle.0", "middle.1"}
-    keep = {"middle.0": np.array([1, 2, 6]), "middle.1": np.array([0, 4])}
+    assert "is multiplied and summed" in (groups["stem"].frozen_because or "")
+    assert set(groups) >= {"middle.1", "middle.3"} and groups["middle.1"].frozen_because is None
+    roles = {(member.parameter, member.role) for member in groups["middle.1"].members}
+    assert {("middle.1.weight", "out"), ("middle.3.weight", "in")} <= roles
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_statistics_over_channels_are_exact_where_removed_ones_are_zero(shift: int) -> None:
+    def normalised(x: Tensor) -> Tensor:
+        tokens = (x + shift).flatten(2).transpose(1, 2) if shift else x.flatten(2).transpose(1, 2)
+        return functional.batch_norm(tokens, None, None, training=True).transpose(1, 2).view_as(x)
+
+    module = randomise(Chain(8, Custom(normalised), 8))
+    graph = trace_graph(module, (IMAGES,))
+    (stem,) = (group for group in graph.groups if group.name == "stem")
+    if shift:
+        assert "normalised over" in (stem.inexact_because or "")
+        return
+    keep = {"stem": np.array([0, 2, 7])}
     with torch.no_grad():
         ours = slice_model(module, (IMAGES,), graph, keep).eval()(IMAGES)
         assert relative_error(ours, mask_model(module, graph, keep)(IMAGES)) < LIMIT
-    freed = trace_graph(module, (IMAGES,), allow_inexact=True)
-    assert "stem" not in {g.name for g in freed.groups if g.frozen_because}
 
 
 def test_every_rule_is_listed_once() -> None:

@@ -13,10 +13,11 @@ import torch
 from digits import images
 from torch import nn
 
-from edgeprune.core.errors import DataError, ModelError, RecordError
+from edgeprune.core.errors import DataError, ModelError, RecordError, UsageError
 from edgeprune.core.records import Precision
 from edgeprune.formats import onnx
 from edgeprune.load import ArrayBatches
+from edgeprune.objective import evaluate_difference
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 
 torch.set_num_threads(1)
@@ -252,3 +253,94 @@ def test_training_for_int8_resumes_to_the_same_weights(splits: Splits, tmp_path:
 def test_int8_training_refuses_nodes_it_does_not_know(splits: Splits) -> None:
     with pytest.raises(ModelError, match="no node 'conv2d_99'"):
         recover_accuracy(net(), splits, epochs=1, precision=Precision(dtype="int8", float_nodes=("conv2d_99",)))
+
+
+# --- the dense model's outputs alone ---
+
+
+class Features(nn.Module):
+    """Two outputs of unlike size; dropout and batch norm, which training must leave alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.body(x)
+        return {"left": self.left(x), "right": 1000 * self.right(x)}
+
+
+def _unlabelled() -> Splits:
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 1, 8, 8), torch.zeros(8)) for _ in range(9)]
+    return Splits(batches[:8], None, batches[8:])
+
+
+def _disturbed(teacher: nn.Module, by: float = 0.2) -> nn.Module:
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return student
+
+
+def test_outputs_are_matched_without_labels() -> None:
+    torch.manual_seed(0)
+    teacher = Features().eval()
+    start = _disturbed(teacher).eval()
+    student = copy.deepcopy(start)
+    settings = {"teacher": teacher, "match_outputs": True, "epochs": 6, "autocast": False}
+    result = recover_accuracy(student, _unlabelled(), **settings)
+    assert result.accuracy_before is None and result.accuracy_after is None
+    assert result.difference_before is not None and result.difference_after is not None
+    assert result.difference_after < 0.3 * result.difference_before
+    assert evaluate_difference(student, teacher, _unlabelled().test) == pytest.approx(result.difference_after)
+    for ours, theirs in zip(student.body[1].buffers(), teacher.body[1].buffers(), strict=True):
+        assert torch.equal(ours, theirs), "statistics stay"
+    with torch.no_grad():
+        ((images, _),) = _unlabelled().test
+        before, ours, theirs = start(images), student(images), teacher(images)
+    for name in ours:  # large and small outputs alike
+        assert (ours[name] - theirs[name]).norm() < 0.6 * (before[name] - theirs[name]).norm()
+
+
+def test_matching_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = Features().eval()
+    settings = {"teacher": teacher, "match_outputs": True, "epochs": 3, "autocast": False}
+    start, path = _disturbed(teacher), tmp_path / "checkpoint"
+    whole = copy.deepcopy(start)
+    result = recover_accuracy(whole, _unlabelled(), **settings)
+
+    def kill(_: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover_accuracy(copy.deepcopy(start), _unlabelled(), checkpoint=path, progress=kill, **settings)
+    resumed = copy.deepcopy(start)
+    assert recover_accuracy(resumed, _unlabelled(), checkpoint=path, **settings) == result
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_matching_that_does_harm_is_undone() -> None:
+    torch.manual_seed(0)
+    teacher = Features().eval()
+    student = _disturbed(teacher, 0.01)
+    before = copy.deepcopy(student.state_dict())
+    result = recover_accuracy(
+        student, _unlabelled(), teacher=teacher, match_outputs=True, epochs=1, lr=5.0, autocast=False
+    )
+    assert "undone" in result.note and result.difference_after == result.difference_before
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_what_cannot_be_matched_is_refused() -> None:
+    with pytest.raises(UsageError, match="give the dense model as the teacher"):
+        recover_accuracy(Features(), _unlabelled(), match_outputs=True)
+    other = nn.Conv2d(1, 3, 1)
+    with pytest.raises(DataError, match=r"shapes .* cannot be matched"):
+        recover_accuracy(Features(), _unlabelled(), teacher=other, match_outputs=True, epochs=1, autocast=False)
+    with pytest.raises(DataError, match="no examples"):
+        evaluate_difference(other, other, [])

@@ -123,6 +123,7 @@ ON_RUNTIME_SMALL = [
     "einsum_heads",
     "outlook",
     "shared",
+    "standardised",
 ]
 
 

@@ -29,6 +29,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from exactness import LIMIT, random_keep, randomise, relative_error
-from zoo import timm_model, torchvision_models
+from zoo import torchvision_models
+from zoo_models import zoo
 
 from edgeprune.compact import compact_model
 from edgeprune.core.cost import mac_terms
@@ -54,107 +56,6 @@ from edgeprune.graphs.slice import mask_model, slice_captured
 from edgeprune.trace import trace_captured
 
 TIME_LIMIT_S = 240.0
-TORCHVISION = {
-    64: """
-        resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn squeezenet1_0 squeezenet1_1 densenet121 googlenet
-        mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 efficientnet_b0 efficientnet_v2_s
-        shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0 regnet_x_400mf regnet_y_400mf
-        convnext_tiny swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
-        lraspp_mobilenet_v3_large
-    """,
-    96: "alexnet inception_v3",
-    224: "vit_b_32 maxvit_t",
-}
-VIDEO = {(4, 32): "r3d_18 mc3_18 r2plus1d_18", (8, 64): "swin3d_t", (16, 224): "s3d"}
-"""(frames, size) -> models."""
-FLOW = {128: "raft_small raft_large"}
-DETECTION = {
-    128: "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn fcos_resnet50_fpn",
-    300: "ssd300_vgg16",
-    320: "ssdlite320_mobilenet_v3_large",
-}
-"""Detectors, whose boxes depend on values: their backbones, as `--scope backbone` takes them."""
-TIMM = {
-    64: """
-        resnet18d ecaresnet26t resnetv2_18 resnest14d res2net50_14w_8s res2next50 skresnet18 legacy_seresnet18
-        seresnext26d_32x4d ghostnet_050 ghostnetv2_100 repghostnet_050 mobilenetv3_small_050 mobilenetv4_conv_small
-        lcnet_050 tinynet_e mnasnet_050 fbnetc_100 fbnetv3_b spnasnet_100 hardcorenas_a semnasnet_075 mixnet_s
-        efficientnet_lite0 efficientnet_es efficientnetv2_rw_t tf_efficientnetv2_b0 tf_mobilenetv3_small_minimal_100
-        rexnet_100 regnetx_002 regnety_002 regnetz_005 repvgg_a0 mobileone_s0 hgnetv2_b0 dla34 dla46x_c dpn48b
-        hrnet_w18_small densenet121 vgg11 cspdarknet53 cs3darknet_focus_s cspresnet50 darknet53 gernet_s vovnet39a
-        ese_vovnet19b_dw selecsls42 xception41 legacy_xception nf_regnet_b0
-        dm_nfnet_f0 tresnet_m convnext_atto convnextv2_atto convmixer_768_32 inception_next_atto rdnet_tiny
-        starnet_s1 lcnetv2_small fasternet_t0 mambaout_femto repvit_m0_9 poolformer_s12 poolformerv2_s12
-        caformer_s18 convformer_s18 edgenext_xx_small efficientvit_b0 pvt_v2_b0
-    """,
-    128: """
-        inception_v4 inception_resnet_v2 shvit_s1 mobilevit_xxs mobilevitv2_050 fastvit_t8 efficientvim_m1
-        focalnet_tiny_srf
-    """,
-    224: """
-        efficientformer_l1 efficientformerv2_s0 efficientvit_m0 swiftformer_xs tiny_vit_5m_224 levit_128s
-        deit_tiny_patch16_224 cait_xxs24_224 coat_lite_tiny xcit_nano_12_p16_224 pit_ti_224 mixer_s32_224 resmlp_12_224
-        gmlp_ti16_224 convit_tiny visformer_tiny twins_svt_small swin_s3_tiny_224 nest_tiny gcvit_xxtiny
-        coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256 beit_base_patch16_224 vit_relpos_small_patch16_224
-        eva02_tiny_patch14_224 davit_tiny tnt_s_patch16_224 crossvit_tiny_240 mvitv2_tiny sequencer2d_s hiera_tiny_224
-        volo_d1_224 nextvit_small botnet26t_256 halonet26t lambda_resnet26t
-    """,
-}
-OWN_SIZE = {"maxvit_rmlp_pico_rw_256": 256, "crossvit_tiny_240": 240, "botnet26t_256": 256, "halonet26t": 256}
-OWN_SIZE |= {"lambda_resnet26t": 256, "swiftformer_xs": 224}
-Entry = tuple[Callable[[], nn.Module], tuple[int, ...]]
-
-
-def zoo() -> dict[str, Entry]:
-    """Name -> (builder, shape of the input)."""
-    entries: dict[str, Entry] = {}
-    for size, names in TORCHVISION.items():
-        for name in names.split():
-            entries[f"torchvision/{name}"] = (lambda name=name: build_torchvision(name)), (1, 3, size, size)
-    for (frames, size), names in VIDEO.items():
-        for name in names.split():
-            entries[f"torchvision/{name}"] = (lambda name=name: build_torchvision(name)), (1, 3, frames, size, size)
-    for size, names in FLOW.items():
-        for name in names.split():
-            entries[f"torchvision/{name}"] = (lambda name=name: Pair(build_torchvision(name))), (1, 6, size, size)
-    for size, names in DETECTION.items():
-        for name in names.split():
-            entries[f"torchvision/{name}.backbone"] = (lambda name=name: build_backbone(name)), (1, 3, size, size)
-    for size, names in TIMM.items():
-        for name in names.split():
-            own = OWN_SIZE.get(name, size)
-            entries[f"timm/{name}"] = (lambda name=name: timm_model(name)), (1, 3, own, own)
-    return entries
-
-
-def build_torchvision(name: str) -> nn.Module:
-    """A torchvision model without weights, neither its own nor its backbone's."""
-    options: dict[str, Any] = {"weights": None}
-    if name.startswith(("deeplabv3", "fcn", "lraspp")):
-        options["weights_backbone"] = None
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-    model = torchvision_models().get_model(name, **options)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-class Pair(nn.Module):
-    """A model of two images that takes them as one of six channels."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Any:
-        return self.net(images[:, :3], images[:, 3:])
-
-
-def build_backbone(name: str) -> nn.Module:
-    """The feature pyramid of a torchvision detector, without weights."""
-    backbone = torchvision_models().get_model(name, weights=None, weights_backbone=None).backbone
-    assert isinstance(backbone, nn.Module)
-    return backbone
 
 
 def outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
@@ -323,6 +224,8 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT_S, help="seconds a model may take")
     options = parser.parse_args()
+    if options.peer and find_spec("torch_pruning") is None:
+        parser.error("--peer needs Torch-Pruning: pip install torch-pruning==1.6.1")
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; a second call with the same --log goes on"))
     names = [name for name in zoo() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]

@@ -151,6 +151,7 @@ def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node, option: i
     if covered:
         found.constants += [(node.name, place, ids) for place, ids in call.lowered]
         found.consumed.update(call.consumed)
+        found.consumed.update(holder for ids in call.consumed_ids if (holder := _holder(found, ids)) is not None)
         if call.choices is not None:
             found.choices[node.name] = call.choices
     else:
@@ -161,6 +162,15 @@ def _follow(found: Propagation, rules: dict[str, Rule], node: fx.Node, option: i
     _share_memory(found, node, call.masked)
 
 
+def _holder(found: Propagation, ids: IntArray) -> tuple[str, int] | None:
+    """The parameter's axis that the ids were made for."""
+    for key, value in found.parameters.items():
+        for axis, own in enumerate(value.axes):
+            if own is not None and own[0] == ids[0]:
+                return key, axis
+    return None
+
+
 def _share_memory(found: Propagation, node: fx.Node, masked: bool) -> None:
     """Note whose memory the output is; what was written to is no longer zero where the written was not."""
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -169,7 +179,7 @@ def _share_memory(found: Propagation, node: fx.Node, masked: bool) -> None:
     if shares and writes_memory(node) and not masked:
         for name, value in found.values.items():
             if found.memory.get(name) == owner and isinstance(value, Value):
-                found.values[name] = replace(value, masked=False)
+                found.values[name] = replace(value, masked=False, zeros=None)
 
 
 def _apply(rule: Rule | None, call: Call) -> tuple[list[Axes], bool]:
@@ -191,9 +201,10 @@ def _fits(axes: Axes, shape: tuple[int, ...]) -> bool:
 
 
 def _value(shape: tuple[int, ...], axes: Axes, call: Call, inherited: str | None) -> Value:
+    value = Value(shape=shape, axes=axes, masked=call.masked, zeros=call.zeros)
     if inherited is not None and all(axis is None for axis in axes):
-        return Value(shape=shape, axes=axes, masked=call.masked, fixed_because=inherited)
-    return Value(shape=shape, axes=axes, masked=call.masked)
+        return replace(value, fixed_because=inherited)
+    return value
 
 
 def _call(found: Propagation, node: fx.Node, shapes: list[tuple[int, ...]], option: int) -> Call:
@@ -231,12 +242,18 @@ def _resolve(found: Propagation, given: Any) -> Any:
 
 
 def _give_up(found: Propagation, node: fx.Node) -> None:
-    sources = [source for source in node.all_input_nodes if source.name in found.values]
+    """Name the operator and freeze what it reads; where no channels meet it, nothing is lost and it stays unnamed."""
+    sources = [source for source in node.all_input_nodes if _carries(found.values.get(source.name))]
     if sources:
         op = operator_name(node)
         found.unsupported.append((op, node.name))
         for source in sources:
             _freeze(found, found.values[source.name], f"no rule for operator '{op}' ('{node.name}')")
+
+
+def _carries(value: Value | tuple[Value, ...] | None) -> bool:
+    parts = value if isinstance(value, tuple) else () if value is None else (value,)
+    return any(axis is not None for part in parts for axis in part.axes)
 
 
 def _freeze(found: Propagation, value: Value | tuple[Value, ...] | None, reason: str) -> None:

@@ -15,7 +15,7 @@ from edgeprune.core.branches import dropped_branches
 from edgeprune.core.errors import RecordError
 from edgeprune.core.records import Branch, Constant, Graph, Group, IntArray
 from edgeprune.graphs.branches import drop_branches
-from edgeprune.graphs.capture import Inputs, capture, structure_sha256
+from edgeprune.graphs.capture import Inputs, capture, operator_name, structure_sha256
 from edgeprune.graphs.lift import lift
 
 Keep = Mapping[str, IntArray]
@@ -46,8 +46,11 @@ def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Mod
             for constant in group.constants:
                 if constant.argument:
                     _lower(nodes[constant.node], constant, removed[group.name])
-    for name, share in _kept_shares(graph, removed).items():
-        _scale(captured.graph, nodes[name], share)
+    for name, (count, fall) in _counted(graph, removed).items():
+        if operator_name(nodes[name]) == "batch_norm":
+            _pad_statistics(captured.graph, nodes[name], count, fall)
+        else:
+            _scale(captured.graph, nodes[name], 1 - fall / count)
     slices = parameter_slices(graph, removed)
     replace_tensors(captured, {name: slices.get(name, {}) for name in named_tensors(captured)})
     drop_branches(captured, graph, dropped_by(graph, keep))
@@ -178,8 +181,8 @@ def _tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return tensors[name]
 
 
-def _kept_shares(graph: Graph, removed: Mapping[str, IntArray]) -> dict[str, float]:
-    """Node of a mean -> share of the positions that it is left with."""
+def _counted(graph: Graph, removed: Mapping[str, IntArray]) -> dict[str, tuple[int, int]]:
+    """Node of a mean or of statistics -> positions that it is over, how many of them go."""
     all_positions: dict[str, int] = defaultdict(int)
     gone: dict[str, int] = defaultdict(int)
     for group in graph.groups:
@@ -187,7 +190,7 @@ def _kept_shares(graph: Graph, removed: Mapping[str, IntArray]) -> dict[str, flo
             if not constant.argument:
                 all_positions[constant.node] += int(constant.count.sum())
                 gone[constant.node] += int(constant.count[removed.get(group.name, [])].sum())
-    return {name: 1 - fall / all_positions[name] for name, fall in gone.items() if fall}
+    return {name: (all_positions[name], fall) for name, fall in gone.items() if fall}
 
 
 def _scale(graph: fx.Graph, node: fx.Node, factor: float) -> None:
@@ -195,6 +198,20 @@ def _scale(graph: fx.Graph, node: fx.Node, factor: float) -> None:
         scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
     scaled.meta = dict(node.meta)
     node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+def _pad_statistics(graph: fx.Graph, node: fx.Node, count: int, fall: int) -> None:
+    """Let a norm over the last axis see zeros in the place of what went, and cut them off again."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.inserting_before(node):
+        padded = graph.call_function(torch.ops.aten.constant_pad_nd.default, (source, [0, fall]))
+    padded.meta = dict(source.meta)
+    node.replace_input_with(source, padded)
+    with graph.inserting_after(node):
+        cut = graph.call_function(torch.ops.aten.slice.Tensor, (node, 2, 0, count - fall))
+    cut.meta = dict(node.meta)
+    node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
 
 
 def _lower(node: fx.Node, constant: Constant, removed: IntArray) -> None:

@@ -41,13 +41,15 @@ class Value:
 
     axes: channel ids per axis. parameter: its state-dict key, or None.
     masked: True where a removed unit's entries are zero in the masked model, along every axis with ids:
-        parameters, and what a rule says keeps their zeros. fixed_because: why the axes without ids are fixed.
+        parameters, and what a rule says keeps their zeros. zeros: where not, ids whose removed entries are zero all
+        the same. fixed_because: why the axes without ids are fixed.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     parameter: str | None = None
     masked: bool = False
+    zeros: Axis = None
     fixed_because: str = "meets an axis of fixed size"
 
 
@@ -71,8 +73,11 @@ class Call:
     choices: tuple[IntArray, int] | None = None
     lowered: list[tuple[tuple[int, ...], IntArray]] = field(default_factory=list)
     consumed: list[tuple[str, int]] = field(default_factory=list)
+    consumed_ids: list[IntArray] = field(default_factory=list)
     masked: bool = False
     """Set by a rule: removed entries of the output are zero too."""
+    zeros: Axis = None
+    """Set by a rule where not: ids whose removed entries are."""
 
     def value(self, name: str) -> Value:
         """A tensor argument. raises: NoRule where it is absent or no tensor."""
@@ -144,9 +149,28 @@ class Call:
         if ids is not None:
             self.lowered.append(((), ids))
 
-    def contract(self, axis: Axis, because: str, weight: Value, weight_axis: int) -> None:
-        """Say that an axis is summed against an axis of a weight whose masked entries are zero."""
-        if not weight.masked:
+    def pad_statistics(self, ids: Axis) -> None:
+        """Say that the operator normalises over its last axis, `ids`, whose removed positions count as zeros."""
+        self.rescale(ids)
+
+    def consume(self, ids: Axis) -> None:
+        """Say that a parameter's axis takes channels in, where the parameter is not summed as it stands."""
+        if ids is not None:
+            self.consumed_ids.append(ids)
+
+    def zero_along(self, value: Value, axis: int) -> bool:
+        """Whether the entries of every removed unit of an axis are known to be zero."""
+        ids = value.axes[axis]
+        if value.masked or ids is None or value.zeros is None:
+            return value.masked
+        return bool(np.isin(self.units.find(ids), self.units.find(value.zeros)).all())
+
+    def contract(self, axis: Axis, because: str, weight: Value, weight_axis: int, *, masked: bool = False) -> None:
+        """Say that an axis is summed against an axis of a weight, one of which has zeros where a unit is removed.
+
+        masked: whether the first has; parameters and what is zero as they are have anyway.
+        """
+        if not (masked or self.zero_along(weight, weight_axis)):
             self.freeze(axis, "is multiplied and summed")
             self.freeze(weight.axes[weight_axis], "is multiplied and summed")
         self.tie(axis, weight.axes[weight_axis], because)
@@ -155,7 +179,7 @@ class Call:
 
     def contract_any(self, left: Value, left_axis: int, right: Value, right_axis: int) -> None:
         """Say that two axes are summed against each other, where either tensor may be the one with zeros."""
-        if right.masked or not left.masked:
+        if self.zero_along(right, right_axis) or not self.zero_along(left, left_axis):
             self.contract(left.axes[left_axis], left.fixed_because, right, right_axis)
         else:
             self.contract(right.axes[right_axis], right.fixed_because, left, left_axis)

@@ -55,6 +55,15 @@ def split(call: Call) -> list[Axes]:
     return outputs
 
 
+def chunk(call: Call) -> list[Axes]:
+    """Cut into parts whose sizes follow from the batch; those of channels are known, and are `split_with_sizes`."""
+    x = call.value("self")
+    if x.axes[call.plain("dim", 0) % len(x.shape)] is not None:
+        raise NoRule("parts of a size that is computed at run time")
+    call.masked = x.masked
+    return [x.axes] * len(call.out_shapes)
+
+
 def slice_axis(call: Call) -> Axes:
     """x[start:end:step] along `dim`; both bounds fall by the channels removed before them."""
     x = call.value("self")
@@ -133,6 +142,9 @@ RULES: dict[str, Rule] = {
     "concat": cat,
     "stack": stack,
     "split_with_sizes": split,
+    "chunk": chunk,
+    "split": chunk,
+    "tensor_split": chunk,
     "slice": slice_axis,
     "narrow": narrow,
     "select": select,

@@ -37,7 +37,8 @@ def _convolve(call: Call, out_axis: int) -> Axes:
     if bias is not None:
         out = call.tie(out, bias.axes[0])
     batched = any(axis is not None for axis in x.axes[:channel])
-    call.masked = weight.masked and (bias is None or bias.masked) and not batched
+    zero = weight.masked or (out_axis == 0 and call.zero_along(weight, 0))
+    call.masked = zero and (bias is None or bias.masked) and not batched
     return (*x.axes[:channel], out, *[None] * (len(x.shape) - channel - 1))
 
 
@@ -51,7 +52,7 @@ def _depthwise(call: Call, x: Value, channels: Axis, weight: Value, out_axis: in
 
 def _grouped(call: Call, x: Value, channels: Axis, weight: Value, out_axis: int, groups: int) -> Axis:
     if out_axis == 0:
-        call.contract(call.tie_parts(channels, groups), x.fixed_because, weight, 1)
+        call.contract(call.tie_parts(channels, groups), x.fixed_because, weight, 1, masked=x.masked)
         call.tie_parts(weight.axes[0], groups)
         return weight.axes[0]
     call.tie_parts(weight.axes[0], groups)

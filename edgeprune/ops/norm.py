@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.ops import Axes, Axis, Call, Rule
+from edgeprune.ops import Axes, Axis, Call, Rule, Value
 
 
 def per_channel(call: Call) -> Axes:
     """Batch and instance norm: each channel by itself, so a removed one takes its parameters along.
 
-    A weight that is standardised by it at run time has its inputs' axis among those that are normalised over.
+    A weight that is standardised by it at run time has its inputs' axis among those that are normalised over: removed
+    inputs, which are zero, still count in its statistics, but are no zeros afterwards.
     """
     x = call.value("input")
     axis = x.axes[1]
@@ -20,11 +21,21 @@ def per_channel(call: Call) -> Axes:
     if call.op == "instance_norm":
         for space in x.axes[2:]:
             call.freeze(space, "is normalised over")
-    elif call.plain("training"):  # of a weight, to standardise it
-        for space in (x.axes[0], *x.axes[2:]):
-            call.mark_inexact(space, "is normalised over")
+    elif call.plain("training"):
+        _standardise(call, x)
     call.masked = _masked(call, (x.axes[0], *x.axes[2:]))
     return (x.axes[0], axis, *x.axes[2:])
+
+
+def _standardise(call: Call, x: Value) -> None:
+    bias = call.optional("bias")
+    if x.masked and len(x.shape) == 3 and x.axes[0] is None and call.optional("running_mean") is None:
+        call.pad_statistics(x.axes[2])
+        call.consume(x.axes[2])
+        call.zeros = x.axes[1] if bias is None or bias.masked else None
+        return
+    for space in (x.axes[0], *x.axes[2:]):
+        call.mark_inexact(space, "is normalised over")
 
 
 def over_channels(call: Call) -> Axes:

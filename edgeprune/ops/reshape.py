@@ -12,7 +12,7 @@ from edgeprune.ops import Axes, Axis, Call, NoRule, Rule, Value, repeated
 def view(call: Call) -> Axes:
     """Any change of shape; axes are matched by the finest common factorisation of both shapes."""
     x = call.value("self")
-    call.masked = x.masked
+    call.masked, call.zeros = x.masked, x.zeros
     out: list[Axis] = [None] * len(call.out_shape)
     for inner, outer in factorise(x.shape, call.out_shape):
         axes = _merge(call, x, inner)

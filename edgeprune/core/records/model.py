@@ -116,7 +116,7 @@ class Constant:
     """A number in the graph that falls when units are removed (view sizes, split sizes, pads, groups).
 
     node, argument: the place, as a path into the node's arguments: (1, 2) is `args[1][2]`. An empty path: the count
-        that the node's mean divides by, which is to stay as it was.
+        that the node's mean divides by, or its statistics are over, which is to stay as it was.
     count: (units,) by how much it falls for each removed unit.
     """
 

@@ -21,6 +21,7 @@ class RecoverSettings:
     precision: Precision | None = None
     regularizer: str | None = None
     pattern: str | None = None
+    match_outputs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,16 @@ class RecoverResult:
     """What training did.
 
     accuracy_before, accuracy_after: top-1 on the test batches, None without them.
+    difference_before, difference_after: from outputs that were matched, as a share of their power; None otherwise.
     losses: mean training loss of each epoch. epochs: how many were trained.
     note: why training stopped early or was undone, or "".
     zeroed: units that a regularizer has brought to zero, per group that has any; weights of a pattern, per layer.
     """
 
-    accuracy_before: float | None
-    accuracy_after: float | None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    difference_before: float | None = None
+    difference_after: float | None = None
     losses: tuple[float, ...]
     epochs: int
     autocast: bool

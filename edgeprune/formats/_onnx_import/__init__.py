@@ -31,7 +31,7 @@ from edgeprune.formats._onnx_import.operation import Flow
 from edgeprune.formats._onnx_kernels import all_nodes
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.lift import lift
-from edgeprune.graphs.ports import Ports, set_ports
+from edgeprune.graphs.ports import Ports, dtype_names, example, set_ports
 
 TOLERANCE = 1e-3
 """Largest difference to ONNX Runtime, relative to the largest output; a wrong operator is off by far more."""
@@ -39,6 +39,15 @@ OLDEST_OPSET = 7
 """Older files broadcast by attributes; they are converted first."""
 CONVERTED_OPSET = 13
 QUANTISED = re.compile(r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QAttention|QGemm")
+KINDS: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+"""Of inputs."""
 Run = Callable[[list[Array]], list[Array]]
 
 
@@ -63,8 +72,7 @@ def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphMo
         or a free size that the shapes do not settle; or when the module computes something else than ONNX Runtime.
     """
     model = _prepare(_read(path), path)
-    known = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in known]
+    inputs = _given(model)
     wanted = _shapes(inputs, shapes, path)
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -78,12 +86,12 @@ def import_model(path: Path, shapes: Sequence[Sequence[int]] = ()) -> fx.GraphMo
         logging.getLogger(__name__).warning(
             "%s takes %d examples at a time and no others: %s", path, wanted[0][0], imported.fixed_because
         )
-    example = tuple(_examples(wanted, seed=0))
-    lifted = lift(capture(imported.module, example)).eval()
+    shown = tuple(_examples(inputs, wanted, seed=0))
+    lifted = lift(capture(imported.module, shown)).eval()
     with torch.no_grad():
-        _check(pytree.tree_leaves(lifted(*example)), imported.expected)
+        _check(pytree.tree_leaves(lifted(*shown)), imported.expected)
     outputs = tuple(value.name for value in model.graph.output)
-    set_ports(lifted, Ports(inputs=tuple(names), outputs=outputs, shapes=wanted))
+    set_ports(lifted, Ports(inputs=tuple(names), outputs=outputs, shapes=wanted, dtypes=dtype_names(shown)))
     return lifted
 
 
@@ -93,7 +101,8 @@ def build_module(model: ModelProto, shapes: Sequence[Sequence[int]], run: Run) -
     shapes: of the inputs, nothing free. run: the file in its own runtime, which the module is held against.
     raises: ModelError naming the node that cannot be expressed, or when the module computes something else.
     """
-    examples = _examples(shapes, seed=0), _examples(shapes, seed=1)
+    given = _given(model)
+    examples = _examples(given, shapes, seed=0), _examples(given, shapes, seed=1)
     first, second = (run([tensor.numpy() for tensor in inputs]) for inputs in examples)
     builder, outputs = _walk(model, examples, "")
     _check([flow.now for flow in outputs], first)
@@ -151,9 +160,16 @@ def _apart(mine: Array, theirs: Array) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _examples(shapes: Sequence[Sequence[int]], seed: int) -> list[Tensor]:
+def _given(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that have no value of their own."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in known]
+
+
+def _examples(inputs: Sequence[onnx.ValueInfoProto], shapes: Sequence[Sequence[int]], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator) for shape in shapes]
+    kinds = [KINDS[value.type.tensor_type.elem_type] for value in inputs]
+    return [example(shape, kind, generator) for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -220,9 +236,12 @@ def _shapes(
     shapes = []
     for place, value in enumerate(inputs):
         tensor = value.type.tensor_type
-        if tensor.elem_type != onnx.TensorProto.FLOAT:
+        if tensor.elem_type not in KINDS:
             kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-            raise ModelError(f"{path}: the input '{value.name}' is {kind}; only models of float32 inputs can be taken")
+            raise ModelError(
+                f"{path}: the input '{value.name}' is {kind}, and models are taken in float32: give that one; "
+                "what is pruned is stored in other types by --dtype of `edgeprune export`"
+            )
         sizes = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in tensor.shape.dim]
         shown = (
             f"'{value.name}' of shape [{', '.join(str(d.dim_value or d.dim_param or '?') for d in tensor.shape.dim)}]"

@@ -17,15 +17,26 @@ from torch import fx, nn
 
 from edgeprune.core.errors import ModelError, first_line
 from edgeprune.core.tensors import Array
-from edgeprune.formats._onnx_import import axes, elementwise, layers, resample, shapes
+from edgeprune.formats._onnx_import import axes, contrib, elementwise, layers, recurrent, resample, shapes
 from edgeprune.formats._onnx_import.batch import FixedBatch
 from edgeprune.formats._onnx_import.operation import Flow, Operation, Operator, Unsupported
 from edgeprune.formats._onnx_kernels import SCOPES
 
-OPERATORS: dict[str, Operator] = {
-    name: operator
-    for member in (axes, elementwise, layers, resample, shapes)
+OPERATORS: dict[tuple[str, str], Operator] = {
+    (domain, name): operator
+    for domain, members in {
+        "": (axes, elementwise, layers, recurrent, resample, shapes),
+        "com.microsoft": (contrib,),
+    }.items()
+    for member in members
     for name, operator in member.OPERATORS.items()
+}
+"""By domain and name."""
+WHY = {
+    "If": ": which branch runs is computed from the input; export the branch that is wanted",
+    **dict.fromkeys(
+        ("Loop", "Scan"), ": how often it runs is computed; export the model with a fixed number of steps, written out"
+    ),
 }
 WRITTEN_BY_TORCH = re.compile(r"\w+(\.\w+)+")
 
@@ -85,9 +96,10 @@ class Builder:
 
     def _append(self, operation: Operation) -> None:
         node = operation.node
-        build = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        build = OPERATORS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
         if build is None:
-            raise ModelError(f"the operator {_kind(node)} of {_label(node)} is not supported")
+            why = WHY.get(node.op_type, "")
+            raise ModelError(f"the operator {_kind(node)} of {_label(node)} is not supported{why}")
         try:
             made = build(operation)
         except Unsupported as reason:

@@ -13,7 +13,8 @@ from edgeprune.formats._onnx_import.operation import Operation, Operator, Result
 from edgeprune.formats._onnx_import.padding import find_pads, padded
 
 
-def _convolution(op: Operation) -> Result:
+def convolution(op: Operation) -> Result:
+    """Of one, two or three axes of space."""
     weight = op.constant(1)
     space = weight.ndim - 2
     strides, dilations = op.attribute("strides", [1] * space), op.attribute("dilations", [1] * space)
@@ -50,7 +51,8 @@ def _product(op: Operation) -> Result:
     return op.call(functional.linear, op.tensor(0), weight, op.following_bias(matrix.shape[1]))
 
 
-def _gemm(op: Operation) -> Result:
+def gemm(op: Operation) -> Result:
+    """alpha A B + beta C; a linear layer where B is a weight."""
     left, alpha, beta = op.tensor(0), op.attribute("alpha", 1.0), op.attribute("beta", 1.0)
     if op.attribute("transA", 0):
         left = op.call(torch.transpose, left, 0, 1)
@@ -108,7 +110,8 @@ def _layer_norm(op: Operation) -> Result:
     return op.call(functional.layer_norm, op.flow(0), sizes, weight, bias, op.attribute("epsilon", 1e-5))
 
 
-def _rms_norm(op: Operation) -> Result:
+def rms_norm(op: Operation) -> Result:
+    """Over the last axes, without a mean."""
     sizes = _last_axes(op)
     weight = op.layer_weight(1, "weight", np.broadcast_to(op.constant(1), sizes))
     return op.call(functional.rms_norm, op.flow(0), sizes, weight, op.attribute("epsilon", 1e-5))
@@ -151,15 +154,16 @@ def _attention(op: Operation) -> Result:
 OPERATORS: dict[str, Operator] = {
     "Attention": _attention,
     "BatchNormalization": _batch_norm,
-    "Conv": _convolution,
+    "Conv": convolution,
     "ConvTranspose": _transposed_convolution,
     "Einsum": _einsum,
-    "Gemm": _gemm,
+    "Gemm": gemm,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _response_norm,
     "LayerNormalization": _layer_norm,
     "LpNormalization": _lp_norm,
     "MatMul": _product,
-    "RMSNormalization": _rms_norm,
+    "RMSNormalization": rms_norm,
+    "SimplifiedLayerNormalization": rms_norm,
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from edgeprune.core.tensors import Array
 from edgeprune.formats._onnx_import.batch import across_batches
 from edgeprune.formats._onnx_import.operation import Operation, Operator, Result, Unsupported
 
@@ -121,6 +124,45 @@ def _gather_elements(op: Operation) -> Result:
     return op.call(torch.gather, op.flow(0), op.attribute("axis", 0), op.beside(1, op.flow(0)))
 
 
+def _scatter_nd(op: Operation) -> Result:
+    """Values written at known places; those that make up a block are an assignment, for any number of examples."""
+    if op.attribute("reduction", "none") != "none":
+        raise Unsupported("a reduction")
+    x, places = op.tensor(0), op.constant(1)
+    places = np.where(places < 0, places + np.array(x.shape[: places.shape[-1]]), places)
+    if (cuts := _block(places, x.shape)) is not None:
+        return op.call(_assign, x, cuts, op.tensor(2))
+    return op.call(torch.index_put, x, tuple(op.buffer(axis) for axis in np.moveaxis(places, -1, 0)), op.tensor(2))
+
+
+def _block(places: Array, shape: Sequence[int]) -> tuple[slice, ...] | None:
+    """The slices whose product the places are, in order; None where they are none."""
+    if places.ndim - 1 != places.shape[-1] or not places.size:
+        return None
+    cuts = []
+    for axis, size in enumerate(places.shape[:-1]):
+        line = np.moveaxis(places[..., axis], axis, 0).reshape(size, -1)
+        step = int(line[1, 0] - line[0, 0]) if size > 1 else 1
+        if step < 1 or (line != line[:, :1]).any() or (np.diff(line[:, 0]) != step).any():
+            return None
+        whole = size == shape[axis]
+        cuts.append(slice(None) if whole else slice(int(line[0, 0]), int(line[-1, 0]) + 1, step))
+    return tuple(cuts)
+
+
+def _assign(x: Tensor, cuts: tuple[slice, ...], values: Tensor) -> Tensor:
+    written = x.clone()
+    written[cuts] = values
+    return written
+
+
+def _scatter_elements(op: Operation) -> Result:
+    if op.attribute("reduction", "none") != "none":
+        raise Unsupported("a reduction")
+    x = op.tensor(0)
+    return op.call(torch.scatter, x, op.attribute("axis", 0), op.beside(1, x), op.beside(2, x))
+
+
 def _expand(op: Operation) -> Result:
     """Its own sizes stay its own (-1), so that the batch among them is free."""
     x, wanted = op.tensor(0), op.integers(1, "shape") or []
@@ -193,6 +235,8 @@ OPERATORS: dict[str, Operator] = {
     "GatherND": _gather_nd,
     "Pad": _pad,
     "Reshape": _reshape,
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
