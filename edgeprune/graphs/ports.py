@@ -1,4 +1,5 @@
-"""Names and shapes of a model's inputs and outputs, for files that had some before and are to have them again."""
+"""Names and shapes of a model's inputs and outputs, for files that had some before and are to have them again; and
+where it decides for each input what to compute."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ PORTS = "edgeprune_ports.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ports:
-    """In the order of the model's arguments and results; empty where not known. shapes: of the inputs, batch first."""
+    """In the order of the model's arguments and results; empty where not known. shapes: of the inputs, batch first.
+
+    gates: what decides for each input whether to compute something, in the order of the graph.
+    """
 
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    gates: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """As text."""
@@ -28,7 +33,7 @@ class Ports:
     def from_json(cls, text: str) -> Ports:
         """Back from text. raises: ValueError, TypeError, KeyError for what is none."""
         found = json.loads(text)
-        names = {key: tuple(str(name) for name in found[key]) for key in ("inputs", "outputs")}
+        names = {key: tuple(str(name) for name in found.get(key, ())) for key in ("inputs", "outputs", "gates")}
         return cls(**names, shapes=tuple(tuple(int(size) for size in shape) for shape in found["shapes"]))
 
 

@@ -21,6 +21,7 @@ class RecoverSettings:
     precision: Precision | None = None
     regularizer: str | None = None
     pattern: str | None = None
+    gating: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

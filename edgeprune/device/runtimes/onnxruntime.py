@@ -14,6 +14,7 @@ FORMAT = "onnx"
 OPTIONS = ()
 MODULES = ("onnxruntime", "numpy")
 BY_HAND: dict[str, str] = {}
+BRANCHES = True
 HOLDS_ACTIVATIONS = False
 WHEELS = (
     {

@@ -31,6 +31,7 @@ FORMAT = "tflite"
 OPTIONS = ("delegate", "benchmark")
 MODULES = ("ai_edge_litert|tflite_runtime|tensorflow", "numpy")
 BY_HAND: dict[str, str] = {}
+BRANCHES = False
 HOLDS_ACTIVATIONS = True
 WHEELS = (
     {
