@@ -14,7 +14,7 @@ from edgeprune.core.errors import DataError, ModelError
 from edgeprune.core.records import Gate, Gated
 from edgeprune.gating import find_gates, load_gating
 from edgeprune.graphs.capture import Inputs, capture
-from edgeprune.graphs.choices import Decisions
+from edgeprune.graphs.choices import Decisions, find_choices
 from edgeprune.graphs.lift import lift
 from edgeprune.graphs.ports import get_ports, set_ports
 
@@ -32,6 +32,11 @@ def gate_model(module: nn.Module, inputs: Inputs, gating: str) -> nn.Module:
     if get_ports(module).gates:
         raise ModelError("the model has gates already; start from the one without")
     captured = capture(copy.deepcopy(module), inputs)
+    if find_choices(captured):
+        raise ModelError(
+            "the model itself chooses for each example (`torch.where` on one boolean an example), which gates could "
+            "not be told from; take a submodule without it"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # so that a training that is resumed starts from the same gates
         placed = load_gating(gating).place(captured)

@@ -249,7 +249,10 @@ class Stages(Planning):
         return replace(predicted, parameters=counted.parameters, macs=counted.macs)
 
     def _expected(self, predicted: Cost, smaller: nn.Module) -> Cost:
-        """What the validated model should cost: of gated ones the MACs of the average calibration example."""
+        """What the validated model should cost.
+
+        Of a gated one the MACs of the average calibration example, and no latency: tables do not know its ways.
+        """
         if self.run.prune.gating is None:
             return self._counted(predicted, smaller)
         gated, parameters = (
@@ -257,7 +260,7 @@ class Stages(Planning):
             sum(p.numel() for p in smaller.parameters()),
         )
         macs = None if predicted.macs is None else round(gated.macs_share * predicted.macs)
-        return replace(predicted, parameters=parameters, macs=macs)
+        return replace(predicted, parameters=parameters, macs=macs, latency_s=None)
 
     def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The smaller model, trained."""

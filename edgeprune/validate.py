@@ -52,7 +52,7 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
 
 BY_INPUT = ("mean", "worst")
 """Statistics over inputs."""
-INPUTS_TIMES = 10
+INPUTS_TIMES = 20
 """How many times as long as one model over and over takes it to time many inputs, each on its own."""
 MOST_ROUNDS = 4
 """How many times the usual rounds are measured while it is undecided whether a limit is met."""

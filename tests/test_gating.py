@@ -22,7 +22,7 @@ from edgeprune.core.describe import describe_gates, summary
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, UnknownMember, UsageError
 from edgeprune.core.family import list_members
-from edgeprune.core.records import Budget, Cost, Gate, Gated, ModelSpec, RecoverResult, Report, Target
+from edgeprune.core.records import Budget, Cost, Gate, Gated, ModelSpec, Precision, RecoverResult, Report, Target
 from edgeprune.core.store import read_record, write_record
 from edgeprune.device.runtimes.onnxruntime import Model
 from edgeprune.device.session import Session, open_session
@@ -36,6 +36,7 @@ from edgeprune.graphs.capture import capture
 from edgeprune.graphs.choices import Decisions, count_runs
 from edgeprune.graphs.lift import lift
 from edgeprune.graphs.ports import get_ports
+from edgeprune.inspect import inspect_file
 from edgeprune.load import load_model
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.trace import trace_graph
@@ -361,6 +362,34 @@ def test_formats_and_runtimes_without_branches_are_refused(tmp_path: Path) -> No
     for runtime in ("tflite", "tflite:delegate=gpu", "tensorrt"):
         with pytest.raises(UsageError, match=r"need a runtime that executes `If`"):
             check_branches(runtime)
+
+
+def test_float16_weights_have_branches_too(tmp_path: Path) -> None:
+    net = gated(ALL[0])[0]
+    artifact = export_model(net, ONE, tmp_path / "model.onnx", precision=Precision(dtype="float16"))
+    found = [node.op_type for node in all_nodes(onnx.load(artifact.path).graph)]
+    assert artifact.dtype == "float16" and found.count("If") == len(get_ports(net).gates)
+
+
+def test_a_model_that_chooses_by_itself_is_refused() -> None:
+    class Chooses(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.amax((1, 2, 3))[:, None] > 0.5, super().forward(x), torch.zeros(len(x), 10))
+
+    with pytest.raises(ModelError, match="itself chooses"):
+        gate_model(Chooses(), ONE, ALL[0])
+
+
+def test_what_lies_in_branches_is_inspected(tmp_path: Path) -> None:
+    net = gated(ALL[0])[0]
+    export_model(net, ONE, tmp_path / "gated.onnx")
+    export_model(dense(), ONE, tmp_path / "dense.onnx")
+    with_gates, without = (inspect_file(tmp_path / f"{name}.onnx") for name in ("gated", "dense"))
+    convolutions = [[each for each in found.operations if each.op == "Conv"] for found in (with_gates, without)]
+    assert [sum(each.macs or 0 for each in found) for found in convolutions] == [
+        sum(each.macs or 0 for each in convolutions[1])
+    ] * 2
+    assert with_gates.weights["float32"][0] >= without.weights["float32"][0]
 
 
 def test_gates_are_trained_by_themselves() -> None:

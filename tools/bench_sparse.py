@@ -50,7 +50,7 @@ from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.records import Precision, Step, Target, WidthRules
 from edgeprune.core.rules import apply_rules
-from edgeprune.core.stats import median, turn_ratios
+from edgeprune.core.stats import median, over_inputs, turn_ratios
 from edgeprune.device.session import open_session
 from edgeprune.export import evaluate_artifact, export_model
 from edgeprune.gate import gate_model, settle_gates
@@ -69,7 +69,7 @@ ROWS = [
     f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
 ]  # fmt: skip
 POINTWISE_SIDE = 96
-INPUTS_TIMES = 10
+INPUTS_TIMES = 20
 """How many times as long as one net over and over it takes to time many images, each on its own."""
 NOTICEABLE = 0.97
 """A share of the dense latency below which zeros are said to gain; equal files are measured within 1 to 2 % of 1."""
@@ -284,20 +284,18 @@ def measure_rows(
             results = {result.key: result for result in session.run(steps, job=f"sparse-{time.time_ns():x}")}
             session.remove(list(files))
         for number in made:
-            row, ratios = rows[number], []
+            row, rounds = rows[number], []
             for turn in range(effort.repeats):
                 result = results[f"{number} {turn}"]
                 if result.error is not None or result.samples is None or result.against is None:
                     raise RuntimeError(f"{row.name}: {result.error}")
-                ratios.append(
-                    np.divide(result.samples.values, result.against.values) if number in gated
-                    else turn_ratios(result.samples, result.against)
-                )  # fmt: skip
+                rounds.append((result.samples, result.against))
             if number in gated:
-                of_inputs = np.median(ratios, axis=0)
-                row.shares[runtime], row.worst = float(of_inputs.mean()), float(of_inputs.max())
+                ours, theirs = zip(*rounds, strict=True)
+                found = over_inputs(ours, theirs, {})
+                row.shares[runtime], row.worst = found.mean_share, found.worst_share
             else:
-                row.shares[runtime] = median(np.concatenate(ratios))
+                row.shares[runtime] = median(np.concatenate([turn_ratios(*pair) for pair in rounds]))
 
 
 def is_gated(name: str) -> bool:

@@ -94,15 +94,13 @@ def pooled_ratio(rounds: Sequence[npt.ArrayLike]) -> Quantity:
 def over_inputs(samples: Sequence[Samples], against: Sequence[Samples], gates: Mapping[str, float]) -> Distribution:
     """What is typical of each input, and how that is spread over the inputs.
 
-    samples, against: a round each, with the latency of each input, and of the other model beside it, in one order.
+    samples, against: a round each, with the latency of each input, and of the other model beside it, in one order;
+        where time was short a round has fewer inputs, the first ones, and those of all rounds count.
     gates: share of the inputs for which each runs.
-    raises: DataError when the rounds are not of the same inputs.
     """
-    if len({len(each.values) for each in (*samples, *against)}) != 1:
-        raise DataError("rounds over different inputs cannot be compared; measure again")
-    values = np.asarray([each.values for each in samples])
-    latencies = np.median(values, axis=0)
-    shares = np.median(values / np.asarray([each.values for each in against]), axis=0)
+    common = min(len(each.values) for each in (*samples, *against))
+    values, others = (np.asarray([each.values[:common] for each in rounds]) for rounds in (samples, against))
+    latencies, shares = np.median(values, axis=0), np.median(values / others, axis=0)
     return Distribution(
         mean_s=float(latencies.mean()), median_s=median(latencies), p95_s=p95(latencies),
         worst_s=float(latencies.max()), mean_share=float(shares.mean()), worst_share=float(shares.max()),

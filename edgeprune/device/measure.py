@@ -1,4 +1,4 @@
-"""The steps of a job, measured on the board. Copied there beside agent.py, with warm_up.py and runtime.py.
+"""The steps of a job, measured on the board. Copied there beside agent.py, with warm_up.py, runtime.py and others.
 
 runtime.py is the module of `runtimes/` that the target names. Python 3.9, numpy and the runtime's own
 package, nothing else of edgeprune.
@@ -14,7 +14,6 @@ import json
 import math
 import operator
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -28,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from edgeprune.device import energy
+    from edgeprune.device import by_input, energy
     from edgeprune.device.runtimes import onnxruntime as runtime
     from edgeprune.device.warm_up import WARM_UP_LIMIT_S, warm_up
 else:
+    import by_input
     import energy
     import runtime
     from warm_up import WARM_UP_LIMIT_S, warm_up
@@ -56,11 +56,6 @@ MAX_SAMPLES_PER_TURN = 1000
 MAX_SAMPLES = 20_000
 MMAP_THRESHOLD_BYTES = 131072
 """glibc's default (mallopt(3)), which setting it keeps from growing."""
-MIN_ROUNDS = 5
-"""Over all inputs, where each is timed on its own."""
-RETRIES = 3
-SLOWEST = 16
-"""Inputs that are timed anew at the end: the slowest of many noisy timings would be the noisiest."""
 CHILD_LIMIT_S = 300
 BURST = 3
 """Profiled runs that count in a row, of each of two models in turns."""
@@ -184,85 +179,38 @@ class Timer:
 
 
 def measure_inputs(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """Latency of each example on its own, and of the model to compare with in the turn after it.
-
-    Rounds over all examples, in another order each time; of an example the median counts. Each timed run follows one
-    that is not timed, of the same input, so that caches are as in a stream of inputs. As many of the examples take
-    part as the time allows.
-    """
+    """Typical latency of each example on its own, and of the model to compare with, if any, beside it."""
     threads = step["threads"] or spec["threads"]
     model, _ = open_step(step, spec, threads=threads)
     models = [model] + ([open_step({**step, "artifact": step["against"]}, spec)[0]] if step["against"] else [])
     examples = load_examples(model, step["inputs"])
     count = len(next(iter(examples.values()))) if step["inputs"] else 1
-    feeds = [{name: array[i : i + 1] if step["inputs"] else array for name, array in examples.items()}
-             for i in range(count)]  # fmt: skip
-    timers = [
-        Timer(each, feeds[0], max(threads, spec["threads"]), WARM_UP_LIMIT_S if not step["steady"] else 0.0)
-        for each in models
-    ]
+    feeds = [{name: array[i : i + 1] for name, array in examples.items()} for i in range(count)]
+    feeds = feeds if step["inputs"] else [examples]
+    warm_up_s = WARM_UP_LIMIT_S if not step["steady"] else 0.0
+    timers = [Timer(each, feeds[0], max(threads, spec["threads"]), warm_up_s) for each in models]
     loops = max(timer.loops for timer in timers)
-    working = all(timer.at_work is not None for timer in timers)
-    # Each runs twice; the first example may be one of the fast ones.
-    each_s = 2 * loops * (len(timers) * max(timer.run_s for timer in timers))
-    feeds = feeds[: max(1, int(step["seconds"] / (MIN_ROUNDS * each_s)))]
-    shuffled = random.Random(0)  # noqa: S311 an order, no secret
-    values: list[list[list[float]]] = [[[] for _ in feeds] for _ in models]
-
-    def take_round(places: list[int]) -> None:
-        shuffled.shuffle(places)
-        for place in places:
-            for number, each in enumerate(models):
-                each.run(feeds[place])
-                values[number][place].append(time_input(each, feeds[place], loops, working))
-
     gc.collect()
     gc.disable()
-    rounds, began = 0, time.perf_counter()
     try:
-        while rounds < MIN_ROUNDS or time.perf_counter() - began < step["seconds"]:
-            take_round(list(range(len(feeds))))
-            rounds += 1
-            if step["steady"] or rounds * len(feeds) >= MAX_SAMPLES:
-                break
-        medians = [statistics.median(each) for each in values[0]]
-        slowest = sorted(range(len(feeds)), key=medians.__getitem__)[-SLOWEST:]
-        for place in slowest if not step["steady"] else []:
-            for each in values:
-                each[place].clear()
-        for _ in range(2 * rounds if not step["steady"] else 0):
-            take_round(list(slowest))
+        values, rounds = by_input.time_inputs(
+            [each.run for each in models], feeds, step["seconds"], run_s=max(timer.run_s for timer in timers),
+            loops=loops, working=all(timer.at_work is not None for timer in timers), steady=step["steady"],
+        )  # fmt: skip
     finally:
         gc.enable()
     samples = [
         {
-            "values": list(map(statistics.median, each)),
+            "values": each,
             "per_turn": 1,
             "loops": loops,
             "warmups": timer.warm.runs,
             "warm_up_ended": timer.warm.ended,
-            "stopped_because": f"{rounds} rounds over {len(feeds)} of {count} inputs",
+            "stopped_because": f"{rounds} rounds over {len(each)} of {count} inputs",
         }
         for each, timer in zip(values, timers)  # noqa: B905
     ]
     return {"samples": samples[0], "against": samples[1] if len(samples) > 1 else None}
-
-
-def time_input(model: runtime.Model, feed: dict[str, Any], loops: int, working: bool) -> float:
-    """Seconds of a run, without what other processes took of it: of a run that none interrupted, if there is one.
-
-    working: whether the runtime works in this thread, so that its processor time says so in any case.
-    """
-    taken = 0.0
-    for _ in range(1 if working else RETRIES):
-        began, at_work = time.perf_counter_ns(), time.thread_time_ns()
-        for _ in range(loops):
-            model.run(feed)
-        whole, at_work = time.perf_counter_ns() - began, time.thread_time_ns() - at_work
-        taken = (at_work if working else whole) * 1e-9 / loops
-        if at_work >= (1 - AWAY_SHARE) * whole:
-            break
-    return taken
 
 
 def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:

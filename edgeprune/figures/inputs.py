@@ -16,7 +16,7 @@ def draw(run: Run) -> Figure | None:
     if found is None:
         return None
     ours = np.asarray(found.latencies_s)
-    dense = np.median([samples.values for samples in run.report.samples["dense"]], axis=0)
+    dense = np.median([samples.values[: len(ours)] for samples in run.report.samples["dense"]], axis=0)
     scale, unit = time_scale([*found.latencies_s, *dense.tolist()])
     low, high = float(min(ours.min(), dense.min())) * scale, float(max(ours.max(), dense.max())) * scale
     bins = {"start": low, "end": high, "size": (high - low) / BINS or 1.0}

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
 
 from edgeprune.formats._onnx_kernels import all_nodes
 
@@ -23,13 +23,15 @@ FOLLOWING = frozenset({"Relu", "Clip", "LeakyRelu", "HardSwish", "QuantizeLinear
 def sink_choices(model: ModelProto) -> int:
     """Turn choices into branches, in place. returns: how many `If` the model has now."""
     graph = model.graph
-    known = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+    inferred = shape_inference.infer_shapes(model).graph  # rewriting to other precisions loses some
+    known = {value.name: value for value in (*inferred.value_info, *graph.input, *graph.output)}
     weights = {tensor.name: tensor for tensor in graph.initializer}
     rewriter = _Rewriter(known, weights)
     nodes = rewriter.sink(list(graph.node), [value.name for value in graph.output])
     if rewriter.made:
         del graph.node[:]
-        graph.node.extend(nodes)
+        read = {name for node in nodes for name in _reads(node)} | {value.name for value in graph.output}
+        graph.node.extend(node for node in nodes if read & {*node.output})
         _keep(graph, known, weights)
     return rewriter.made
 

@@ -66,9 +66,10 @@ class _Skip(Choice):
             self._look_at(means)
         weight = self.weight / self.scale
         logits = functional.linear(means, weight, self.bias - weight @ self.mean)
-        logits = logits.view(-1, *[1] * (more.ndim - 1))
+        shape = [-1, *[1] * (more.ndim - 1)]
         if not self.training:
-            return torch.where(logits > 0, more, less)
+            return torch.where((logits > 0).view(shape), more, less)
+        logits = logits.view(shape)
         even = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid(logits + self.chance * torch.logit(even))
         self.taken = (soft > 0.5).to(soft.dtype) + soft - soft.detach()

@@ -188,6 +188,7 @@ def _look(
     module: nn.Module, exits: list[_Exit], calibration: Batches
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Confidence and correctness of each exit, (exits, n), the first on the way first; correctness of the end."""
+    device = exits[0].threshold.device
     seen: dict[_Exit, Tensor] = {}
     handles = [
         each.register_forward_pre_hook(lambda part, given: seen.__setitem__(part, part.answer(given[0])))
@@ -196,7 +197,8 @@ def _look(
     sure, right, best = [], [], []
     try:
         for inputs, targets in calibration:
-            logits = module(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+            tensors = inputs if isinstance(inputs, tuple | list) else (inputs,)
+            logits, targets = module(*(tensor.to(device) for tensor in tensors)), targets.to(device)
             answers = [seen[each] for each in exits]
             sure.append(torch.stack([own.float().softmax(1).amax(1) for own in answers]))
             right.append(torch.stack([own.argmax(1) == targets for own in answers]))
