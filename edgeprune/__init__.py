@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgeprune.draw import write_drawing as write_drawing
     from edgeprune.export import export_model as export_model
     from edgeprune.fleet import profile_fleet as profile_fleet
+    from edgeprune.gate import gate_model as gate_model
+    from edgeprune.gate import settle_gates as settle_gates
     from edgeprune.inspect import inspect_file as inspect_file
     from edgeprune.inspect import read_any_record as read_any_record
     from edgeprune.load import example_inputs as example_inputs
@@ -73,6 +75,7 @@ _PLACES = {
     "draw": ("render_drawing", "write_drawing"),
     "export": ("export_model",),
     "fleet": ("profile_fleet",),
+    "gate": ("gate_model", "settle_gates"),
     "inspect": ("inspect_file", "read_any_record"),
     "load": ("example_inputs", "load_data", "load_model"),
     "measure": ("measure_files",),

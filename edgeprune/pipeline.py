@@ -29,6 +29,7 @@ from edgeprune.core.records import (
     Artifact,
     Bracket,
     Cost,
+    Gated,
     Graph,
     Importance,
     Plan,
@@ -40,6 +41,8 @@ from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file, write_record
 from edgeprune.export import check_sparse, export_model
+from edgeprune.gate import gate_model, settle_gates
+from edgeprune.gating import load_gating
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
 from edgeprune.patterns import load_pattern
@@ -52,7 +55,7 @@ from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
-from edgeprune.validate import collect_examples, validate_artifact
+from edgeprune.validate import check_branches, collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
 KEPT_ZEROS = "zeros"
@@ -69,6 +72,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
     check_contenders(run.search.contenders)
     if run.prune.pattern is not None:
         load_pattern(run.prune.pattern)
+    if run.prune.gating is not None:
+        check_gating(run)
     folder = RunFolder(base / run.output.dir)
     with folder.locked():
         model = load_model(run.spec, base)
@@ -84,6 +89,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
         if run.export.sparse:
             check_sparse(stages.format_name)
+        if run.prune.gating is not None:
+            check_branches(stages.runtime)
         graph = stages.trace()
         dense = stages.export_dense(graph)
         stages = stages.regularize(graph)
@@ -91,6 +98,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         plan = stages.profile_and_plan(graph, importance, dense)
         compact, accuracy = stages.sparsify(*stages.compact(graph, plan))
         recovered, accuracy = stages.recover(plan, compact, accuracy)
+        recovered, accuracy = stages.gate(recovered, accuracy)
         recovered, accuracy = stages.train_for_8_bits(graph, plan, recovered, accuracy)
         artifact = stages.export(graph, plan, recovered)
         report = stages.validate(graph, plan, dense, artifact, recovered, accuracy)
@@ -117,6 +125,7 @@ def check_unlabelled(run: RunFile, why: str) -> None:
         "[prune] curves = false": prune.curves,
         "[prune] steps = 1": prune.steps > 1,
         "[prune] without regularizer": prune.regularizer is not None,
+        "[prune] without gating": prune.gating is not None,
         "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
         '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
     }
@@ -125,6 +134,17 @@ def check_unlabelled(run: RunFile, why: str) -> None:
             f"{why}, so the run cannot measure losses, and trains by the dense outputs alone; set {', '.join(found)}. "
             "Layers that read removed channels are refitted by least squares all the same"
         )
+
+
+def check_gating(run: RunFile) -> None:
+    """raises: UsageError for what a run with gates cannot have."""
+    load_gating(run.prune.gating or "")
+    if run.export.dtype not in ("float32", "float16"):
+        raise UsageError(
+            f"[prune] gating does not go with [export] dtype = '{run.export.dtype}'; use float32 or float16"
+        )
+    if run.budget.energy is not None and run.budget.power_model is None:
+        raise UsageError("[prune] gating does not go with [budget] energy: a meter cannot tell one input from another")
 
 
 class Stages(Planning):
@@ -227,6 +247,20 @@ class Stages(Planning):
         counted = predict_cost(trace_graph(smaller, self.inputs), {})
         return replace(predicted, parameters=counted.parameters, macs=counted.macs)
 
+    def _expected(self, predicted: Cost, smaller: nn.Module) -> Cost:
+        """What the validated model should cost.
+
+        Of a gated one the MACs of the average calibration example, and no latency: tables do not know its ways.
+        """
+        if self.run.prune.gating is None:
+            return self._counted(predicted, smaller)
+        gated, parameters = (
+            read_record(Gated, self.folder / "gating.json"),
+            sum(p.numel() for p in smaller.parameters()),
+        )
+        macs = None if predicted.macs is None else round(gated.macs_share * predicted.macs)
+        return replace(predicted, parameters=parameters, macs=macs, latency_s=None)
+
     def recover(self, plan: Plan, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The smaller model, trained."""
         settings, checkpoint = self.run.recover, self.folder / "recover.checkpoint"
@@ -260,6 +294,41 @@ class Stages(Planning):
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
         return smaller.eval(), accuracy
+
+    def gate(self, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
+        """The model with gates that decide for every input what to compute, trained and set."""
+        settings, checkpoint = self.run.prune, self.folder / "gate.checkpoint"
+        if (gating := settings.gating) is None:
+            return smaller, accuracy
+        gated = gate_model(smaller, self.inputs, gating)
+
+        def make() -> Accuracy:
+            result = recover_accuracy(
+                gated,
+                self.data,
+                teacher=self.dense if self.run.recover.distil else None,
+                epochs=settings.gating_epochs,
+                lr=self.run.recover.lr,
+                checkpoint=checkpoint,
+                seed=self.run.seed,
+                gating=gating,
+                progress=self.progress,
+            )
+            record = settle_gates(gated, self.inputs, self.data.require("calibration"), gating)
+            self.folder.log(f"gate: {result.note or 'nothing to note'}")
+            for name, what in record.collapsed.items():
+                self.folder.log(f"gate: {name} is {what} on the calibration data")
+            write_record(self.folder / "gating.json", record)
+            save_compact(gated, self.inputs, self.folder.path, name="gated")
+            checkpoint.unlink(missing_ok=True)
+            return replace(accuracy, after_recovery=self._accuracy(gated))
+
+        made_from = [weights_digest(smaller), digest(accuracy), *self.sources, gating, settings.gating_epochs]
+        made_from += [msgspec.to_builtins(self.run.recover), self.run.seed]
+        files = ["gating.json", "gated.pt2", "gated.safetensors"]
+        accuracy = self.folder.record(Accuracy, "gated.json", made_from, make, also=files)
+        gated.load_state_dict(load_file(self.folder / "gated.safetensors"))
+        return gated.eval(), accuracy
 
     def train_for_8_bits(
         self, graph: Graph, plan: Plan, smaller: nn.Module, accuracy: Accuracy
@@ -339,7 +408,7 @@ class Stages(Planning):
                     dense=dense,
                     examples=examples,
                     budget=plan.budget,
-                    predicted=self._counted(plan.predicted, smaller),
+                    predicted=self._expected(plan.predicted, smaller),
                     dense_counts=predict_cost(
                         graph if self.original is None else trace_graph(self.original, self.inputs), {}
                     ),

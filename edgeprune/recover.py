@@ -25,6 +25,7 @@ from edgeprune.core.errors import DataError, RecordError, UsageError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Precision, RecoverResult, RecoverSettings
 from edgeprune.core.store import write_atomic
+from edgeprune.gating import GateTraining, find_gates, load_gating
 from edgeprune.graphs.fake_quantize import simulate_int8
 from edgeprune.objective import Batches, Objective, device_of, inputs_on
 from edgeprune.objective import evaluate_accuracy as evaluate_accuracy
@@ -56,11 +57,12 @@ class Data(Protocol):
 
 
 class Hook(Protocol):
-    """What changes a training step; regularizers and patterns give one. held: its state, by name."""
+    """What changes a training step; regularizers, patterns and gates give one. held: its state, by name."""
 
     held: dict[str, Tensor]
 
     def before_forward(self) -> None: ...
+    def penalty(self, logits: Tensor, targets: Tensor) -> Tensor | None: ...
     def after_backward(self) -> None: ...
     def after_step(self, rate: float) -> None: ...
     def finish(self) -> None: ...
@@ -88,6 +90,7 @@ def recover_accuracy(
     graph: Graph | None = None,
     pattern: str | None = None,
     match_outputs: bool = False,
+    gating: str | None = None,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -108,11 +111,14 @@ def recover_accuracy(
                    and in int8. Its last epoch counts as well.
     match_outputs: learn the teacher's outputs alone, whatever they are, such as features; the batches' targets are not
                    read. Dropout is off and batch norms keep the statistics they have.
+    gating:        member of `gating` and its options (`block_skip:rate=0.6`): trains the gates that `gate_model` put
+                   into `module` with the same text. Its last epoch counts as well.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
-                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph,
-                   or for outputs to match without a teacher.
+                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph, for
+                   gates together with any of these or with outputs to match, or of a model that has none to train, or
+                   for outputs to match without a teacher.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
@@ -121,12 +127,20 @@ def recover_accuracy(
     settings = RecoverSettings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
-        precision=precision, regularizer=regularizer, pattern=pattern, match_outputs=match_outputs,
+        precision=precision, regularizer=regularizer, pattern=pattern, match_outputs=match_outputs, gating=gating,
     )  # fmt: skip
     if regularizer is not None and (graph is None or (precision is not None and precision.dtype == "int8")):
         raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
     if regularizer is not None and pattern is not None:
         raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
+    if gating is not None:
+        others = regularizer is not None or pattern is not None or match_outputs
+        if others or (precision is not None and precision.dtype == "int8"):
+            raise UsageError(
+                "gates are trained by themselves: with labels, without a regularizer or pattern, and in float32"
+            )
+        if not find_gates(module):
+            raise UsageError("the model has no gates to train; put them in with `gate_model`")
     trained = module
     if precision is not None and precision.dtype == "int8":
         # bfloat16 rounds as coarsely as what is simulated.
@@ -136,6 +150,9 @@ def recover_accuracy(
         trainer.hook = load_regularizer(regularizer, trained, graph, trainer.planned_steps("a regularizer"))
     if pattern is not None:
         trainer.hook = load_sparsifier(pattern, module, trainer.planned_steps("a pattern"))
+    if gating is not None:
+        steps = trainer.planned_steps("the training of gates")
+        trainer.hook = GateTraining(load_gating(gating), find_gates(module), steps)
     resumed = trainer.resume()
     if not resumed:
         trainer.begin()
@@ -239,6 +256,8 @@ class _Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
         loss = self.objective.loss(logits, tensors, targets, self.autocast)
+        if (penalty := self.hook.penalty(logits, targets)) is not None:
+            loss = loss + penalty
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
@@ -293,10 +312,11 @@ class _Trainer:
 
     @property
     def _hooked(self) -> bool:
-        return self.settings.regularizer is not None or self.settings.pattern is not None
+        settings = self.settings
+        return any(each is not None for each in (settings.regularizer, settings.pattern, settings.gating))
 
     def _diverged(self) -> bool:
-        # What a regularizer or a pattern takes away may cost more than the training gives.
+        # What a regularizer, a pattern or gates take away may cost more than the training gives.
         return not self._hooked and len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
 
     def _state(self) -> dict[str, Tensor]:

@@ -162,7 +162,9 @@ def tabulate_costs(report: Report) -> Table:
         ratio = f"{size(values[1]) / size(values[0]):.1%}" if known else UNKNOWN
         rows.append((name, *(UNKNOWN if value is None else show(value) for value in values), ratio))
 
-    add("latency, median", lambda cost: cost.latency_s, interval, lambda value: value.median)
+    spread = report.distribution
+    latency = "latency, median" if spread is None else "latency, mean over inputs"
+    add(latency, lambda cost: cost.latency_s, interval, lambda value: value.median)
     add("energy", lambda cost: cost.energy_j, lambda value: format_energy(value.median), lambda value: value.median)
     add("peak activation memory", lambda cost: cost.peak_memory_bytes, format_bytes, float)
     add("artifact size", lambda cost: cost.artifact_bytes, format_bytes, float)
@@ -172,6 +174,9 @@ def tabulate_costs(report: Report) -> Table:
     if report.sparsity is not None:
         zero = _share(report.sparsity.share)
         rows.append((f"weights at zero, {report.sparsity.pattern}", UNKNOWN, zero, UNKNOWN, UNKNOWN))
+    if spread is not None:
+        worst = format_seconds(spread.worst_s)
+        rows.append(("latency, worst input", UNKNOWN, worst, UNKNOWN, f"{spread.worst_share:.1%}"))
     accuracy = report.accuracy
     examples = f", {report.numeric_error.examples} examples" if report.numeric_error is not None else ""
     for name, dense, share in (

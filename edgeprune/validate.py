@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from edgeprune.core.checks import check_budget, check_parity
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.energy import energy_per_run
-from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError
+from edgeprune.core.errors import AgentError, DataError, DeviceError, RecordError, UsageError
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -25,6 +25,7 @@ from edgeprune.core.records import (
     Budget,
     Conditions,
     Cost,
+    Distribution,
     IntArray,
     NumericError,
     Quantity,
@@ -34,7 +35,7 @@ from edgeprune.core.records import (
     Step,
     StepResult,
 )
-from edgeprune.core.stats import clean_turns, median, pooled_ratio, quantity, statistic, turn_ratios
+from edgeprune.core.stats import clean_turns, median, over_inputs, pooled_ratio, quantity, statistic, turn_ratios
 from edgeprune.core.store import sha256_file
 from edgeprune.core.tensors import Array, decode, encode
 
@@ -49,6 +50,10 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
 """Largest |board - host| / max |host|: numbers of 8 bits may be rounded otherwise by another processor's kernels."""
 
 
+BY_INPUT = ("mean", "worst")
+"""Statistics over inputs."""
+INPUTS_TIMES = 20
+"""How many times as long as one model over and over takes it to time many inputs, each on its own."""
 MOST_ROUNDS = 4
 """How many times the usual rounds are measured while it is undecided whether a limit is met."""
 
@@ -60,11 +65,13 @@ class Examples:
     inputs: the artifact's input names -> arrays as it wants them, leading axis = examples, one length for all.
     reference: outputs on the host in the artifact's order, as the module has them, leading axis = examples.
     targets: (examples,) class indices, or None where the task is not classification.
+    gates: of a gated model, the share of the examples for which each gate runs.
     """
 
     inputs: dict[str, Array]
     reference: tuple[Array, ...]
     targets: IntArray | None = None
+    gates: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -92,6 +99,10 @@ def collect_examples(
     import torch
     from torch.utils._pytree import tree_leaves
 
+    from edgeprune.graphs.choices import count_runs
+    from edgeprune.graphs.ports import get_ports
+
+    seen: list[tuple[Any, Any]] = []
     inputs: list[list[Array]] = []
     outputs: list[list[Array]] = []
     targets: list[Array] = []
@@ -107,6 +118,7 @@ def collect_examples(
             with torch.no_grad():
                 leaves = [leaf for leaf in tree_leaves(module(*tensors)) if isinstance(leaf, torch.Tensor)]
             outputs.append([leaf.float().numpy(force=True) for leaf in leaves])
+        seen.append((tensors, None))
         inputs.append([encode(array, info) for array, info in zip(arrays, artifact.inputs, strict=True)])
         targets.append(np.asarray(wanted)[: limit - taken])
         taken += len(tensors[0])
@@ -119,6 +131,7 @@ def collect_examples(
         inputs={i.name: np.concatenate(a) for i, a in zip(artifact.inputs, zip(*inputs, strict=True), strict=True)},
         reference=tuple(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)),
         targets=joined.astype(np.int64) if joined.ndim == 1 and joined.dtype.kind in "iu" else None,
+        gates=count_runs(module, tuple(seen[0][0]), seen) if get_ports(module).gates else {},
     )
 
 
@@ -146,6 +159,8 @@ def validate_artifact(
     budget: where its latency was asked as a share of the dense model, that share is held against the
         ratio of neighbouring turns, since a machine that others share changes its speed from second to
         second. The limit in seconds, and the prediction, are then at the speed of this validation.
+        Its statistic `mean` or `worst` is over the examples, each timed on its own; so are the others of a gated
+        model, and `mean` takes the place of `median`, which would be that of whatever most examples do.
     tolerance: largest |board - host| / max |host|; None: by the artifact's dtype. agreement: least share of equal
         top-1 answers.
     effort: its repeats are rounds in which both artifacts are timed in turns; up to MOST_ROUNDS as
@@ -158,7 +173,12 @@ def validate_artifact(
     for each in (artifact, dense):
         _check_unaltered(each)
     # A job of its own: a second validation measures again instead of repeating the first one's answer.
-    board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress)
+    if examples.gates and budget.statistic == "median":
+        budget = replace(budget, statistic="mean")
+    by_input = bool(examples.gates) or budget.statistic in BY_INPUT
+    if examples.gates:
+        check_branches(session.target.runtime)
+    board = _Board(session, f"validate-{artifact.sha256[:12]}-{time.time_ns():x}", progress, by_input=by_input)
     try:
         board.push(artifact, dense, examples)
         board.measure(effort, first=True)
@@ -168,10 +188,13 @@ def validate_artifact(
                 name: quantity(np.concatenate([clean_turns(s) for s in samples]))
                 for name, samples in board.samples.items()
             }
-            limit, asked = budget.latency_s, _latency(board.samples["compact"], budget)
+            spread = over_inputs(board.samples["compact"], board.samples["dense"], examples.gates) if by_input else None
+            limit, asked = budget.latency_s, _latency(board.samples["compact"], budget, spread)
+            if spread is not None:
+                measured["compact"] = _latency(board.samples["compact"], replace(budget, statistic="mean"), spread)
             undecided = limit is not None and asked.low <= limit <= asked.high
             if budget.latency_share is not None:
-                share = _share_of_dense(board.samples, budget)
+                share = _share_of_dense(board.samples, budget, spread)
                 limit = budget.latency_share * asked.median / share.median
                 undecided = share.low <= budget.latency_share <= share.high
             if not undecided or len(board.samples["compact"]) >= MOST_ROUNDS * effort.repeats:
@@ -223,14 +246,24 @@ def validate_artifact(
         },
         samples={name: tuple(samples) for name, samples in board.samples.items()},
         sparsity=sparsity,
+        distribution=spread,
     )
+
+
+def check_branches(runtime: str) -> None:
+    """raises: UsageError for a runtime without branches, in which gates would skip nothing."""
+    name = runtime.partition(":")[0]
+    if not load_member("device.runtimes", name).BRANCHES:
+        raise UsageError(
+            f"gates need a runtime that executes `If`: set [target] runtime = 'onnxruntime' instead of {name}"
+        )
 
 
 class _Board:
     """The two artifacts on the board, and what was measured of them so far."""
 
-    def __init__(self, session: Session, job: str, progress: Progress) -> None:
-        self.session, self.job, self.progress = session, job, progress
+    def __init__(self, session: Session, job: str, progress: Progress, *, by_input: bool = False) -> None:
+        self.session, self.job, self.progress, self.by_input = session, job, progress, by_input
         self.files: dict[str, str] = {}
         self.samples: dict[str, list[Samples]] = {"dense": [], "compact": []}
         self.memory: dict[str, int | None] = {}
@@ -260,7 +293,7 @@ class _Board:
             inputs = self.files["inputs"]
             steps.append(Step(key="outputs compact", kind="outputs", artifact=self.files["compact"], inputs=inputs))
             steps += [Step(key=f"memory {name}", kind="memory", artifact=self.files[name]) for name in self.samples]
-            if self.session.target.meter != NO_METER:
+            if self.session.target.meter != NO_METER and not self.by_input:
                 steps += [
                     Step(key=f"energy {name}", kind="energy", artifact=self.files[name], seconds=effort.energy_s)
                     for name in self.samples
@@ -268,8 +301,11 @@ class _Board:
         start = len(self.samples["dense"])
         steps += [
             Step(
-                key=f"time compact {number}", kind="time", artifact=self.files["compact"],
-                against=self.files["dense"], seconds=effort.seconds, precision=effort.precision,
+                key=f"time compact {number}", kind="inputs" if self.by_input else "time",
+                artifact=self.files["compact"], against=self.files["dense"],
+                inputs=self.files["inputs"] if self.by_input else None,
+                seconds=INPUTS_TIMES * effort.seconds if self.by_input else effort.seconds,
+                precision=effort.precision, steady=self.by_input and effort.steady,
             )
             for number in range(start, start + effort.repeats)
         ]  # fmt: skip
@@ -339,19 +375,43 @@ def _read_outputs(path: Path, artifact: Artifact) -> list[Array]:
         raise AgentError(f"the board's outputs cannot be read ({error}); run the validation again") from error
 
 
-def _share_of_dense(samples: Mapping[str, list[Samples]], budget: Budget) -> Quantity:
-    """The budget's statistic of the compact model over the dense median, turn by turn or round by round."""
+def _share_of_dense(
+    samples: Mapping[str, list[Samples]], budget: Budget, spread: Distribution | None = None
+) -> Quantity:
+    """The budget's statistic of the compact model over the dense median, turn by turn or round by round.
+
+    spread: over inputs, where each was timed on its own beside the dense model.
+    """
+    if spread is not None:
+        return _of_inputs(spread.shares, budget.statistic)
     pairs = list(zip(samples["compact"], samples["dense"], strict=True))
     if budget.statistic == "median":
         return pooled_ratio([turn_ratios(c, d) for c, d in pairs])
     return quantity([statistic(c.values, budget.statistic) / median(d.values) for c, d in pairs])
 
 
-def _latency(rounds: list[Samples], budget: Budget) -> Quantity:
-    """The budget's statistic: of turns that nothing interrupted the median, of rounds the 95th percentile."""
+def _latency(rounds: list[Samples], budget: Budget, spread: Distribution | None = None) -> Quantity:
+    """The budget's statistic: of turns that nothing interrupted the median, of rounds the 95th percentile.
+
+    spread: over inputs, where each was timed on its own.
+    """
+    if spread is not None:
+        return _of_inputs(spread.latencies_s, budget.statistic)
     if budget.statistic == "median":
         return quantity(np.concatenate([clean_turns(samples) for samples in rounds]))
     return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
+
+
+def _of_inputs(values: Sequence[float], name: str) -> Quantity:
+    """A statistic over inputs; the mean with its 95 % interval for others like them."""
+    if name == "median":
+        return quantity(values)
+    if name == "mean":
+        middle = float(np.mean(values))
+        reach = 1.96 * float(np.std(values)) / len(values) ** 0.5
+        return Quantity(median=middle, low=middle - reach, high=middle + reach)
+    value = float(np.max(values)) if name == "worst" else statistic(values, name)
+    return Quantity(median=value, low=value, high=value)
 
 
 def _scale(value: Quantity | None, factor: float) -> Quantity | None:

@@ -123,6 +123,10 @@ def test_every_command_is_in_the_readme() -> None:
           "-o", "plan.json", "--latency", "0.5x"], 4, "absent.jsonl"),
         (["trace", "nets.py:net", "--input", "1x3x12x12", "--freeze", "nope"], 2, "no group of channels matches"),
         (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:n=5,m=4", "-o", "s"], 2, "less than m"),
+        (["gate", "nets.py:net", "--input", "1x3x12x12", "--gate", "block_skip", "--data", "data.npz", "-o", "g"], 4,
+         "no residual branch"),
+        (["gate", "nets.py:net", "--input", "1x3x12x12", "--gate", "early_exit:at=2", "--data", "data.npz", "-o", "g"],
+         2, "must lie between 0 and 1"),
         (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:m=7", "-o", "s"], 4, "not divisible"),
         (["export", "nets.py:net", "--input", "1x3x12x12", "-o", "m.onnx", "--sparse"], 2, "store every zero"),
         (["run", "absent.toml"], 2, "there is no absent.toml"),
@@ -202,6 +206,20 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
     assert done.returncode == 0, done.stderr
     scores = read_record(Importance, project / "i.json").scores
     assert sorted(int((values == 0).sum()) for values in scores.values()) == [8, 12]
+
+
+def test_gates_are_trained_saved_and_exported(project: Path) -> None:
+    made = edgeprune("gate", "nets.py:net", "--input", "1x3x12x12", "--gate", "early_exit:at=0.5,rate=0.5", "--data",
+                     "data.npz", "--epochs", "1", "-o", "gated", cwd=project)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "an input needs" in made.stdout and "accuracy" in made.stdout
+    assert {file.name for file in (project / "gated").iterdir()} == {"gated.pt2", "gated.safetensors", "gating.json"}
+    done = edgeprune("export", "gated/gated.pt2", "-o", "model.onnx", cwd=project)
+    assert done.returncode == 0, done.stderr
+    done = edgeprune("inspect", "model.onnx", cwd=project)
+    assert done.returncode == 0 and "If" in done.stdout, done.stderr
+    done = edgeprune("export", "gated/gated.pt2", "-o", "model.tflite", cwd=project)
+    assert done.returncode == 2 and "no branches" in done.stderr, done.stderr
 
 
 def test_a_pattern_at_once_and_trained(project: Path) -> None:

@@ -22,10 +22,11 @@ from edgeprune.device.warm_up import find_change, warm_up
 DEVICE = Path(agent.__file__).parent
 FIXTURES = Path(__file__).parent / "fixtures"
 RUNTIMES = [f"runtimes/{name}.py" for name in list_members("device.runtimes")]
-STANDARD = sys.stdlib_module_names | {"numpy", "agent", "measure", "warm_up", "energy", "pin", "runtime"}
+PROGRAMS = ["agent", "measure", "by_input", "warm_up", "energy", "pin"]
+STANDARD = sys.stdlib_module_names | {"numpy", "runtime", *PROGRAMS}
 
 
-@pytest.mark.parametrize("name", ["agent.py", "measure.py", "warm_up.py", "energy.py", "pin.py", *RUNTIMES])
+@pytest.mark.parametrize("name", [*(f"{name}.py" for name in PROGRAMS), *RUNTIMES])
 def test_programs_need_only_old_python_and_numpy(name: str) -> None:
     tree = ast.parse((DEVICE / name).read_text(), feature_version=(3, 9))
     imported = set()

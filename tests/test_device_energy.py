@@ -116,7 +116,7 @@ def test_meter_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     program = (Path(module.__file__).parent / "energy.py").read_text()
     (tmp_path / "device").mkdir()
-    for name in ("agent.py", "measure.py", "warm_up.py", "pin.py", "runtimes"):
+    for name in ("agent.py", "measure.py", "by_input.py", "warm_up.py", "pin.py", "runtimes"):
         (tmp_path / "device" / name).symlink_to(Path(module.__file__).parent / name)
     (tmp_path / "device" / "energy.py").write_text(program.replace("FIRST_READING_S = 10.0", "FIRST_READING_S = 0.3"))
     monkeypatch.setattr(module, "HERE", tmp_path / "device")

@@ -19,7 +19,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from edgeprune.core.closed_loop import best_round
-from edgeprune.core.records import Bracket, Graph, Importance, Plan, PlanRound, Quantity, Report, Sparsity
+from edgeprune.core.errors import UsageError
+from edgeprune.core.records import Bracket, Gated, Graph, Importance, Plan, PlanRound, Quantity, Report, Sparsity
 from edgeprune.core.runfile import read_run_file
 from edgeprune.core.store import read_record
 from edgeprune.pipeline import run_pipeline
@@ -254,6 +255,44 @@ def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
     assert "weights at zero, n_m:n=2,m=4" in (folder / "report.html").read_text()
     assert run_pipeline(run, tmp_path) == report
     assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+@pytest.mark.slow
+@pytest.mark.device
+def test_fewer_channels_and_gates(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    text = RUN_FILE.replace("[prune]", '[prune]\ngating = "block_skip:rate=0.5"\ngating_epochs = 3')
+    text = text.replace('contenders = ["curves", "magnitude"]', "contenders = []").replace("trials = 3", "trials = 0")
+    (tmp_path / "edgeprune.toml").write_text(text.replace('"0.7x"', '"0.7x"\nstatistic = "worst"'))
+    run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
+    report = run_pipeline(run, tmp_path)
+    gated, found = read_record(Gated, folder / "gating.json"), report.distribution
+    assert len(gated.gates) == 2 and found is not None and found.gates.keys() == gated.gates.keys()
+    assert abs(gated.macs_share - (1 - 0.5 * sum(gate.share for gate in gated.gates.values()))) < 0.1
+    model = onnx.load(folder / "model.onnx")
+    assert [node.op_type for node in model.graph.node].count("If") == 2
+    assert {check.name for check in report.checks} >= {"latency (worst)", "numeric error"}
+    page = (folder / "report.html").read_text()
+    assert "Latency over real inputs" in page and "latency, worst input" in page
+    assert run_pipeline(run, tmp_path) == report
+    assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("[output]", '[export]\ndtype = "int8"\n[output]'), "does not go with .*dtype = 'int8'"),
+        (('name = "embedded"', 'name = "embedded"\nruntime = "tflite"'), "executes `If`"),
+        (('latency = "0.7x"', 'energy = "0.7x"'), "cannot tell one input from another"),
+        (("rate=0.5", "rate=5"), "between 0 and 1"),
+    ],
+)
+def test_what_does_not_go_with_gates(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    text = RUN_FILE.replace("[prune]", '[prune]\ngating = "block_skip:rate=0.5"')
+    (tmp_path / "edgeprune.toml").write_text(text.replace(*change))
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
 
 
 def weights_of(path: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from digits import images
-from torch import nn
+from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, ModelError, RecordError, UsageError
 from edgeprune.core.records import Precision

@@ -140,7 +140,7 @@ def test_what_litert_takes(tmp_path: Path) -> None:
     pytest.importorskip("ai_edge_litert", reason="pip install 'edgeprune[tflite]'")
     from tflite_files import write_classifier
 
-    for file in ("agent.py", "energy.py", "measure.py", "warm_up.py"):
+    for file in ("agent.py", "by_input.py", "energy.py", "measure.py", "warm_up.py"):
         shutil.copy(DEVICE / file, tmp_path)
     shutil.copy(DEVICE / "runtimes" / "tflite.py", tmp_path / "runtime.py")
     taken, predicted = [], []

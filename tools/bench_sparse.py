@@ -1,8 +1,8 @@
-"""Zeros beside fewer channels on the same board: accuracy, measured latency, and size raw and compressed.
+"""Zeros and gates beside fewer channels on the same board: accuracy, measured latency, and size raw and compressed.
 
     python tools/bench_sparse.py [--quick] [--data DIR] [--net wrn16_2|resnet20] [--speed-up 2] [--epochs 5]
                                  [--board embedded|icount|icount-a76] [--row n_m:n=2,m=4 ...] [--out DIR]
-                                 [--no-pointwise]
+                                 [--images 50000] [--no-pointwise]
 
 A row is one net; all have the same training after they were made, which also distils from the dense net:
 
@@ -10,12 +10,16 @@ A row is one net; all have the same training after they were made, which also di
     structured         fewer channels, planned within the budget and confirmed by the board (ONNX Runtime)
     PATTERN            zeros of a member of `patterns` and its options
     structured+PATTERN both
+    GATING             work decided per input by a member of `gating` and its options (ONNX Runtime)
+    structured+GATING  both
     structured+int8    fewer channels, stored and computed in 8 bits (not trained for them)
 
-Each is exported to ONNX and TFLite and timed in turns with the dense net's file of the same runtime: a share below 1 is
-faster. A second table times a small net of depthwise and pointwise layers, not trained, whose pointwise layers are
-sparse: of them alone LiteRT has kernels that skip zeros (`edgeprune export --sparse`). The default trains 5 epochs on
-50 000 images, `--quick` one epoch on 2 560. With --out a row that was made is kept and not made again.
+Each is exported to ONNX and, but for gates, to TFLite, and timed in turns with the dense net's file of the same
+runtime: a share below 1 is faster. Gated nets are timed on test images, each on its own: the share is the mean over
+them, `worst` that of the slowest. A second table times a small net of depthwise and pointwise layers, not trained,
+whose pointwise layers are sparse: of them alone LiteRT has kernels that skip zeros (`edgeprune export --sparse`). The
+default trains 5 epochs on 50 000 images, `--quick` one epoch on 2 560. With --out a row that was made is kept and not
+made again.
 """
 
 from __future__ import annotations
@@ -43,11 +47,13 @@ from cifar import NETS, Cifar, load_net, log, make_parser, read_options, show
 
 from edgeprune.core.describe import table
 from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
+from edgeprune.core.family import list_members, load_member
 from edgeprune.core.records import Precision, Step, Target, WidthRules
 from edgeprune.core.rules import apply_rules
-from edgeprune.core.stats import median, turn_ratios
+from edgeprune.core.stats import median, over_inputs, turn_ratios
 from edgeprune.device.session import open_session
 from edgeprune.export import evaluate_artifact, export_model
+from edgeprune.gate import gate_model, settle_gates
 from edgeprune.load import as_arrays
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.sparsify import order_channels, sparsify_model
@@ -57,11 +63,14 @@ RUNTIMES = {"onnxruntime": ".onnx", "tflite": ".tflite"}
 TITLES = {"onnxruntime": "ONNX Runtime", "tflite": "LiteRT"}
 DENSE, STRUCTURED, INT8 = "dense", "structured", "int8"
 N_M, BLOCK = "n_m:n=2,m=4", "block:rows=1,columns=4,sparsity=0.5"
+SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65"
 ROWS = [
     DENSE, STRUCTURED, *(f"unstructured:sparsity={share}" for share in (0.5, 0.8, 0.9, 0.95)), N_M, BLOCK,
-    f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}",
+    f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
 ]  # fmt: skip
 POINTWISE_SIDE = 96
+INPUTS_TIMES = 20
+"""How many times as long as one net over and over it takes to time many images, each on its own."""
 NOTICEABLE = 0.97
 """A share of the dense latency below which zeros are said to gain; equal files are measured within 1 to 2 % of 1."""
 
@@ -77,6 +86,7 @@ class Row:
     shares: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     note: str = ""
+    worst: float | None = None
 
 
 def main() -> None:
@@ -87,18 +97,20 @@ def main() -> None:
     parser.add_argument("--row", action="append", help="only this row (repeatable)")
     parser.add_argument("--speed-up", type=float, help="of the structured rows' measured latency, above 1")
     parser.add_argument("--epochs", type=int, help="of training (default 5, quick 1); 0: none")
+    parser.add_argument("--images", type=int, help="to train on (default 50000, quick 2560)")
     parser.add_argument("--quick", action="store_true", help="one epoch on 2 560 images, fewer measurements")
     parser.add_argument("--no-pointwise", action="store_true", help="without the second table")
     parser.add_argument("--out", type=Path, help="keep results here, and go on from them")
     options, folder = read_options(parser)
     options.epochs = options.epochs if options.epochs is not None else 1 if options.quick else 5
-    data = Cifar(folder, train=2_560, test=2_000) if options.quick else Cifar(folder)
+    data = Cifar(folder, train=options.images or (2_560 if options.quick else 50_000),
+                 test=2_000 if options.quick else 5_000)  # fmt: skip
     effort = EFFORTS["quick" if options.quick else "default"] if options.board == "embedded" else NOISELESS
     with tempfile.TemporaryDirectory() as temporary, open_board(options.board) as target:
         kept = options.out or Path(temporary)
         kept.mkdir(parents=True, exist_ok=True)
         rows = make_rows(options, load_net(options.net, folder), data, target, kept)
-        measure_rows(rows, options.net, target, effort, kept)
+        measure_rows(rows, options.net, target, effort, kept, next(iter(data.test))[0])
         print(f"\n{options.net} on {options.board}, {options.epochs} x {len(data.train.y)} images of training")
         print(describe(rows))
         for runtime in RUNTIMES:
@@ -168,7 +180,9 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
     """Zeros, training, files."""
     base, _, extra = name.partition("+")
     int8 = extra == INT8
-    pattern = None if int8 or name in (DENSE, STRUCTURED) else extra or base
+    chosen = None if int8 or name in (DENSE, STRUCTURED) else extra or base
+    gating = chosen if is_gated(name) else None
+    pattern = None if gating else chosen
     row, data = Row(name), models.data
     if int8 and base in models.trained:
         model = models.trained[base]
@@ -180,15 +194,33 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
             row.zeros = record.share
             if record.skipped:
                 row.note = f"{len(record.skipped)} layers dense"
+        elif gating is not None:
+            model = gate_model(model, INPUTS, gating)
         if not models.options.epochs:
             row.before = evaluate_accuracy(model, data.test)
         else:
             result = recover_accuracy(
-                model, data, teacher=models.net, epochs=models.options.epochs, lr=0.02, pattern=pattern, progress=show
+                model,
+                data,
+                teacher=models.net,
+                epochs=models.options.epochs,
+                lr=0.02,
+                pattern=pattern,
+                gating=gating,
+                progress=show,
             )
             row.before, row.after = result.accuracy_before, result.accuracy_after
+        if gating is not None:
+            gated = settle_gates(model, INPUTS, data.calibration, gating)
+            row.after = evaluate_accuracy(model, data.test)
+            row.note = f"{gated.macs_share:.0%} of the MACs; " + ", ".join(
+                f"{name.rpartition('.')[0]} {gate.runs:.0%}" for name, gate in gated.gates.items()
+            )
         models.trained[name] = model
-    row.sizes = write_files(model, stem, INPUTS, as_arrays(data.calibration) if int8 else None)
+    row.sizes = write_files(
+        model, stem, INPUTS, as_arrays(data.calibration) if int8 else None,
+        runtimes=[name for name in RUNTIMES if gating is None or name == "onnxruntime"],
+    )  # fmt: skip
     if int8:
         path = stem.with_name(f"{stem.name}.onnx")
         row.after = evaluate_artifact(path, data.test, format="onnx")
@@ -196,11 +228,17 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
 
 
 def write_files(
-    model: nn.Module, stem: Path, inputs: tuple[Tensor, ...], calibration: Any = None, *, sparse: bool = False
+    model: nn.Module,
+    stem: Path,
+    inputs: tuple[Tensor, ...],
+    calibration: Any = None,
+    *,
+    sparse: bool = False,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
 ) -> dict[str, tuple[int, int]]:
-    """Both formats. calibration: makes them int8. sparse: TFLite without zeros. returns: sizes by suffix."""
+    """The runtimes' formats. calibration: makes them int8. sparse: TFLite without zeros. returns: sizes by suffix."""
     sizes = {}
-    for suffix in RUNTIMES.values():
+    for suffix in map(RUNTIMES.__getitem__, runtimes):
         path = stem.with_name(f"{stem.name}{suffix}")
         # unsigned activations are what ONNX Runtime is faster with on x86
         activations = "uint8" if suffix == ".onnx" else "int8"
@@ -217,33 +255,60 @@ def write_files(
 # --- the board -----------------------------------------------------------------------------------
 
 
-def measure_rows(rows: Sequence[Row], net: str, target: Target, effort: Effort, kept: Path) -> None:
-    """Each runtime's files in turns with its dense one; adds their shares to the rows."""
+def measure_rows(
+    rows: Sequence[Row], net: str, target: Target, effort: Effort, kept: Path, images: Tensor | None = None
+) -> None:
+    """Each runtime's files in turns with its dense one; adds their shares to the rows. images: for gated rows."""
     for runtime, suffix in RUNTIMES.items():
-        files = {f"{number}{suffix}": kept / f"{file_stem(net, row.name)}{suffix}" for number, row in enumerate(rows)}
+        paths = {number: kept / f"{file_stem(net, row.name)}{suffix}" for number, row in enumerate(rows)}
+        made = [number for number, path in paths.items() if suffix in rows[number].sizes]
+        files = {f"{number}{suffix}": paths[number] for number in made}
         # The dense row's share is that of a copy: it tells how far equal files are measured apart.
         dense = f"dense{suffix}"
         first = next(number for number, row in enumerate(rows) if row.name == DENSE)
         files[dense] = files[f"{first}{suffix}"]
-        log(f"  measuring {len(rows)} files in {TITLES[runtime]}")
+        log(f"  measuring {len(made)} files in {TITLES[runtime]}")
+        gated = {number for number in made if is_gated(rows[number].name)}
+        if gated:
+            assert images is not None
+            files["inputs.npz"] = write_inputs(files[dense], images, kept)
         with open_session(replace(target, runtime=runtime), space=f"bench-sparse-{runtime}") as session:
             session.push(files)
             steps = [
-                Step(key=f"{number} {turn}", kind="time", artifact=f"{number}{suffix}", against=dense,
-                     seconds=effort.seconds, precision=effort.precision, min_samples=effort.samples,
-                     steady=effort.steady)
-                for turn in range(effort.repeats) for number in range(len(rows))
+                Step(key=f"{number} {turn}", kind="inputs" if number in gated else "time",
+                     artifact=f"{number}{suffix}", against=dense, inputs="inputs.npz" if number in gated else None,
+                     seconds=effort.seconds * (INPUTS_TIMES if number in gated else 1), precision=effort.precision,
+                     min_samples=effort.samples, steady=effort.steady)
+                for turn in range(effort.repeats) for number in made
             ]  # fmt: skip
             results = {result.key: result for result in session.run(steps, job=f"sparse-{time.time_ns():x}")}
             session.remove(list(files))
-        for number, row in enumerate(rows):
-            ratios = []
+        for number in made:
+            row, rounds = rows[number], []
             for turn in range(effort.repeats):
                 result = results[f"{number} {turn}"]
                 if result.error is not None or result.samples is None or result.against is None:
                     raise RuntimeError(f"{row.name}: {result.error}")
-                ratios.append(turn_ratios(result.samples, result.against))
-            row.shares[runtime] = median(np.concatenate(ratios))
+                rounds.append((result.samples, result.against))
+            if number in gated:
+                ours, theirs = zip(*rounds, strict=True)
+                found = over_inputs(ours, theirs, {})
+                row.shares[runtime], row.worst = found.mean_share, found.worst_share
+            else:
+                row.shares[runtime] = median(np.concatenate([turn_ratios(*pair) for pair in rounds]))
+
+
+def is_gated(name: str) -> bool:
+    """Whether a row's net decides per input."""
+    return name.rpartition("+")[2].partition(":")[0] in list_members("gating")
+
+
+def write_inputs(artifact: Path, images: Tensor, kept: Path) -> Path:
+    """Images as the board takes them."""
+    name = load_member("formats", "onnx").inspect(artifact).inputs[0].name
+    path = kept / "inputs.npz"
+    np.savez(path, **{name: images.numpy()})
+    return path
 
 
 # --- pointwise layers ----------------------------------------------------------------------------
@@ -308,13 +373,15 @@ def percent(value: float | None) -> str:
 
 def describe(rows: Sequence[Row]) -> str:
     """The table; sizes in KiB, raw and compressed."""
-    header = ["", "zeros", "before", "after", *(f"{TITLES[runtime]} / dense" for runtime in RUNTIMES)]
+    header = ["", "zeros", "before", "after", *(f"{TITLES[runtime]} / dense" for runtime in RUNTIMES), "worst"]
     header += [f"{suffix[1:]} KiB" for suffix in RUNTIMES.values()]
     cells = [
         [
             row.name, f"{row.zeros:.0%}", percent(row.before), percent(row.after),
-            *(f"{row.shares[runtime]:.3f}" for runtime in RUNTIMES),
-            *(" / ".join(f"{size / 1024:.0f}" for size in row.sizes[suffix]) for suffix in RUNTIMES.values()),
+            *(f"{row.shares[runtime]:.3f}" if runtime in row.shares else "-" for runtime in RUNTIMES),
+            "-" if row.worst is None else f"{row.worst:.3f}",
+            *(" / ".join(f"{size / 1024:.0f}" for size in row.sizes.get(suffix, ())) or "-"
+              for suffix in RUNTIMES.values()),
         ]
         for row in rows
     ]  # fmt: skip
@@ -353,6 +420,11 @@ def aims(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
         found["compressed size at 90 % zeros"] = aim(sparse.sizes[".onnx"][1] / dense.sizes[".onnx"][1], "<=", 0.4)
     if (half := known.get(N_M)) is not None and half.after is not None and dense.after is not None:
         found["accuracy of 2:4 after training"] = aim(half.after, ">=", dense.after - 0.02)
+    for row in (row for row in rows if row.worst is not None and not row.name.startswith(STRUCTURED)):
+        found[f"mean share, {row.name}"] = aim(row.shares["onnxruntime"], "<=", 0.75)
+        found[f"worst share, {row.name}"] = aim(row.worst, "<=", 1.03)
+        if row.after is not None and dense.after is not None:
+            found[f"accuracy, {row.name}"] = aim(row.after, ">=", dense.after - 0.01)
     return found
 
 

@@ -41,6 +41,7 @@ from edgeprune.cli.common import (
     rule_widths,
     show,
 )
+from edgeprune.core.budget import choose_statistic
 from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
@@ -265,6 +266,35 @@ def sparsify(
         print(f"{out}/sparse.pt2{note}")
 
 
+def gate(
+    model: Model, data: Source, out: Out,
+    gating: Annotated[str, typer.Option("--gate", help="a name, or name:option=value,... such as block_skip:rate=0.6")],
+    weights: Weights = None, shapes: Shapes = None, epochs: int = 5, lr: float = 0.02,
+    teacher: Annotated[str | None, typer.Option(help="distil from this model instead of the one without gates")] = None,
+    teacher_weights: Weights = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Let the model decide per input what to compute. Writes gated.pt2 and gating.json in the folder --out."""
+    module, inputs = load(model, weights, shapes)
+    batches = edgeprune.load_data(data, Path.cwd())
+    calibration = batches.require("calibration")
+    guide = load(teacher, teacher_weights, shapes)[0] if teacher else module
+    gated = edgeprune.gate_model(module, inputs, gating)
+    with bars() as progress:
+        result = edgeprune.recover_accuracy(
+            gated, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "gate.checkpoint", gating=gating,
+            progress=progress,
+        )  # fmt: skip
+    record = edgeprune.settle_gates(gated, inputs, calibration, gating)
+    after = None if batches.test is None else edgeprune.evaluate_accuracy(gated, batches.test)
+    edgeprune.save_compact(gated, inputs, out, name="gated")
+    edgeprune.write_record(out / "gating.json", record)
+    (out / "gate.checkpoint").unlink(missing_ok=True)
+    show(record, as_json, "describe_gates")
+    if not as_json:
+        accuracies = _arrow(result.accuracy_before, after)
+        print(f"{out}/gated.pt2\naccuracy {accuracies}{result.note and '; ' + result.note}")
+
+
 def _arrow(*accuracies: float | None) -> str:
     return " -> ".join(UNMEASURED if each is None else f"{each:.2%}" for each in accuracies)
 
@@ -319,13 +349,18 @@ def validate(
     dense: Annotated[Path, typer.Option(help="the exported dense model: the reference for its costs")],
     plan: Annotated[Path, typer.Option(help="from `edgeprune plan`: the budgets and what was predicted")],
     data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, threads: Threads = 1,
-    runtime: RuntimeName = None, effort: EffortName = "default", meter: MeterName = None, as_json: AsJson = False,
+    runtime: RuntimeName = None, effort: EffortName = "default", meter: MeterName = None,
+    statistic: Annotated[
+        str | None, typer.Option(help="of the latency: median, p95; mean, worst of real inputs")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.records import Plan
 
     module, _ = load(model, weights, shapes)
     chosen = edgeprune.read_record(Plan, plan)
+    budget = choose_statistic(chosen.budget, statistic)
     files = [load_member("formats", file.suffix.lstrip(".")).inspect(file) for file in (artifact, dense)]
     examples = edgeprune.collect_examples(module, edgeprune.load_data(data, Path.cwd()).require("test"), files[0])
     runtime = edgeprune.choose_runtime(target, runtime, files[0].format)
@@ -334,7 +369,7 @@ def validate(
         edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress) as session,
     ):
         report = edgeprune.validate_artifact(
-            files[0], session, dense=files[1], examples=examples, budget=chosen.budget, predicted=chosen.predicted,
+            files[0], session, dense=files[1], examples=examples, budget=budget, predicted=chosen.predicted,
             effort=find_effort(effort), progress=progress,
         )  # fmt: skip
     edgeprune.write_record(out, report)
@@ -425,4 +460,4 @@ def report(
     print(edgeprune.report_run(directory, out or directory / "report.html"))
 
 
-COMMANDS = (trace, profile, score, plan, compact, sparsify, recover, export, validate, inspect, report)
+COMMANDS = (trace, profile, score, plan, compact, sparsify, recover, gate, export, validate, inspect, report)

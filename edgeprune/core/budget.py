@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from edgeprune.core.energy import PowerModel, parse_power_model
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import Budget, Cost, Quantity
+from edgeprune.core.records import Budget, Cost, Quantity, Statistic
 
 Kind = Literal["time", "bytes", "energy"]
 
@@ -63,13 +63,14 @@ def make_budget(
     size: str | None = None,
     energy: str | None = None,
     power_model: str | None = None,
-    statistic: Literal["median", "p95"] = "median",
+    statistic: Statistic = "median",
 ) -> Budget:
     """Absolute limits from what was asked for.
 
     dense: what the dense model takes; needed for limits that are relative to it.
     power_model: such as "idle=2.1W,active=4.8W", where no meter can tell: energy is then the difference
         times the latency, and an energy limit one on the latency.
+    statistic: of the latency, what the limit is for.
     raises: UsageError for text that cannot be read, no limit at all, or a relative limit on
             something that was not measured.
     """
@@ -102,6 +103,16 @@ def make_budget(
         energy_j=limits.get("energy"),
         statistic=statistic,
     )
+
+
+def choose_statistic(budget: Budget, name: str | None) -> Budget:
+    """The budget with another statistic of the latency; None: as it is. raises: UsageError listing the known."""
+    if name is None:
+        return budget
+    known: dict[str, Statistic] = {each: each for each in get_args(Statistic)}
+    if name not in known:
+        raise UsageError(f"unknown statistic '{name}'; known: {', '.join(known)}")
+    return replace(budget, statistic=known[name])
 
 
 def _tighter_latency(dense: Cost, latency: str | None, energy: str, model: PowerModel) -> str:

@@ -16,6 +16,8 @@ from edgeprune.core.records import (
     BoardFacts,
     Cost,
     CrossCheck,
+    Distribution,
+    Gated,
     Graph,
     Group,
     Inspection,
@@ -228,6 +230,22 @@ def describe_sparsity(sparsity: Sparsity) -> str:
     return "\n\n".join(parts)
 
 
+def describe_gates(gated: Gated) -> str:
+    """How often each gate runs, and which always decide the same."""
+    collapsed = gated.collapsed
+    rows = [(name, f"{g.share:.1%}", f"{g.runs:.1%}", collapsed.get(name, "")) for name, g in gated.gates.items()]
+    parts = [table(("gate", "of the MACs", "runs", ""), rows, left=(0, 3))]
+    if collapsed:
+        parts.append(
+            f"{len(collapsed)} of {len(rows)} gates decide the same for every example: "
+            + ", ".join(f"{name} ({what})" for name, what in collapsed.items())
+        )
+    parts.append(
+        f"{gated.gating}: an input needs {gated.macs_share:.1%} of the MACs on average of {gated.examples} examples"
+    )
+    return "\n\n".join(parts)
+
+
 def describe_artifact(artifact: Artifact) -> str:
     """An exported file in one line."""
     packed = "" if artifact.compressed_bytes is None else f" ({artifact.compressed_bytes:,} compressed)"
@@ -315,10 +333,26 @@ def summary(directory: Path, report: Report) -> str:
     return "\n\n".join(
         [
             table(("", "dense", "predicted", "pruned"), rows),
+            *([] if report.distribution is None else [describe_distribution(report.distribution)]),
             table(("check", "predicted", "measured", "limit", ""), checks),
             f"everything lies in {directory}",
         ]
     )
+
+
+def describe_distribution(found: Distribution) -> str:
+    """Latency over real inputs in a sentence, and how often each gate ran."""
+    times = [
+        f"{name} {format_seconds(value)}"
+        for name, value in (("mean", found.mean_s), ("median", found.median_s), ("worst", found.worst_s))
+    ]
+    text = (
+        f"latency over {len(found.latencies_s)} inputs: {', '.join(times)}; of the dense {found.mean_share:.1%} "
+        f"on average, {found.worst_share:.1%} at worst"
+    )
+    if found.gates:
+        text += f"\ngates ran: {', '.join(f'{name} {share:.0%}' for name, share in found.gates.items())}"
+    return text
 
 
 def describe_measured(measured: Measured) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import msgspec
 
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import ModelSpec, WidthRules
+from edgeprune.core.records import ModelSpec, Statistic, WidthRules
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,13 +42,17 @@ class TargetSection(_Section, frozen=True, kw_only=True):
 
 
 class BudgetSection(_Section, frozen=True, kw_only=True):
-    """Limits as text: `12 ms`, `0.5x` of the dense model, `2 MiB`, `30 mJ`."""
+    """Limits as text: `12 ms`, `0.5x` of the dense model, `2 MiB`, `30 mJ`.
+
+    statistic: of the latency that is validated; `mean` and `worst` are over real inputs.
+    """
 
     latency: str | None = None
     memory: str | None = None
     size: str | None = None
     energy: str | None = None
     power_model: str | None = None
+    statistic: Statistic = "median"
 
 
 class ProfileSection(_Section, frozen=True, kw_only=True):
@@ -65,6 +69,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
+    gating: of work that is decided per input, trained `gating_epochs` long after recovery.
     """
 
     transform: str | None = None
@@ -86,6 +91,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: int = 1
     step_epochs: int = 1
     pattern: str | None = None
+    gating: str | None = None
+    gating_epochs: int = 5
 
     @property
     def rules(self) -> WidthRules:
@@ -189,6 +196,7 @@ def read_run_file(path: Path, *, format: str | None = None, dtype: str | None = 
         raise UsageError(f"unknown dtype '{dtype}'; known: {', '.join(known)}")
     asked = {name: value for name, value in (("format", format), ("dtype", dtype)) if value is not None}
     run = msgspec.structs.replace(run, export=msgspec.structs.replace(run.export, **asked))
-    if not any(msgspec.structs.astuple(run.budget)):
+    budget = run.budget
+    if not any((budget.latency, budget.memory, budget.size, budget.energy)):
         raise UsageError(f"{path}: [budget] is empty; give at least one of latency, memory, size, energy")
     return run

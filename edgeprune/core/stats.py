@@ -6,13 +6,13 @@ here rests on ranks. Random resampling is seeded: the same samples give the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeprune.core.errors import DataError
-from edgeprune.core.records import FloatArray, Quantity, Samples
+from edgeprune.core.records import Distribution, FloatArray, Quantity, Samples
 
 FEWEST_FOR_MODES = 30
 BLOCKS = 20
@@ -89,6 +89,23 @@ def pooled_ratio(rounds: Sequence[npt.ArrayLike]) -> Quantity:
         return pooled
     interval = round_ratio(rounds, confidence=0.95)
     return Quantity(median=pooled.median, low=min(interval.low, pooled.median), high=max(interval.high, pooled.median))
+
+
+def over_inputs(samples: Sequence[Samples], against: Sequence[Samples], gates: Mapping[str, float]) -> Distribution:
+    """What is typical of each input, and how that is spread over the inputs.
+
+    samples, against: a round each, with the latency of each input, and of the other model beside it, in one order;
+        where time was short a round has fewer inputs, the first ones, and those of all rounds count.
+    gates: share of the inputs for which each runs.
+    """
+    common = min(len(each.values) for each in (*samples, *against))
+    values, others = (np.asarray([each.values[:common] for each in rounds]) for rounds in (samples, against))
+    latencies, shares = np.median(values, axis=0), np.median(values / others, axis=0)
+    return Distribution(
+        mean_s=float(latencies.mean()), median_s=median(latencies), p95_s=p95(latencies),
+        worst_s=float(latencies.max()), mean_share=float(shares.mean()), worst_share=float(shares.max()),
+        latencies_s=tuple(latencies.tolist()), shares=tuple(shares.tolist()), gates=dict(gates),
+    )  # fmt: skip
 
 
 def find_modes(values: npt.ArrayLike) -> tuple[tuple[float, float], tuple[float, float]] | None:

@@ -1,4 +1,4 @@
-"""The steps of a job, measured on the board. Copied there beside agent.py, with warm_up.py and runtime.py.
+"""The steps of a job, measured on the board. Copied there beside agent.py, with warm_up.py, runtime.py and others.
 
 runtime.py is the module of `runtimes/` that the target names. Python 3.9, numpy and the runtime's own
 package, nothing else of edgeprune.
@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from edgeprune.device import energy
+    from edgeprune.device import by_input, energy
     from edgeprune.device.runtimes import onnxruntime as runtime
     from edgeprune.device.warm_up import WARM_UP_LIMIT_S, warm_up
 else:
+    import by_input
     import energy
     import runtime
     from warm_up import WARM_UP_LIMIT_S, warm_up
@@ -89,7 +90,7 @@ def open_step(
     return model, {name: array[:1] for name, array in examples.items()} if step["inputs"] else examples
 
 
-# --- the five kinds of step ----------------------------------------------------------------------
+# --- the kinds of step ----------------------------------------------------------------------
 
 
 def measure_time(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +176,41 @@ class Timer:
             self.interrupted.append(len(self.turns))
         self.turns.append(turn)
         self.medians.append(statistics.median(turn))
+
+
+def measure_inputs(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Typical latency of each example on its own, and of the model to compare with, if any, beside it."""
+    threads = step["threads"] or spec["threads"]
+    model, _ = open_step(step, spec, threads=threads)
+    models = [model] + ([open_step({**step, "artifact": step["against"]}, spec)[0]] if step["against"] else [])
+    examples = load_examples(model, step["inputs"])
+    count = len(next(iter(examples.values()))) if step["inputs"] else 1
+    feeds = [{name: array[i : i + 1] for name, array in examples.items()} for i in range(count)]
+    feeds = feeds if step["inputs"] else [examples]
+    warm_up_s = WARM_UP_LIMIT_S if not step["steady"] else 0.0
+    timers = [Timer(each, feeds[0], max(threads, spec["threads"]), warm_up_s) for each in models]
+    loops = max(timer.loops for timer in timers)
+    gc.collect()
+    gc.disable()
+    try:
+        values, rounds = by_input.time_inputs(
+            [each.run for each in models], feeds, step["seconds"], run_s=max(timer.run_s for timer in timers),
+            loops=loops, working=all(timer.at_work is not None for timer in timers), steady=step["steady"],
+        )  # fmt: skip
+    finally:
+        gc.enable()
+    samples = [
+        {
+            "values": each,
+            "per_turn": 1,
+            "loops": loops,
+            "warmups": timer.warm.runs,
+            "warm_up_ended": timer.warm.ended,
+            "stopped_because": f"{rounds} rounds over {len(each)} of {count} inputs",
+        }
+        for each, timer in zip(values, timers)  # noqa: B905
+    ]
+    return {"samples": samples[0], "against": samples[1] if len(samples) > 1 else None}
 
 
 def stop_reason(step: dict[str, Any], timers: list[Timer], elapsed_s: float) -> str:
@@ -427,6 +463,7 @@ def measure_energy(step: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]
 
 STEPS = {
     "time": measure_time,
+    "inputs": measure_inputs,
     "kernels": measure_kernels,
     "outputs": compute_outputs,
     "memory": measure_memory,

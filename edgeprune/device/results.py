@@ -154,6 +154,7 @@ def read_power(value: Mapping[str, Any], meter: Meter | None) -> PowerSamples:
 
 READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "time": _read_time,
+    "inputs": _read_time,
     "kernels": _read_kernels,
     "outputs": _read_outputs,
     "memory": _read_memory,

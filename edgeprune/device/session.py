@@ -2,7 +2,8 @@
 
 On the board everything lies under the target's workdir:
 
-    <workdir>/<client>-<space>/agent.py, measure.py, warm_up.py, energy.py, pin.py, runtime.py
+    <workdir>/<client>-<space>/agent.py, measure.py, by_input.py, warm_up.py, energy.py, pin.py,
+                               runtime.py
                                files/         what was pushed, and outputs; manifest.json beside it
                                jobs/<job>/    results.jsonl, agent.log
 
@@ -87,6 +88,7 @@ class Session:
         self._programs = {
             "agent.py": HERE / "agent.py",
             "measure.py": HERE / "measure.py",
+            "by_input.py": HERE / "by_input.py",
             "warm_up.py": HERE / "warm_up.py",
             "energy.py": HERE / "energy.py",
             "pin.py": HERE / "pin.py",

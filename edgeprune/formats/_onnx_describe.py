@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx
 from edgeprune.core.errors import RecordError
 from edgeprune.core.records import Inspection, Operation, TensorInfo
 from edgeprune.core.store import compressed_bytes, sha256_file
+from edgeprune.formats._onnx_kernels import all_nodes
 
 Shape = tuple[int, ...]
 FIRST_WEIGHT = {"QLinearConv": 3, "QLinearMatMul": 3}
@@ -23,7 +24,7 @@ UNCOUNTED = frozenset({"LSTM", "GRU", "RNN", "Einsum", "Attention", "MultiHeadAt
 def describe(path: Path) -> Inspection:
     """The file's operations, weights and metadata. raises: RecordError when it is not an ONNX file.
 
-    Free sizes are taken as 1. Subgraphs of `If` and `Loop` are not looked into.
+    Free sizes are taken as 1. What lies in branches of an `If` or the body of a `Loop` follows it, and is counted once.
     """
     try:
         model = onnx.load_model(str(path), load_external_data=False)
@@ -35,10 +36,12 @@ def describe(path: Path) -> Inspection:
     graph = inferred.graph
     if not graph.node:
         raise RecordError(f"{path} is truncated or not an ONNX file: it holds no operation; export it again")
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    graphs = list(_all_graphs(graph))
+    constants = {tensor.name: tensor for each in graphs for tensor in each.initializer}
     infos = {
         value.name: _tensor_info(value)
-        for value in (*graph.value_info, *graph.input, *graph.output)
+        for each in graphs
+        for value in (*each.value_info, *each.input, *each.output)
         if value.type.tensor_type.HasField("shape")
     }
     shapes = {name: tuple(max(size, 1) for size in info.shape) for name, info in infos.items()}
@@ -64,11 +67,19 @@ def describe(path: Path) -> Inspection:
                 macs=_macs(node, shapes),
                 weight_bytes=sum(_size(constants[name]) for name in set(node.input) & constants.keys()),
             )
-            for node in graph.node
+            for node in all_nodes(graph)
         ),
         weights=weights,
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
+
+
+def _all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _all_graphs(inner)
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:

@@ -21,6 +21,7 @@ from edgeprune.core.errors import ModelError, RecordError, first_line
 from edgeprune.core.records import FLOAT32, Artifact, Graph, Precision, TensorInfo
 from edgeprune.core.store import compressed_bytes, sha256_file, write_atomic
 from edgeprune.core.tensors import Array, Calibration, check_calibration, run_in_batches
+from edgeprune.formats._onnx_choices import sink_choices
 from edgeprune.formats._onnx_import import import_model as import_model
 from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES, all_nodes
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
@@ -78,6 +79,13 @@ def export(
         exclude = float_operations(model, precision, graph)
         ranges = find_ranges(model, calibration) if precision.dtype == "int8" and calibration else {}
         model = quantize(model, precision, ranges, exclude).model
+    if gates := get_ports(module).gates:
+        made = sink_choices(model)
+        if made < len(gates):
+            raise ModelError(
+                f"{len(gates) - made} of {len(gates)} gates cannot become branches, which decide for one input at a "
+                "time; export with example inputs of batch 1 (--input 1x...)"
+            )
     write_proto(model, path)
     return replace(_describe(path)[0], graph_sha256=None if graph is None else graph.model_sha256)
 

@@ -23,6 +23,7 @@ from edgeprune.formats._tflite_quantize import calibrate, quantize
 from edgeprune.formats._tflite_resize import ExactResizer, ExportingResizer, TfliteResizer
 from edgeprune.formats._tflite_sparse import encode_sparse as encode_sparse
 from edgeprune.formats._units import Unresizable
+from edgeprune.graphs.ports import get_ports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +49,8 @@ def export(
     raises: ModelError naming the operation and its module when it cannot be expressed, or the converter
         crashes or hangs; DataError for calibration data that are missing, constant or not finite; MissingLibrary.
     """
+    if get_ports(module).gates:
+        raise UsageError("the model has gates, and .tflite files no branches: nothing would be skipped; use .onnx")
     _check_precision(precision, graph)
     given = check_calibration(calibration) if precision.dtype == "int8" else ()
     (data,) = convert([module], inputs)

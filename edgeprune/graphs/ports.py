@@ -1,4 +1,5 @@
-"""Names and shapes of a model's inputs and outputs, for files that had some before and are to have them again."""
+"""Names and shapes of a model's inputs and outputs, for files that had some before and are to have them again; and
+where it decides for each input what to compute."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ class Ports:
     """In the order of the model's arguments and results; empty where not known.
 
     shapes: of the inputs, batch first. dtypes: theirs, such as `float32`, which they are where nothing is known.
+    gates: what decides for each input whether to compute something, in the order of the graph.
     """
 
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     dtypes: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """As text."""
@@ -34,7 +37,7 @@ class Ports:
     def from_json(cls, text: str) -> Ports:
         """Back from text, without types. raises: ValueError, TypeError, KeyError for what is none."""
         found = json.loads(text)
-        names = {key: tuple(str(name) for name in found[key]) for key in ("inputs", "outputs")}
+        names = {key: tuple(str(name) for name in found.get(key, ())) for key in ("inputs", "outputs", "gates")}
         return cls(**names, shapes=tuple(tuple(int(size) for size in shape) for shape in found["shapes"]))
 
 

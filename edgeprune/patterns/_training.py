@@ -53,6 +53,9 @@ class Sparsifier:
     def before_forward(self) -> None:
         """At the start of a step."""
 
+    def penalty(self, logits: Tensor, targets: Tensor) -> Tensor | None:
+        """What is added to the loss of the model's outputs: nothing."""
+
     @torch.no_grad()
     def after_backward(self) -> None:
         """When the gradients of the loss are there: momentum gathers nothing for what is masked."""

@@ -32,6 +32,9 @@ class Regularizer:
     def before_forward(self) -> None:
         """At the start of a step."""
 
+    def penalty(self, logits: Tensor, targets: Tensor) -> Tensor | None:
+        """What is added to the loss of the model's outputs, (n, classes), if anything."""
+
     def after_backward(self) -> None:
         """When the gradients of the loss are there."""
 

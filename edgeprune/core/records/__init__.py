@@ -32,6 +32,7 @@ from edgeprune.core.records.costs import Measurement as Measurement
 from edgeprune.core.records.costs import MemoryModel as MemoryModel
 from edgeprune.core.records.costs import Profile as Profile
 from edgeprune.core.records.costs import Quantity as Quantity
+from edgeprune.core.records.costs import Statistic as Statistic
 from edgeprune.core.records.costs import Table as Table
 from edgeprune.core.records.findings import Advice as Advice
 from edgeprune.core.records.findings import CrossCheck as CrossCheck
@@ -43,6 +44,9 @@ from edgeprune.core.records.findings import OperationError as OperationError
 from edgeprune.core.records.findings import PrecisionChoice as PrecisionChoice
 from edgeprune.core.records.findings import PrecisionTrial as PrecisionTrial
 from edgeprune.core.records.findings import Timing as Timing
+from edgeprune.core.records.gating import Distribution as Distribution
+from edgeprune.core.records.gating import Gate as Gate
+from edgeprune.core.records.gating import Gated as Gated
 from edgeprune.core.records.model import FLOAT32 as FLOAT32
 from edgeprune.core.records.model import Branch as Branch
 from edgeprune.core.records.model import Constant as Constant

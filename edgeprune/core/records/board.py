@@ -121,20 +121,22 @@ class Step:
     """One thing the agent does with one artifact.
 
     key: unique in the job; a result of that key is never measured again.
-    kind: `time` the whole model; `kernels` with the runtime's own profiler; `outputs` for given
-        inputs; `memory` in a fresh process; `energy` by the target's meter, in a loop of `seconds`.
+    kind: `time` the whole model; `inputs` the same of each of the inputs on its own; `kernels` with the runtime's own
+        profiler; `outputs` for given inputs; `memory` in a fresh process; `energy` by the target's meter, in a loop of
+        `seconds`.
     inputs: an .npz on the board (arrays named as the model's inputs, leading axis = examples),
         or None for one random input of the model's own shape.
     against: another artifact that is measured in turns with it, so that the two can be compared on a
-        board whose speed changes (`time`, `kernels`).
-    seconds: time to spend sampling. precision: stop before that once the median, or the ratio to
-        `against`, is known to this relative half-width of its 95 % interval. runs: profiled (`kernels`).
+        board whose speed changes (`time`, `inputs`, `kernels`).
+    seconds: time to spend sampling; of `inputs` as many take part as it allows. precision: stop before that once the
+        median, or the ratio to `against`, is known to this relative half-width of its 95 % interval. runs: profiled
+        (`kernels`).
     threads: of this artifact alone (`time`); None: as the target says.
     steady: on this board a run takes the same time every time: do not wait until it has settled, do not repeat.
     """
 
     key: str
-    kind: Literal["time", "kernels", "outputs", "memory", "energy"]
+    kind: Literal["time", "inputs", "kernels", "outputs", "memory", "energy"]
     artifact: str
     inputs: str | None = None
     against: str | None = None
@@ -176,8 +178,9 @@ class StepResult:
     """What came of a step; `error` says why there is nothing else.
 
     samples, against: whole-model latency of the artifact and of the one it was measured against, turn
-    for turn (time). kernels, run_s: typical times of each kernel and of the profiled whole run;
-    against_run_s: of the other artifact's (kernels). outputs: name of an .npz on the board (outputs).
+    for turn (time), or the typical latency of each input, in their order (inputs). kernels, run_s: typical times of
+    each kernel and of the profiled whole run; against_run_s: of the other artifact's (kernels). outputs: name of an
+    .npz on the board (outputs).
     activation_bytes: growth of the peak resident set over the loaded session while running;
     process_bytes: peak resident set of the whole process (memory). power: by the target's meter (energy).
     """

@@ -9,6 +9,9 @@ from edgeprune.core.records.arrays import FloatArray, IntArray
 from edgeprune.core.records.board import Conditions, PowerSamples, Samples
 from edgeprune.core.records.model import FLOAT32, Extent, Precision
 
+Statistic = Literal["median", "p95", "mean", "worst"]
+"""Of latencies: `mean` and `worst` are over real inputs, each timed on its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
@@ -172,11 +175,14 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Limits, absolute, each optional. peak_memory_bytes is of activations while running."""
+    """Limits, absolute, each optional. peak_memory_bytes is of activations while running.
+
+    statistic: of the latency.
+    """
 
     latency_s: float | None = None
     latency_share: float | None = None
     peak_memory_bytes: int | None = None
     artifact_bytes: int | None = None
     energy_j: float | None = None
-    statistic: Literal["median", "p95"] = "median"
+    statistic: Statistic = "median"

@@ -22,6 +22,7 @@ class RecoverSettings:
     regularizer: str | None = None
     pattern: str | None = None
     match_outputs: bool = False
+    gating: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

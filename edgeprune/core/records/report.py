@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeprune.core.records.board import Conditions, Samples
 from edgeprune.core.records.costs import Budget, Cost
+from edgeprune.core.records.gating import Distribution
 from edgeprune.core.records.sparsity import Sparsity
 
 
@@ -90,7 +91,8 @@ class Report:
     """The evidence. Its JSON keys are stable.
 
     samples: raw latencies on the board, one `Samples` per round, under "dense" and "compact".
-    sparsity: of the pruned model's weights, where it has a pattern.
+    sparsity: of the pruned model's weights, where it has a pattern. distribution: of its latency, where it has gates or
+    the budget asks for it; then `samples` has one value an input.
     """
 
     artifact_sha256: str
@@ -106,6 +108,7 @@ class Report:
     provenance: dict[str, str] = field(default_factory=dict)
     samples: dict[str, tuple[Samples, ...]] = field(default_factory=dict)
     sparsity: Sparsity | None = None
+    distribution: Distribution | None = None
 
     @property
     def passed(self) -> bool:

@@ -96,6 +96,9 @@ class Runtime(Protocol):
     WHEELS: tuple[Wheels, ...]
     """What can be installed, best first."""
 
+    BRANCHES: bool
+    """Whether it leaves out what the branch of an `If` that was not chosen would compute."""
+
     HOLDS_ACTIVATIONS: bool
     """Whether an open model has all its memory already, so that running it takes no more."""
 

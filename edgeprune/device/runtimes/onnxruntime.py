@@ -15,6 +15,7 @@ OPTIONS = ()
 ACTIVATIONS = ("uint8", "int8")
 MODULES = ("onnxruntime", "numpy")
 BY_HAND: dict[str, str] = {}
+BRANCHES = True
 HOLDS_ACTIVATIONS = False
 WHEELS = (
     {

@@ -34,6 +34,7 @@ BY_HAND = {
     "python3-libnvinfer libnvinfer-bin; it is made for Ubuntu's own Python, so leave `python` out of the target "
     'or set it to "/usr/bin/python3"; JetPack 4 and 5 have it for a Python older than 3.9 only'
 }
+BRANCHES = False
 HOLDS_ACTIVATIONS = False
 WHEELS = (
     {

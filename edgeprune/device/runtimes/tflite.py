@@ -32,6 +32,7 @@ OPTIONS = ("delegate", "benchmark")
 ACTIVATIONS = ("int8",)
 MODULES = ("ai_edge_litert|tflite_runtime|tensorflow", "numpy")
 BY_HAND: dict[str, str] = {}
+BRANCHES = False
 HOLDS_ACTIVATIONS = True
 WHEELS = (
     {

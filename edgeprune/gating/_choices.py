@@ -1,0 +1,59 @@
+"""What decides, as a module in the model's graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgeprune.graphs.capture import operator_name
+from edgeprune.graphs.propagate import concrete
+
+
+class Choice(nn.Module):
+    """Chooses for each example between two values.
+
+    While it trains both are computed, and `taken` holds what the penalty needs of a step. chance: in [0, 1], how much
+    noise a decision has in training. share: of the model's MACs, those that it guards.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.chance = 1.0
+        self.taken: Tensor | None = None
+
+    def forget(self) -> None:
+        """Let go of what a training step left behind."""
+        self.taken = None
+
+
+def free_path(captured: fx.GraphModule, base: str) -> str:
+    """A path that no part of the model has yet."""
+    taken = {name for name, _ in captured.named_modules()} | {name for name, _ in captured.named_parameters()}
+    path, number = base, 1
+    while path in taken:
+        number += 1
+        path = f"{base}_{number}"
+    return path
+
+
+def count_macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one call for one example; 0 for what is neither a convolution nor a product."""
+    op = operator_name(node) if node.op == "call_function" else ""
+    if not (op.startswith("conv") or op in ("linear", "addmm", "matmul", "bmm", "mm")):
+        return 0
+    out = concrete(node.meta["val"].shape, 1)
+    if op.startswith("conv"):
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node) and isinstance(node.args[0], fx.Node)
+        per_place = int(weight.meta["val"].numel() // weight.meta["val"].shape[0])
+        if "transpose" in op:
+            return per_place * _numel(concrete(node.args[0].meta["val"].shape, 1))
+        return per_place * _numel(out)
+    inner = node.args[1 if op == "addmm" else 0]
+    assert isinstance(inner, fx.Node)
+    return _numel(out) * int(concrete(inner.meta["val"].shape, 1)[-1])
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
