@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +21,17 @@ from zoo import timm_model, torchvision_models
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, UsageError
-from edgeprune.core.records import FloatArray, ModelSpec, Pivoted
+from edgeprune.core.records import FloatArray, ModelSpec, Pivoted, Quantity
 from edgeprune.core.store import read_record, write_record
+from edgeprune.device.session import Session, open_session
+from edgeprune.device.targets import read_target
 from edgeprune.export import export_model
 from edgeprune.graphs.blocks import Mass, find_orders, kept_share, own_columns
 from edgeprune.graphs.permute import movable_groups, permute_units
 from edgeprune.graphs.pivot import Blocks, block_mask
 from edgeprune.graphs.slice import mask_model
 from edgeprune.load import load_model
-from edgeprune.pivot import pivot_model
+from edgeprune.pivot import _close_loop, _worthwhile, pivot_model, plan_pivot
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -283,3 +287,73 @@ def test_wrong_requests_are_refused() -> None:
 def test_layers_can_be_chosen() -> None:
     _, record = pivot_model(net("chain"), inputs("chain"), groups=2, layers=["mid*"])
     assert list(record.layers) == ["middle"] and record.skipped["last"] == "was not chosen"
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+class FakeBoard:
+    """A board on which blocks save what they save in MACs, and a whole net takes 7 % of its layers' time more."""
+
+    whole_s = 1.0
+
+    def __init__(self, layers: int, overhead: float = 1.07) -> None:
+        self.layers, self.overhead, self.measured = layers, overhead, []
+
+    def seconds(self, path: str, blocks: Blocks | None) -> float:
+        del path
+        return 0.8 / self.layers / (1 if blocks is None else blocks.groups)
+
+    def measure(self, chosen: dict[str, Blocks]) -> Quantity:
+        seconds = 0.2 + sum(self.seconds(str(n), chosen.get(str(n))) for n in range(self.layers))
+        share = seconds * self.overhead if chosen else 1.0
+        self.measured.append(share)
+        return Quantity(median=share, low=share, high=share)
+
+
+@pytest.mark.parametrize("solver", ["milp", "dp"])
+@pytest.mark.parametrize("limit", [0.5, 0.7, 0.9])
+def test_the_loop_ends_just_within_the_limit_that_the_board_measures(solver: str, limit: float) -> None:
+    board, rng = FakeBoard(12), np.random.default_rng(0)
+    choices = {}
+    for n in range(board.layers):
+        losses = np.sort(rng.random(3)).tolist()
+        choices[str(n)] = _worthwhile(board, str(n), [Blocks(2), Blocks(4), Blocks(8)], losses)
+        assert len(choices[str(n)]) == 4 and choices[str(n)][-1].blocks is None
+    chosen, share = _close_loop(board, choices, limit, solver)
+    assert 0.94 * limit <= share.median <= limit
+    loss = sum(option.loss for n in choices for option in choices[n] if option.blocks is chosen.get(n))
+    assert loss < sum(options[0].loss for options in choices.values())
+
+
+def test_no_form_is_offered_that_another_beats() -> None:
+    board = FakeBoard(1)
+    slower = [Blocks(2), Blocks(4), Blocks(8, np.arange(8))]
+    options = _worthwhile(board, "0", slower, [0.5, 0.2, 0.9])
+    assert [None if each.blocks is None else each.blocks.groups for each in options] == [8, 4, None]
+    assert _close_loop(board, {"0": options}, 0.01, "milp")[0] == {"0": slower[2]}, "the fastest, where nothing fits"
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    local = read_target(REPOSITORY / "targets" / "localhost.toml")
+    with open_session(replace(local, workdir=str(tmp_path_factory.mktemp("board")), python=sys.executable)) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_a_plan_prices_blocks_on_a_board(session: Session) -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Chain(64)), torch.randn(1, 3, 16, 16)
+    batches = [(torch.randn(64, 3, 16, 16), torch.zeros(64))]
+    fastest, record = plan_pivot(model, (x,), batches, session, latency="0.01x", groups=(2, 4), effort=BRIEF)
+    assert set(record.layers) | set(record.skipped) == {"first", "middle", "last", "head"}
+    assert record.latency_share is not None and record.limit_share == pytest.approx(0.01)
+    for layer in record.layers.values():
+        assert layer.latency_s is not None and layer.whole_latency_s is not None and layer.loss is not None
+        assert 0 < layer.latency_s < layer.whole_latency_s and layer.loss >= 0
+    assert output(fastest, (x,)).shape == output(model, (x,)).shape
+    whole, record = plan_pivot(model, (x,), batches, session, latency="10x", groups=(2, 4), effort=BRIEF)
+    assert not record.layers and record.macs == record.whole_macs
+    assert relative_error(output(whole, (x,)), output(model, (x,))) < LIMIT
+    assert set(record.skipped) == {"first", "middle", "last", "head"}

@@ -65,6 +65,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
+    pivot: numbers of diagonal blocks that layers may run in, before widths are planned; pivot_latency: what that is to
+    reach, by default the budget's.
     """
 
     transform: str | None = None
@@ -86,6 +88,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: int = 1
     step_epochs: int = 1
     pattern: str | None = None
+    pivot: tuple[int, ...] = ()
+    pivot_latency: str | None = None
 
     @property
     def rules(self) -> WidthRules:
