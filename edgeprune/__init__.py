@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from edgeprune.on_board import plan_on_board as plan_on_board
     from edgeprune.pipeline import report_run as report_run
     from edgeprune.pipeline import run_pipeline as run_pipeline
+    from edgeprune.pivot import pivot_model as pivot_model
+    from edgeprune.pivot import plan_pivot as plan_pivot
     from edgeprune.plan import choose_widths as choose_widths
     from edgeprune.precisions import try_precisions as try_precisions
     from edgeprune.profile import profile_target as profile_target
@@ -87,6 +89,7 @@ _PLACES = {
         "plan_on_board",
     ),
     "pipeline": ("report_run", "run_pipeline"),
+    "pivot": ("pivot_model", "plan_pivot"),
     "plan": ("choose_widths",),
     "precisions": ("try_precisions",),
     "profile": ("profile_target", "read_profile"),

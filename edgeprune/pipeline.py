@@ -32,6 +32,8 @@ from edgeprune.core.records import (
     Gated,
     Graph,
     Importance,
+    ModelSpec,
+    Pivoted,
     Plan,
     Report,
     Sparsity,
@@ -46,6 +48,7 @@ from edgeprune.gating import load_gating
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
 from edgeprune.patterns import load_pattern
+from edgeprune.pivot import plan_pivot
 from edgeprune.planning import Planning, check_contenders
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
@@ -86,7 +89,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
             check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
             data = replace(data, train=data.train or data.calibration)
             folder.log("no labels: removed channels are refitted for, and training matches the dense outputs")
-        stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed()
+        stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed().pivoted()
         if run.export.sparse:
             check_sparse(stages.format_name)
         if run.prune.gating is not None:
@@ -160,6 +163,38 @@ class Stages(Planning):
         made_from = [*self.sources, self.run.prune.batches]
         model = transform_run(self.model, calibration, self.folder, made_from, chosen)
         return replace(self, model=model, start=model, original=self.model, sources=(*self.sources, chosen))
+
+    def pivoted(self) -> Self:
+        """The stages of the model with layers in diagonal blocks, where the run asks for some and the board gains.
+
+        Before widths are planned, since these are then priced for grouped kernels and confirmed with all the rest.
+        """
+        settings = self.run.prune
+        if not settings.pivot:
+            return self
+        check_run(self.run)
+        calibration = first(self.data.require("calibration"), settings.batches)
+        latency = settings.pivot_latency or self.run.budget.latency
+        assert latency is not None
+
+        def make() -> Pivoted:
+            with self._board() as session:
+                model, record = plan_pivot(
+                    self.model, self.inputs, calibration, session, latency=latency, groups=settings.pivot,
+                    refit=settings.compensate, solver=settings.solver, effort=self._effort, seed=self.run.seed,
+                    progress=self.progress,
+                )  # fmt: skip
+            save_compact(model, self.inputs, self.folder.path, name="pivoted")
+            return record
+
+        made_from = [*self.sources, settings.pivot, latency, settings.batches, settings.compensate, settings.solver]
+        made_from += [self.runtime, msgspec.to_builtins(self.run.target), self.run.seed]
+        files = ["pivoted.pt2", "pivoted.safetensors"]
+        record = self.folder.record(Pivoted, "pivoted.json", made_from, make, also=files)
+        self.folder.log(f"pivot: {len(record.layers)} layers in blocks, {record.macs / record.whole_macs:.0%} of MACs")
+        model = load_model(ModelSpec(file="pivoted.pt2"), self.folder.path)
+        sources = (*self.sources, weights_digest(model))
+        return replace(self, model=model, start=model, original=self.model, sources=sources)
 
     def trace(self) -> Graph:
         """What can be pruned."""

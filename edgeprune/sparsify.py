@@ -6,18 +6,14 @@ import copy
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from edgeprune.core.errors import ModelError
 from edgeprune.core.records import Graph, LayerSparsity, Sparsity
-from edgeprune.graphs.capture import Inputs, evaluating
-from edgeprune.graphs.permute import permute_units
+from edgeprune.graphs.capture import Inputs
+from edgeprune.graphs.permute import permute_units, same_outputs
 from edgeprune.graphs.slice import named_tensors
 from edgeprune.patterns import load_pattern, select_layers
-
-TOLERANCE = 1e-4
-"""Largest difference between the model in two orders of its channels, relative to the largest output."""
 
 
 @torch.no_grad()
@@ -65,7 +61,7 @@ def order_channels(module: nn.Module, inputs: Inputs, graph: Graph, pattern: str
         trial = copy.deepcopy(module)
         permute_units(trial, graph, {name: order})
         # What the trace does not know of, such as code that picks channels by number, shows here.
-        if _same(module, trial, inputs):
+        if same_outputs(module, trial, inputs):
             permute_units(module, graph, {name: order})
             permuted.append(name)
     return tuple(permuted)
@@ -75,16 +71,3 @@ def prepare_pattern(module: nn.Module, inputs: Inputs, graph: Graph, pattern: st
     """`order_channels`, then `sparsify_model`. returns: its record."""
     permuted = order_channels(module, inputs, graph, pattern)
     return replace(sparsify_model(module, pattern), permuted=permuted)
-
-
-@torch.no_grad()
-def _same(module: nn.Module, other: nn.Module, inputs: Inputs) -> bool:
-    noise = tuple(torch.randn_like(x) if x.is_floating_point() else x for x in inputs)
-    with evaluating(module), evaluating(other):
-        mine, theirs = (_outputs(each, noise) for each in (module, other))
-    limits = [TOLERANCE * max(float(tensor.abs().max()), 1e-6) for tensor in mine]
-    return all(float((a - b).abs().max()) <= limit for a, b, limit in zip(mine, theirs, limits, strict=True))
-
-
-def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    return [leaf.float() for leaf in pytree.tree_leaves(module(*inputs)) if isinstance(leaf, Tensor)]

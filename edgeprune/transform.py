@@ -86,7 +86,8 @@ def transform_run(
 
 
 def check_run(run: RunFile) -> None:
-    """raises: UsageError for what a run with a transform cannot have."""
+    """raises: UsageError for what a run with a transform, or with layers in blocks, cannot have."""
+    key = "transform" if run.prune.transform is not None else "pivot"
     limits: list[tuple[str, str | None, Kind]] = [
         ("latency", run.budget.latency, "time"), ("memory", run.budget.memory, "bytes"),
         ("energy", run.budget.energy, "energy"),
@@ -94,11 +95,15 @@ def check_run(run: RunFile) -> None:
     for name, text, kind in limits:
         if text is not None and parse_limit(text, kind).relative:
             raise UsageError(
-                f"[budget] {name} = '{text}' would be relative to the rewritten model, which takes more than yours; "
-                "with [prune] transform give a number with a unit (`edgeprune measure` says what yours takes)"
+                f"[budget] {name} = '{text}' would be relative to the rewritten model, which takes other than yours; "
+                f"with [prune] {key} give a number with a unit (`edgeprune measure` says what yours takes)"
             )
     if run.export.dtype in ("int8", "auto"):
-        raise UsageError(f"[prune] transform does not go with [export] dtype = '{run.export.dtype}'; use float32")
+        raise UsageError(f"[prune] {key} does not go with [export] dtype = '{run.export.dtype}'; use float32")
+    if run.prune.pivot and run.prune.transform is not None:
+        raise UsageError("[prune] pivot and transform do not go together; use one of them")
+    if run.prune.pivot and run.prune.pivot_latency is None and run.budget.latency is None:
+        raise UsageError("[prune] pivot is planned for a latency; give pivot_latency, or [budget] latency")
 
 
 def settle_plan(graph: Graph, plan: Plan, transform: str, profile: Profile | None = None) -> tuple[Plan, list[str]]:

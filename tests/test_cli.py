@@ -127,6 +127,10 @@ def test_every_command_is_in_the_readme() -> None:
          "no residual branch"),
         (["gate", "nets.py:net", "--input", "1x3x12x12", "--gate", "early_exit:at=2", "--data", "data.npz", "-o", "g"],
          2, "must lie between 0 and 1"),
+        (["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "s", "--groups", "two"], 2, "numbers such as 2,4,8"),
+        (["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "s", "--groups", "2,4"], 2, "are for a plan"),
+        (["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "s", "--latency", "0.7x"], 2, "go together"),
+        (["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "s", "--groups", "7"], 4, "blocks do not divide"),
         (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:m=7", "-o", "s"], 4, "not divisible"),
         (["export", "nets.py:net", "--input", "1x3x12x12", "-o", "m.onnx", "--sparse"], 2, "store every zero"),
         (["run", "absent.toml"], 2, "there is no absent.toml"),
@@ -241,6 +245,16 @@ def test_a_pattern_at_once_and_trained(project: Path) -> None:
         assert not bool((trained[name] == once[name]).all()), "it trained"
     done = edgeprune("export", "trained/sparse.pt2", "--input", "1x3x12x12", "-o", "model.onnx", cwd=project)
     assert done.returncode == 0 and "compressed" in done.stdout, done.stderr
+
+
+def test_layers_in_blocks(project: Path) -> None:
+    pivot = ["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "blocks", "--data", "data.npz"]
+    done = edgeprune(*pivot, "--groups", "4", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^3 +4 ", done.stdout, re.M), "layer 3 in 4 blocks"
+    assert "3 inputs and 16 outputs, which 4 blocks do not divide" in done.stdout and "MACs" in done.stdout
+    done = edgeprune("export", "blocks/pivoted.pt2", "-o", "model.onnx", cwd=project)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")

@@ -20,9 +20,22 @@ from safetensors.torch import load_file
 
 from edgeprune.core.closed_loop import best_round
 from edgeprune.core.errors import UsageError
-from edgeprune.core.records import Bracket, Gated, Graph, Importance, Plan, PlanRound, Quantity, Report, Sparsity
+from edgeprune.core.records import (
+    Bracket,
+    Gated,
+    Graph,
+    Importance,
+    ModelSpec,
+    Pivoted,
+    Plan,
+    PlanRound,
+    Quantity,
+    Report,
+    Sparsity,
+)
 from edgeprune.core.runfile import read_run_file
 from edgeprune.core.store import read_record
+from edgeprune.load import load_model
 from edgeprune.pipeline import run_pipeline
 from edgeprune.profile import read_profile, reference_latency
 
@@ -293,6 +306,29 @@ def test_what_does_not_go_with_gates(tmp_path: Path, change: tuple[str, str], me
     (tmp_path / "edgeprune.toml").write_text(text.replace(*change))
     with pytest.raises(UsageError, match=message):
         run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.device
+def test_blocks_before_fewer_channels(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    text = RUN_FILE.replace("[prune]", '[prune]\npivot = [2, 4]\npivot_latency = "0.8x"').replace(
+        "trials = 3", "trials = 0"
+    )
+    text = text.replace('latency = "0.7x"', 'size = "0.5x"').replace(
+        'contenders = ["curves", "magnitude"]', "contenders = []"
+    )
+    (tmp_path / "edgeprune.toml").write_text(text)
+    run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
+    report = run_pipeline(run, tmp_path)
+    pivoted, plan = read_record(Pivoted, folder / "pivoted.json"), read_record(Plan, folder / "plan.json")
+    assert pivoted.layers and pivoted.latency_share is not None and pivoted.macs < pivoted.whole_macs
+    assert plan.keep and report.compact.parameters < report.dense.parameters
+    recovered = load_model(ModelSpec(file="recovered.pt2"), folder)
+    assert all(recovered.get_submodule(path).groups == each.groups for path, each in pivoted.layers.items())
+    assert next(check for check in report.checks if check.name == "size").passed
+    assert run_pipeline(run, tmp_path) == report
+    assert any("pivoted: already done" in line for line in (folder / "run.log").read_text().splitlines())
 
 
 def weights_of(path: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:

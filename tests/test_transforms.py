@@ -533,6 +533,7 @@ def test_a_run_keeps_its_rewritten_model_and_puts_back_what_does_not_pay(tmp_pat
         ({"budget": {"latency": "0.5x"}}, r"latency = '0.5x' would be relative to the rewritten model"),
         ({"budget": {"size": "0.5x", "memory": "50%"}}, r"memory = '50%'"),
         ({"export": {"dtype": "int8"}}, r"dtype = 'int8'; use float32"),
+        ({"prune": {"transform": "kfe", "pivot": [2]}}, r"pivot and transform do not go together"),
         ({"prune": {"transform": "nonsense"}}, r"unknown transforms 'nonsense'; known: kfe"),
         ({"prune": {"transform": "kfe:p=2"}}, r"'p' is not an option of kfe; known: layers, share"),
     ],

@@ -13,6 +13,7 @@ A row is one net; all have the same training after they were made, which also di
     GATING             work decided per input by a member of `gating` and its options (ONNX Runtime)
     structured+GATING  both
     structured+int8    fewer channels, stored and computed in 8 bits (not trained for them)
+    pivot:groups=4     all layers that can be in so many diagonal blocks, as grouped convolutions; refitted
 
 Each is exported to ONNX and, but for gates, to TFLite, and timed in turns with the dense net's file of the same
 runtime: a share below 1 is faster. Gated nets are timed on test images, each on its own: the share is the mean over
@@ -55,18 +56,20 @@ from edgeprune.device.session import open_session
 from edgeprune.export import evaluate_artifact, export_model
 from edgeprune.gate import gate_model, settle_gates
 from edgeprune.load import as_arrays
+from edgeprune.pivot import pivot_model
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
 
 RUNTIMES = {"onnxruntime": ".onnx", "tflite": ".tflite"}
 TITLES = {"onnxruntime": "ONNX Runtime", "tflite": "LiteRT"}
-DENSE, STRUCTURED, INT8 = "dense", "structured", "int8"
+DENSE, STRUCTURED, INT8, PIVOT = "dense", "structured", "int8", "pivot:groups="
 N_M, BLOCK = "n_m:n=2,m=4", "block:rows=1,columns=4,sparsity=0.5"
 SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65"
 ROWS = [
     DENSE, STRUCTURED, *(f"unstructured:sparsity={share}" for share in (0.5, 0.8, 0.9, 0.95)), N_M, BLOCK,
     f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
+    *(f"{PIVOT}{groups}" for groups in (2, 4, 8)),
 ]  # fmt: skip
 POINTWISE_SIDE = 96
 INPUTS_TIMES = 20
@@ -180,7 +183,7 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
     """Zeros, training, files."""
     base, _, extra = name.partition("+")
     int8 = extra == INT8
-    chosen = None if int8 or name in (DENSE, STRUCTURED) else extra or base
+    chosen = None if int8 or name in (DENSE, STRUCTURED) or name.startswith(PIVOT) else extra or base
     gating = chosen if is_gated(name) else None
     pattern = None if gating else chosen
     row, data = Row(name), models.data
@@ -188,6 +191,9 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
         model = models.trained[base]
     else:
         model = models.start(name)
+        if name.startswith(PIVOT):
+            model, found = pivot_model(model, INPUTS, data.calibration, groups=int(name.removeprefix(PIVOT)))
+            row.note = f"{found.macs / found.whole_macs:.3f} of the MACs"
         if pattern is not None:
             order_channels(model, INPUTS, trace_graph(model, INPUTS), pattern)
             record = sparsify_model(model, pattern)

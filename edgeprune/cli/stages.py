@@ -295,6 +295,49 @@ def gate(
         print(f"{out}/gated.pt2\naccuracy {accuracies}{result.note and '; ' + result.note}")
 
 
+def pivot(
+    model: Model, out: Out, weights: Weights = None, shapes: Shapes = None,
+    groups: Annotated[str, typer.Option(help="blocks of a layer; with --target several to choose from")] = "4",
+    layers: Annotated[list[str] | None, typer.Option(help="only these, such as layer3.*")] = None,
+    data: Annotated[str | None, typer.Option(help="weigh and refit by its calibration batches")] = None,
+    gather: Annotated[bool, typer.Option(help="layers may read channels in an order of their own")] = False,
+    target: Annotated[str | None, typer.Option(help="choose what pays on this board, within --latency")] = None,
+    latency: Limit = None, threads: Threads = 1, runtime: RuntimeName = None, effort: EffortName = "default",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run layers in diagonal blocks of reordered channels. Writes pivoted.pt2 and pivoted.json in the folder --out."""
+    try:
+        counts = [int(count) for count in groups.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--groups {groups}: expected numbers such as 2,4,8") from error
+    if (target is None) != (latency is None):
+        raise UsageError("--target and --latency go together: what pays is measured on a board, for a latency")
+    if target is None and len(counts) > 1:
+        raise UsageError("several --groups are for a plan; give --target, --latency and --data, or one number")
+    if target is not None and data is None:
+        raise UsageError("a plan measures what blocks lose; give --data")
+    module, inputs = load(model, weights, shapes)
+    calibration = load_calibration(data, module, model, weights, shapes, None) if data else None
+    with bars() as progress:
+        if target is None or latency is None or calibration is None:
+            pivoted, record = edgeprune.pivot_model(
+                module, inputs, calibration, groups=counts[0], gather=gather, layers=layers or (), progress=progress
+            )
+        else:
+            with edgeprune.connect(target, threads=threads, runtime=runtime, progress=progress) as session:
+                pivoted, record = edgeprune.plan_pivot(
+                    module, inputs, calibration, session, latency=latency, groups=counts, layers=layers or (),
+                    effort=find_effort(effort), progress=progress,
+                )  # fmt: skip
+    edgeprune.save_compact(pivoted, inputs, out, name="pivoted")
+    edgeprune.write_record(out / "pivoted.json", record)
+    show(record, as_json, "describe_pivoted")
+    if not as_json:
+        print(f"{out}/pivoted.pt2")
+    if record.latency_share and record.limit_share and record.latency_share.median > record.limit_share:
+        raise Unmet(f"not met: the latency is {record.latency_share.median:.3f} of the model's, the fastest there is")
+
+
 def _arrow(*accuracies: float | None) -> str:
     return " -> ".join(UNMEASURED if each is None else f"{each:.2%}" for each in accuracies)
 
@@ -460,4 +503,4 @@ def report(
     print(edgeprune.report_run(directory, out or directory / "report.html"))
 
 
-COMMANDS = (trace, profile, score, plan, compact, sparsify, recover, gate, export, validate, inspect, report)
+COMMANDS = (trace, profile, score, plan, compact, sparsify, pivot, recover, gate, export, validate, inspect, report)

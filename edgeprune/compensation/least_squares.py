@@ -10,7 +10,7 @@ weights, targets at the residual sum, and the intercept of a layer without bias 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def compensate(
     keep: Keep,
     batches: Iterable[tuple[Any, Tensor]],
     *,
+    cut: Container[str] = (),
     damping: float = 1e-2,
     seed: int = 0,
     progress: Progress = silent,
@@ -53,6 +54,7 @@ def compensate(
     keep:    per pruned group the kept units, ascending; none of a dropped branch.
     batches: (inputs, targets); targets unused. All their live activations are held at once, in both models: of more
              examples than MEMORY_BYTES hold the first are used.
+    cut:     paths of layers that lost weights in another way, such as convolutions that became grouped ones.
     damping: > 0, share of the mean squared input added to the diagonal; pulls towards the sliced weight.
     returns: names of the fitted layers. A layer whose system cannot be solved, or whose fit is no
              better, stays as it was.
@@ -78,7 +80,8 @@ def compensate(
         assert isinstance(layer, Layer)
         ours.advance(node)
         if not ours.changed:
-            ours.changed = _lost_inputs(graph, keep, f"{name}.weight") or name in order[first_lost:]
+            lost = name in cut or _lost_inputs(graph, keep, f"{name}.weight")
+            ours.changed = lost or name in order[first_lost:]
         kept = _kept_positions(graph, keep, f"{name}.weight")
         if not ours.changed or (twin := theirs.find(name)) is None or len(kept) != layer.weight.shape[0]:
             continue

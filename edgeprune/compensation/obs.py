@@ -46,23 +46,44 @@ def explain_removed(layer: Layer, gram: Tensor, removed: Tensor, damping: float)
     gram: (d, d) of a layer without groups, from `collect_gram`, summed over batches.
     removed: positions along weight axis 1.
     """
+    kept = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+    kept[removed] = False
+    explain_masked(layer, gram, kept.expand(len(layer.weight), -1), damping)
+
+
+def explain_masked(layer: Layer, gram: Tensor, kept: Tensor, damping: float) -> None:
+    """As `explain_removed`, where each output has inputs of its own that it keeps.
+
+    kept: bool (outputs, inputs). Outputs that keep the same inputs are solved together.
+    """
     taps = layer.weight[0, 0].numel()
-    gone = torch.zeros(len(gram), dtype=torch.bool)
-    gone[(removed[:, None] * taps + torch.arange(taps)).flatten()] = True
     matrix = layer.weight.detach().reshape(len(layer.weight), -1).double()
     if layer.bias is not None:
         matrix = torch.cat([matrix, layer.bias.detach().double()[:, None]], dim=1)
-    kept = ~gone
-    block = gram[kept][:, kept]
-    strength = damping * block.diagonal().mean().clamp_min(1e-12)
-    factor, failed = torch.linalg.cholesky_ex(block + strength * torch.eye(len(block), dtype=block.dtype))
-    if bool(failed) or not bool(kept.any()):
-        return
-    change = torch.cholesky_solve(gram[kept][:, gone] @ matrix[:, gone].T, factor)
-    if not bool(torch.isfinite(change).all()):
-        return
-    matrix[:, kept] += change.T
+    for pattern in kept.unique(dim=0):
+        rows = (kept == pattern).all(dim=1)
+        there = torch.ones(len(gram), dtype=torch.bool)
+        there[: taps * len(pattern)] = pattern.repeat_interleave(taps)
+        change = _stand_in(gram, there, matrix[rows], damping)
+        if change is not None:
+            matrix[rows] += change
     features = layer.weight[0].numel()
     layer.weight.copy_(matrix[:, :features].reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(matrix[:, features])
+
+
+def _stand_in(gram: Tensor, kept: Tensor, rows: Tensor, damping: float) -> Tensor | None:
+    """The change of (rows, d) of which the features `kept` (d,) take over what the others did; None if unsolvable."""
+    gone = ~kept
+    block = gram[kept][:, kept]
+    strength = damping * block.diagonal().mean().clamp_min(1e-12)
+    factor, failed = torch.linalg.cholesky_ex(block + strength * torch.eye(len(block), dtype=block.dtype))
+    if bool(failed) or not bool(kept.any()):
+        return None
+    found = torch.cholesky_solve(gram[kept][:, gone] @ rows[:, gone].T, factor)
+    if not bool(torch.isfinite(found).all()):
+        return None
+    change = torch.zeros_like(rows)
+    change[:, kept] = found.T
+    return change

@@ -22,6 +22,7 @@ from edgeprune.core.records import (
     Group,
     Inspection,
     Measured,
+    Pivoted,
     Plan,
     Profile,
     Quantity,
@@ -244,6 +245,25 @@ def describe_gates(gated: Gated) -> str:
         f"{gated.gating}: an input needs {gated.macs_share:.1%} of the MACs on average of {gated.examples} examples"
     )
     return "\n\n".join(parts)
+
+
+def describe_pivoted(pivoted: Pivoted) -> str:
+    """Which layers run in blocks, which stay whole and why, and what came of it."""
+    rows = []
+    for path, each in pivoted.layers.items():
+        times = (each.latency_s, each.whole_latency_s)
+        share = UNKNOWN if times[0] is None or not times[1] else f"{times[0] / times[1]:.2f}"
+        loss = UNKNOWN if each.loss is None else f"{each.loss:.2g}"
+        rows.append((path, str(each.groups), f"{each.kept_share:.0%}", loss, share, "gathers" if each.gathered else ""))
+    rows += [(path, "", "", "", "", f"whole: {why}") for path, why in pivoted.skipped.items()]
+    parts = [table(("layer", "blocks", "kept", "loss", "latency / whole", ""), rows, left=(0, 5))]
+    if pivoted.permuted:
+        parts.append(f"channels in another order: {', '.join(pivoted.permuted)}")
+    line = f"{short_number(pivoted.macs)} of {short_number(pivoted.whole_macs)} MACs"
+    if pivoted.latency_share is not None:
+        line += f"; {interval(pivoted.latency_share)} of the latency, in turns"
+        line += f" (asked for: {pivoted.limit_share:.3f})" if pivoted.limit_share is not None else ""
+    return "\n\n".join([*parts, line])
 
 
 def describe_artifact(artifact: Artifact) -> str:

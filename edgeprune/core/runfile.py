@@ -70,6 +70,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
     gating: of work that is decided per input, trained `gating_epochs` long after recovery.
+    pivot: numbers of diagonal blocks that layers may run in, before widths are planned; pivot_latency: what that is to
+    reach, by default the budget's.
     """
 
     transform: str | None = None
@@ -93,6 +95,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     pattern: str | None = None
     gating: str | None = None
     gating_epochs: int = 5
+    pivot: tuple[int, ...] = ()
+    pivot_latency: str | None = None
 
     @property
     def rules(self) -> WidthRules:

@@ -54,7 +54,9 @@ class UnitSpace:
         return mask
 
     def probes(self, rng: np.random.Generator) -> list[dict[str, IntArray]]:
-        """Two sets of kept units in which no two forms have equal values, or more where two cannot."""
+        """Two sets of kept units, or more, in which no two forms have equal values; none where no unit can go."""
+        if not self.graph.prunable:
+            return []
         movable = np.zeros(self.total, np.bool_)
         for group in self.graph.prunable:
             movable[self._at(group.name, group.units)] = group.units > group.step

@@ -60,6 +60,8 @@ from edgeprune.core.records.model import Parameter as Parameter
 from edgeprune.core.records.model import Precision as Precision
 from edgeprune.core.records.model import Rewritten as Rewritten
 from edgeprune.core.records.model import WidthRules as WidthRules
+from edgeprune.core.records.pivot import LayerBlocks as LayerBlocks
+from edgeprune.core.records.pivot import Pivoted as Pivoted
 from edgeprune.core.records.plan import Bracket as Bracket
 from edgeprune.core.records.plan import CurveTrial as CurveTrial
 from edgeprune.core.records.plan import Heat as Heat
