@@ -41,7 +41,6 @@ from edgeprune.cli.common import (
     rule_widths,
     show,
 )
-from edgeprune.core.budget import choose_statistic
 from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
@@ -399,6 +398,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
+    from edgeprune.core.budget import choose_statistic
     from edgeprune.core.records import Plan
 
     module, _ = load(model, weights, shapes)
