@@ -5,7 +5,8 @@ of every prunable group go, in three draws of which the last leaves one unit a g
 difference between the smaller model and the dense one with those units masked, relative to the largest output; in
 float64 where float32 comes near the limit.
 The first draw is exported to ONNX and run on the host against the module; `in place` says whether the user's own
-module can be sliced. `MACs` is the share of multiply-adds in prunable groups; what keeps the others is listed below.
+module can be sliced. Seconds are those of the processor, with one thread. `MACs` is the share of multiply-adds in
+prunable groups; what keeps the others is listed below.
 A model has a process and a time limit of its own; results are kept in a JSONL file, where a second call goes on.
 
 With --onnx each model is first exported to ONNX, by torch's exporter or its older one, and taken from that file alone.
@@ -96,10 +97,10 @@ def examine(name: str, export: bool, peer: bool, exporter: str | None = None) ->
             module = through_onnx(module, images[:1], exporter)
             row["import_error"] = difference(outputs(module, images), dense)
             row["stage"] = "trace"
-        started = time.perf_counter()
+        started = time.process_time()
         captured = capture(module, (images[:1],))
         graph = trace_captured(captured)
-        row["trace_s"] = time.perf_counter() - started
+        row["trace_s"] = time.process_time() - started
         row |= {"stage": "compact", "groups": len(graph.prunable), "macs": prunable_macs(graph)}
         row |= {"kept": kept_macs(graph), "unsupported": dict(Counter(op for op, _ in graph.unsupported))}
         rng = np.random.default_rng(0)
@@ -107,9 +108,9 @@ def examine(name: str, export: bool, peer: bool, exporter: str | None = None) ->
         draws.append({group.name: np.array([rng.integers(group.units)]) for group in graph.prunable})
         row["errors"], row["changes"] = [], []
         for number, keep in enumerate(draws):
-            started = time.perf_counter()
+            started = time.process_time()
             compact = slice_captured(copy.deepcopy(captured), graph, keep).eval()
-            row["compact_s"] = time.perf_counter() - started
+            row["compact_s"] = time.process_time() - started
             masked = mask_model(module, graph, keep)
             expected = outputs(masked, images)
             row["changes"].append(difference(dense, expected))
@@ -166,12 +167,12 @@ def examine_peer(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict
     images = torch.randn(shape)
     try:
         module = build().eval()
-        started = time.perf_counter()
+        started = time.process_time()
         heads = [part for part in module.modules() if isinstance(part, nn.Linear)][-1:]
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
         options: dict[str, Any] = {"importance": importance, "pruning_ratio": 0.5, "ignored_layers": heads}
         torch_pruning.pruner.MetaPruner(module, images, **options).step()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         outputs(module, images)
     except Exception as error:
         return {"runs": False, "error": f"{type(error).__name__}: {str(error).strip()[:120]}"}

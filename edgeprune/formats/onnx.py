@@ -221,7 +221,7 @@ def write_proto(model: ModelProto, path: Path) -> None:
     try:
         data = model.SerializeToString()
     except (ValueError, EncodeError) as error:
-        raise ModelError(f"{path.name} would be larger than the 2 GiB of an ONNX file; split the model") from error
+        raise ModelError("the model would be larger than the 2 GiB of an ONNX file; split it") from error
     write_atomic(path, data)
 
 

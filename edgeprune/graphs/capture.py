@@ -39,8 +39,15 @@ def capture(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
 def export_program(module: nn.Module, inputs: Inputs) -> ExportedProgram:
     """torch.export in evaluation mode, with a free batch size where the model allows one.
 
-    raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module.
+    raises: ModelError with the reason and the line when the module rejects the inputs or torch.export the module, and
+        for a quantised module.
     """
+    for path, part in module.named_modules():
+        if hasattr(part, "_packed_params"):
+            raise ModelError(
+                f"'{path}' is quantised ({type(part).__name__}); give the model in float32, and quantise what is "
+                "pruned: --dtype int8 of `edgeprune export`"
+            )
     with evaluating(module), torch.no_grad():
         return _export(module, inputs)
 
