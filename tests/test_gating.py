@@ -259,8 +259,8 @@ def test_gates_that_always_decide_the_same_are_named() -> None:
     net = gate_model(dense(), ONE, "block_skip:rate=0.5")
     gates = find_gates(net)
     with torch.no_grad():
-        gates["first.gate"].bias.fill_(50.0)
-        gates["second.gate"].bias.fill_(-50.0)
+        gates["first.gate"].decide.bias.fill_(50.0)
+        gates["second.gate"].decide.bias.fill_(-50.0)
     runs = count_runs(net, ONE, digits().test)
     record = Gated(
         gating="block_skip:rate=0.5", examples=300,
@@ -419,7 +419,7 @@ def test_real_nets_get_gates_and_branches(name: str, branches: int, tmp_path: Pa
     closed = graph.branches[::2]
     with torch.no_grad():
         for branch in closed:
-            find_gates(skipping)[f"{branch.name}.gate"].bias.fill_(-50.0)
+            find_gates(skipping)[f"{branch.name}.gate"].decide.bias.fill_(-50.0)
     dropped = capture(copy.deepcopy(net), one)
     drop_branches(dropped, graph, closed)
     torch.testing.assert_close(skipping(one[0]), lift(dropped).eval()(*one))
