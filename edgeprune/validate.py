@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeprune.core.checks import check_budget, check_parity
 from edgeprune.core.effort import DEFAULT, Effort
@@ -65,13 +66,13 @@ class Examples:
     inputs: the artifact's input names -> arrays as it wants them, leading axis = examples, one length for all.
     reference: outputs on the host in the artifact's order, as the module has them, leading axis = examples.
     targets: (examples,) class indices, or None where the task is not classification.
-    gates: of a gated model, the share of the examples for which each gate runs.
+    gates: of a gated model, whether each gate runs, (examples,).
     """
 
     inputs: dict[str, Array]
     reference: tuple[Array, ...]
     targets: IntArray | None = None
-    gates: dict[str, float] = field(default_factory=dict)
+    gates: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -99,7 +100,7 @@ def collect_examples(
     import torch
     from torch.utils._pytree import tree_leaves
 
-    from edgeprune.graphs.choices import count_runs
+    from edgeprune.graphs.choices import decide_runs
     from edgeprune.graphs.ports import get_ports
 
     seen: list[tuple[Any, Any]] = []
@@ -131,7 +132,7 @@ def collect_examples(
         inputs={i.name: np.concatenate(a) for i, a in zip(artifact.inputs, zip(*inputs, strict=True), strict=True)},
         reference=tuple(np.concatenate(arrays) for arrays in zip(*outputs, strict=True)),
         targets=joined.astype(np.int64) if joined.ndim == 1 and joined.dtype.kind in "iu" else None,
-        gates=count_runs(module, tuple(seen[0][0]), seen) if get_ports(module).gates else {},
+        gates=decide_runs(module, tuple(seen[0][0]), seen) if get_ports(module).gates else {},
     )
 
 
@@ -383,7 +384,7 @@ def _share_of_dense(
     spread: over inputs, where each was timed on its own beside the dense model.
     """
     if spread is not None:
-        return _of_inputs(spread.shares, budget.statistic)
+        return _of_inputs(spread.shares, spread.worst_share, budget.statistic)
     pairs = list(zip(samples["compact"], samples["dense"], strict=True))
     if budget.statistic == "median":
         return pooled_ratio([turn_ratios(c, d) for c, d in pairs])
@@ -396,13 +397,13 @@ def _latency(rounds: list[Samples], budget: Budget, spread: Distribution | None 
     spread: over inputs, where each was timed on its own.
     """
     if spread is not None:
-        return _of_inputs(spread.latencies_s, budget.statistic)
+        return _of_inputs(spread.latencies_s, spread.worst_s, budget.statistic)
     if budget.statistic == "median":
         return quantity(np.concatenate([clean_turns(samples) for samples in rounds]))
     return quantity([statistic(samples.values, budget.statistic) for samples in rounds])
 
 
-def _of_inputs(values: Sequence[float], name: str) -> Quantity:
+def _of_inputs(values: Sequence[float], worst: float, name: str) -> Quantity:
     """A statistic over inputs; the mean with its 95 % interval for others like them."""
     if name == "median":
         return quantity(values)
@@ -410,7 +411,7 @@ def _of_inputs(values: Sequence[float], name: str) -> Quantity:
         middle = float(np.mean(values))
         reach = 1.96 * float(np.std(values)) / len(values) ** 0.5
         return Quantity(median=middle, low=middle - reach, high=middle + reach)
-    value = float(np.max(values)) if name == "worst" else statistic(values, name)
+    value = worst if name == "worst" else statistic(values, name)
     return Quantity(median=value, low=value, high=value)
 
 

@@ -44,7 +44,7 @@ from edgeprune.validate import check_branches, collect_examples, validate_artifa
 
 torch.set_num_threads(1)
 CHOSEN = {
-    "block_skip": ("rate=0.5",),
+    "block_skip": ("rate=0.7",),
     "early_exit": ("at=0.4,rate=0.5,hidden=0", "at=0.3 0.7,rate=0.6,hidden=16"),
 }
 ALL = [f"{name}:{options}" for name in list_members("gating") for options in CHOSEN[name]]
@@ -218,9 +218,10 @@ def test_the_board_times_every_input(chosen: str, tmp_path: Path) -> None:
     files = {name: export_model(model, ONE, tmp_path / f"{name}.onnx") for name, model in
              (("dense", dense()), ("gated", net))}  # fmt: skip
     examples = collect_examples(net, digits().test, files["gated"], limit=40)
-    assert examples.gates == count_runs(net, ONE, [(images()[:40], None)])
+    runs = count_runs(net, ONE, [(images()[:40], None)])
+    assert {name: ran.mean() for name, ran in examples.gates.items()} == runs
     assert examples.gates.keys() == rate.gates.keys()
-    effort = Effort(rounds=1, repeats=2, seconds=0.05, precision=None)
+    effort = Effort(rounds=1, repeats=2, seconds=0.01, precision=None)
     target = Target(name="here", transport="local", workdir=str(tmp_path / "board"))
 
     def check(session: Session, budget: Budget) -> Report:
@@ -234,12 +235,15 @@ def test_the_board_times_every_input(chosen: str, tmp_path: Path) -> None:
         worst = check(session, Budget(latency_s=1e-9, statistic="worst"))
         share = check(session, Budget(latency_s=1.0, latency_share=1e3, statistic="p95"))
     found = report.distribution
-    assert found is not None and found.gates == examples.gates and report.numeric_error is not None
+    assert found is not None and found.gates == runs and report.numeric_error is not None
     latencies = np.array(found.latencies_s)
     assert len(latencies) == 40 and (latencies > 0).all()
-    assert found.mean_s == pytest.approx(latencies.mean()) and found.worst_s == latencies.max()
+    assert found.mean_s == pytest.approx(latencies.mean()) and latencies.min() <= found.worst_s <= latencies.max()
+    ways = np.stack([*examples.gates.values()], axis=1)
+    alike = [(ways == way).all(axis=1) for way in ways]
+    assert found.worst_share == max(np.median(np.array(found.shares)[each]) for each in alike)
     assert report.compact.latency_s is not None and report.compact.latency_s.median == found.mean_s
-    assert found.mean_share == pytest.approx(np.mean(found.shares)) and found.worst_share == max(found.shares)
+    assert found.mean_share == pytest.approx(np.mean(found.shares))
     assert all(len(samples.values) == 40 for rounds in report.samples.values() for samples in rounds)
     assert {c.name: c.passed for c in report.checks}["latency (mean)"] and report.passed
     checks = {c.name: c for c in worst.checks}
@@ -259,8 +263,8 @@ def test_gates_that_always_decide_the_same_are_named() -> None:
     net = gate_model(dense(), ONE, "block_skip:rate=0.5")
     gates = find_gates(net)
     with torch.no_grad():
-        gates["first.gate"].bias.fill_(50.0)
-        gates["second.gate"].bias.fill_(-50.0)
+        gates["first.gate"].decide.bias.fill_(50.0)
+        gates["second.gate"].decide.bias.fill_(-50.0)
     runs = count_runs(net, ONE, digits().test)
     record = Gated(
         gating="block_skip:rate=0.5", examples=300,
@@ -419,7 +423,7 @@ def test_real_nets_get_gates_and_branches(name: str, branches: int, tmp_path: Pa
     closed = graph.branches[::2]
     with torch.no_grad():
         for branch in closed:
-            find_gates(skipping)[f"{branch.name}.gate"].bias.fill_(-50.0)
+            find_gates(skipping)[f"{branch.name}.gate"].decide.bias.fill_(-50.0)
     dropped = capture(copy.deepcopy(net), one)
     drop_branches(dropped, graph, closed)
     torch.testing.assert_close(skipping(one[0]), lift(dropped).eval()(*one))

@@ -17,6 +17,7 @@ from edgeprune.core.budget import format_seconds
 from edgeprune.core.errors import UsageError
 from edgeprune.core.family import list_members
 from edgeprune.core.records import Accuracy, Cost, Importance, Quantity, Samples
+from edgeprune.core.stats import over_inputs
 from edgeprune.figures import Run
 from edgeprune.figures.kernels import kernel_times
 from edgeprune.report import draw_figures, headline, render_report, write_report
@@ -117,9 +118,16 @@ def test_failed_check_is_named() -> None:
 
 
 def test_every_figure_has_its_numbers_as_a_table(evidence: Evidence) -> None:
-    figures = figures_of(evidence)
-    assert list(figures) == FIGURES
+    assert list(figures_of(evidence)) == FIGURES
+    samples = evidence.report.samples
+    spread = over_inputs(samples["compact"], samples["dense"], {"layer1.gate": [True, False, False, False] * 100})
+    by_input = replace(evidence, report=replace(evidence.report, distribution=spread))
+    figures = figures_of(by_input)
     assert sorted(figures) == list_members("figures")
+    assert "layer1.gate ran for 2" in figures["inputs"].says
+    rows = Page(render(by_input)).rows
+    assert ["latency, worst input", f"{spread.worst_share:.1%}"] in [[row[0], row[-1]] for row in rows if row]
+    assert any(row and row[0] == "latency, mean over inputs" for row in rows)
     for figure in figures.values():
         assert len(figure.table.rows) > 1
         assert {len(row) for row in figure.table.rows} == {len(figure.table.header)}

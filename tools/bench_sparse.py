@@ -17,10 +17,10 @@ A row is one net; all have the same training after they were made, which also di
 
 Each is exported to ONNX and, but for gates, to TFLite, and timed in turns with the dense net's file of the same
 runtime: a share below 1 is faster. Gated nets are timed on test images, each on its own: the share is the mean over
-them, `worst` that of the slowest. A second table times a small net of depthwise and pointwise layers, not trained,
-whose pointwise layers are sparse: of them alone LiteRT has kernels that skip zeros (`edgeprune export --sparse`). The
-default trains 5 epochs on 50 000 images, `--quick` one epoch on 2 560. With --out a row that was made is kept and not
-made again.
+them, `worst` that of those for which the same gates run as for the slowest. A second table times a small net of
+depthwise and pointwise layers, not trained, whose pointwise layers are sparse: of them alone LiteRT has kernels that
+skip zeros (`edgeprune export --sparse`). The default trains 5 epochs on 50 000 images, `--quick` one epoch on 2 560.
+With --out a row that was made is kept and not made again.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from edgeprune.core.stats import median, over_inputs, turn_ratios
 from edgeprune.device.session import open_session
 from edgeprune.export import evaluate_artifact, export_model
 from edgeprune.gate import gate_model, settle_gates
+from edgeprune.graphs.choices import decide_runs
 from edgeprune.load import as_arrays
 from edgeprune.pivot import pivot_model
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -65,7 +66,7 @@ RUNTIMES = {"onnxruntime": ".onnx", "tflite": ".tflite"}
 TITLES = {"onnxruntime": "ONNX Runtime", "tflite": "LiteRT"}
 DENSE, STRUCTURED, INT8, PIVOT = "dense", "structured", "int8", "pivot:groups="
 N_M, BLOCK = "n_m:n=2,m=4", "block:rows=1,columns=4,sparsity=0.5"
-SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65"
+SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65,hidden=128"
 ROWS = [
     DENSE, STRUCTURED, *(f"unstructured:sparsity={share}" for share in (0.5, 0.8, 0.9, 0.95)), N_M, BLOCK,
     f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
@@ -80,7 +81,10 @@ NOTICEABLE = 0.97
 
 @dataclass
 class Row:
-    """One net. shares: runtime -> latency over the dense net's. sizes: suffix -> (bytes, compressed bytes)."""
+    """One net. shares: runtime -> latency over the dense net's. sizes: suffix -> (bytes, compressed bytes).
+
+    runs: gate -> whether it runs, for each of the first test images.
+    """
 
     name: str
     before: float | None = None
@@ -90,6 +94,7 @@ class Row:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     note: str = ""
     worst: float | None = None
+    runs: dict[str, list[bool]] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -219,6 +224,8 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
         if gating is not None:
             gated = settle_gates(model, INPUTS, data.calibration, gating)
             row.after = evaluate_accuracy(model, data.test)
+            decided = decide_runs(model, INPUTS, [next(iter(data.test))])
+            row.runs = {path: ran.tolist() for path, ran in decided.items()}
             row.note = f"{gated.macs_share:.0%} of the MACs; " + ", ".join(
                 f"{name.rpartition('.')[0]} {gate.runs:.0%}" for name, gate in gated.gates.items()
             )
@@ -298,7 +305,7 @@ def measure_rows(
                 rounds.append((result.samples, result.against))
             if number in gated:
                 ours, theirs = zip(*rounds, strict=True)
-                found = over_inputs(ours, theirs, {})
+                found = over_inputs(ours, theirs, row.runs)
                 row.shares[runtime], row.worst = found.mean_share, found.worst_share
             else:
                 row.shares[runtime] = median(np.concatenate([turn_ratios(*pair) for pair in rounds]))

@@ -91,20 +91,28 @@ def pooled_ratio(rounds: Sequence[npt.ArrayLike]) -> Quantity:
     return Quantity(median=pooled.median, low=min(interval.low, pooled.median), high=max(interval.high, pooled.median))
 
 
-def over_inputs(samples: Sequence[Samples], against: Sequence[Samples], gates: Mapping[str, float]) -> Distribution:
+def over_inputs(
+    samples: Sequence[Samples], against: Sequence[Samples], gates: Mapping[str, npt.ArrayLike]
+) -> Distribution:
     """What is typical of each input, and how that is spread over the inputs.
 
     samples, against: a round each, with the latency of each input, and of the other model beside it, in one order;
         where time was short a round has fewer inputs, the first ones, and those of all rounds count.
-    gates: share of the inputs for which each runs.
+    gates: gate -> whether it runs, for each input and maybe more. Inputs for which the same gates run take the same
+        time, so that the slowest is told from all that go its way: the largest of many noisy numbers would be noise.
     """
     common = min(len(each.values) for each in (*samples, *against))
     values, others = (np.asarray([each.values[:common] for each in rounds]) for rounds in (samples, against))
     latencies, shares = np.median(values, axis=0), np.median(values / others, axis=0)
+    runs = {name: np.asarray(ran, dtype=bool)[:common] for name, ran in gates.items()}
+    ways = np.unique(np.stack([*runs.values()], axis=1), axis=0, return_inverse=True)[1] if runs else np.arange(common)
+    worst = max(range(common), key=lambda place: float(np.median(shares[ways == ways[place]])))
+    slowest = ways == ways[worst]
     return Distribution(
         mean_s=float(latencies.mean()), median_s=median(latencies), p95_s=p95(latencies),
-        worst_s=float(latencies.max()), mean_share=float(shares.mean()), worst_share=float(shares.max()),
-        latencies_s=tuple(latencies.tolist()), shares=tuple(shares.tolist()), gates=dict(gates),
+        worst_s=median(latencies[slowest]), mean_share=float(shares.mean()), worst_share=median(shares[slowest]),
+        latencies_s=tuple(latencies.tolist()), shares=tuple(shares.tolist()),
+        gates={name: float(ran.mean()) for name, ran in runs.items()},
     )  # fmt: skip
 
 

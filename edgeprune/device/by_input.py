@@ -15,8 +15,6 @@ MIN_ROUNDS = 2
 """Over all inputs; the steps of a measurement repeat it."""
 FEWEST_INPUTS = 8
 MOST_SAMPLES = 20_000
-SLOWEST = 16
-"""Inputs that are timed anew at the end: the slowest of many noisy timings would be the noisiest."""
 
 Run = Callable[[Any], Any]
 
@@ -29,8 +27,8 @@ def time_inputs(
     Rounds over all inputs, in another order each time; the models in turns for each of them. A timed run follows one
     that is not timed, of the same input and model, so that caches are as in a stream of inputs.
 
-    runs: the models; the first is the one whose slowest inputs are timed anew. feeds: as many of them, the first ones,
-    take part as fit into `seconds`. run_s: of the slowest model. loops: runs in a row that make one sample.
+    runs: the models. feeds: as many of them take part, the first ones, as fit into `seconds`. run_s: of the slowest
+    model. loops: runs in a row that make one sample.
     working: whether the runtimes work in this thread, so that its processor time is without interruptions.
     steady: a run takes the same time every time.
     """
@@ -40,27 +38,16 @@ def time_inputs(
     shuffled = random.Random(0)  # noqa: S311 an order, no secret
     values: list[list[list[float]]] = [[[] for _ in feeds] for _ in runs]
 
-    def take_round(places: Sequence[int]) -> None:
-        for place in shuffled.sample(places, len(places)):
+    rounds, limit = 0, time.perf_counter() + seconds
+    while rounds < MIN_ROUNDS or (time.perf_counter() < limit and rounds * len(feeds) < MOST_SAMPLES):
+        for place in shuffled.sample(range(len(feeds)), len(feeds)):
             for run, mine in zip(runs, values):  # noqa: B905
                 run(feeds[place])
                 began = clock()
                 for _ in range(loops):
                     run(feeds[place])
                 mine[place].append((clock() - began) * 1e-9 / loops)
-
-    rounds, limit = 0, time.perf_counter() + seconds
-    while rounds < MIN_ROUNDS or (time.perf_counter() < limit and rounds * len(feeds) < MOST_SAMPLES):
-        take_round(range(len(feeds)))
         rounds += 1
         if steady:
             break
-    else:
-        medians = [statistics.median(each) for each in values[0]]
-        slowest = sorted(range(len(feeds)), key=medians.__getitem__)[-SLOWEST:]
-        for mine in values:
-            for place in slowest:
-                mine[place].clear()
-        for _ in range(2 * rounds):
-            take_round(slowest)
     return [[statistics.median(each) for each in mine] for mine in values], rounds

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from edgeprune.graphs.capture import operator_name
 from edgeprune.graphs.propagate import concrete
+
+LEAST_SPREAD = 1e-3
+"""Added to the scale of features, so that one which hardly changes does not blow up."""
 
 
 class Choice(nn.Module):
@@ -25,6 +29,38 @@ class Choice(nn.Module):
     def forget(self) -> None:
         """Let go of what a training step left behind."""
         self.taken = None
+
+
+class Standardised(nn.Linear):
+    """A linear layer of features as the first batch of its training spreads them: then all of them learn at one speed.
+
+    mean, scale: of that batch, (features,); folded into weight and bias as constants where the model is exported.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    looked: Tensor
+
+    def __init__(self, features: int, out: int) -> None:
+        super().__init__(features, out)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.register_buffer("looked", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, features) -> (n, out)."""
+        if self.training:
+            self._look_at(input)
+        weight = self.weight / self.scale
+        return functional.linear(input, weight, self.bias - weight @ self.mean)
+
+    @torch.no_grad()
+    def _look_at(self, input: Tensor) -> None:
+        if not self.looked and len(input) > 1:
+            spread = input.std(0)
+            self.mean.copy_(input.mean(0))
+            self.scale.copy_(spread + LEAST_SPREAD * spread.mean() + LEAST_SPREAD)
+            self.looked.fill_(True)
 
 
 def free_path(captured: fx.GraphModule, base: str) -> str:

@@ -7,12 +7,11 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.records import Branch
 from edgeprune.gating import Batches, Choice, Gating, Measure
-from edgeprune.gating._choices import count_macs, free_path
+from edgeprune.gating._choices import Standardised, count_macs, free_path
 from edgeprune.graphs.branches import find_branches
 from edgeprune.graphs.capture import operator_name, writes_memory
 from edgeprune.graphs.propagate import propagate
@@ -43,44 +42,27 @@ def make(*, rate: float = 0.6, branches: str = "*", strength: float = 4.0) -> Ga
 
 
 class _Skip(Choice):
-    """axis: of the channels, `channels` many. mean, scale: of the first batch, so that gates learn at one speed."""
-
-    mean: Tensor
-    scale: Tensor
-    seen: Tensor
+    """axis: of the channels, `channels` many."""
 
     def __init__(self, share: float, axis: int, channels: int) -> None:
         super().__init__(share)
         self.axis = axis
-        self.weight = nn.Parameter(torch.zeros(1, channels))
-        self.bias = nn.Parameter(torch.full((1,), OPEN))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+        self.decide = Standardised(channels, 1)
+        nn.init.zeros_(self.decide.weight)
+        nn.init.constant_(self.decide.bias, OPEN)
 
     def forward(self, entry: Tensor, more: Tensor, less: Tensor) -> Tensor:
         """`more` where the gate runs, else `less`."""
         axes = [axis for axis in range(1, entry.ndim) if axis != self.axis]
-        means = entry.mean(axes) if axes else entry
-        if self.training:
-            self._look_at(means)
-        weight = self.weight / self.scale
-        logits = functional.linear(means, weight, self.bias - weight @ self.mean)
+        logits = self.decide(entry.mean(axes) if axes else entry)
         shape = [-1, *[1] * (more.ndim - 1)]
         if not self.training:
             return torch.where((logits > 0).view(shape), more, less)
-        logits = logits.view(shape)
         even = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid(logits + self.chance * torch.logit(even))
-        self.taken = (soft > 0.5).to(soft.dtype) + soft - soft.detach()
-        return less + self.taken * (more - less)
-
-    @torch.no_grad()
-    def _look_at(self, means: Tensor) -> None:
-        if not self.seen and len(means) > 1:
-            self.mean.copy_(means.mean(0))
-            self.scale.copy_(means.std(0) + 1e-3 * means.std() + 1e-6)
-            self.seen.fill_(True)
+        ran = ((soft > 0.5).to(soft.dtype) + soft - soft.detach()).view(shape)
+        self.taken = ran
+        return less + ran * (more - less)
 
 
 class _BlockSkip(Gating):
@@ -132,11 +114,11 @@ class _BlockSkip(Gating):
             """How much more than asked runs where every gate is this much more open."""
             for name, choice in choices.items():
                 assert isinstance(choice, _Skip)
-                choice.bias.copy_(before[name] + shift)
+                choice.decide.bias.copy_(before[name] + shift)
             runs = measure()
             return sum(choice.share * runs[name] for name, choice in choices.items()) / guarded - self.rate
 
-        before = {name: choice.bias.clone() for name, choice in choices.items() if isinstance(choice, _Skip)}
+        before = {name: choice.decide.bias.clone() for name, choice in choices.items() if isinstance(choice, _Skip)}
         if abs(excess(0.0)) <= CLOSE:
             return
         low, high = -FURTHEST, FURTHEST

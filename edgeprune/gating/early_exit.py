@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.gating import Batches, Choice, Gating, Measure
-from edgeprune.gating._choices import count_macs, free_path
+from edgeprune.gating._choices import Standardised, count_macs, free_path
 from edgeprune.graphs.capture import module_path, writes_memory
 
 NEVER = 2.0
@@ -63,8 +63,8 @@ class _Exit(Choice):
         super().__init__(share)
         self.places = max(p for p in range(1, places + 1) if all(size % p == 0 for size in shape[1:]))
         features = shape[0] * self.places ** len(shape[1:])
-        self.hidden = nn.Linear(features, hidden) if hidden else nn.Identity()
-        self.classify = nn.Linear(hidden or features, classes)
+        self.see = Standardised(features, hidden or classes)
+        self.classify = nn.Sequential(nn.ReLU(), nn.Linear(hidden, classes)) if hidden else nn.Identity()
         self.register_buffer("threshold", torch.tensor(NEVER))
 
     def answer(self, seen: Tensor) -> Tensor:
@@ -74,8 +74,7 @@ class _Exit(Choice):
             seen = functional.avg_pool2d(seen, window)
         elif seen.ndim == 4:
             seen = seen.mean((2, 3))
-        features = self.hidden(seen.flatten(1))
-        answer: Tensor = self.classify(functional.relu(features))
+        answer: Tensor = self.classify(self.see(seen.flatten(1)))
         return answer
 
     def forward(self, seen: Tensor, more: Tensor) -> Tensor:

@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
 from edgeprune.core.errors import DataError
 from edgeprune.graphs.capture import Inputs, capture, operator_name
 from edgeprune.graphs.ports import get_ports
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def decide_runs(module: nn.Module, inputs: Inputs, batches: Iterable[tuple[Any, Any]]) -> dict[str, BoolArray]:
+    """Gate -> whether it runs, for each example in turn; see `count_runs`."""
+    return Decisions(module, inputs).of_all(batches)
 
 
 def count_runs(module: nn.Module, inputs: Inputs, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
@@ -37,10 +46,14 @@ class Decisions(fx.Interpreter):
 
     def count(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """See `count_runs`."""
+        return {name: float(ran.mean()) for name, ran in self.of_all(batches).items()}
+
+    def of_all(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, BoolArray]:
+        """See `decide_runs`."""
         chosen = [self.decide(tensors) for tensors, _ in batches]
         if not chosen:
             raise DataError("there are no examples to see the gates decide on")
-        return {name: float(torch.cat([each[name] for each in chosen]).float().mean()) for name in chosen[0]}
+        return {name: torch.cat([each[name] for each in chosen]).numpy(force=True) for name in chosen[0]}
 
     @torch.no_grad()
     def decide(self, inputs: Any) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ class Gated:
 class Distribution:
     """Latency over real inputs, each timed on its own.
 
-    mean_s, median_s, p95_s, worst_s: over the inputs, of what each typically takes (`latencies_s`, in their order).
+    mean_s, median_s, p95_s: over the inputs, of what each typically takes (`latencies_s`, in their order). worst_s: of
+    the slowest input, told from all for which the same gates run; without gates from it alone.
     shares: each over what the dense model took beside it. gates: share of the inputs for which each gate runs.
     """
 
