@@ -28,7 +28,7 @@ from edgeprune.compensation.batch_norm import match_batch_norm
 from edgeprune.compensation.least_squares import compensate
 from edgeprune.compensation.obs import collect_gram, explain_masked
 from edgeprune.core.budget import parse_limit
-from edgeprune.core.cost import count_macs
+from edgeprune.core.cost import count_macs, evaluate, mac_terms
 from edgeprune.core.effort import DEFAULT, Effort
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.family import load_member
@@ -49,7 +49,7 @@ from edgeprune.graphs.pivot import (
     mask_blocks,
 )
 from edgeprune.search import divergence, outputs_of, split_examples
-from edgeprune.trace import trace_graph
+from edgeprune.trace import trace_captured
 
 Batches = Iterable[tuple[Any, Tensor]]
 LEAST_CHANNELS = 2
@@ -192,10 +192,19 @@ class _Net:
             layers[path] = LayerBlocks(
                 groups=blocks.groups, gathered=blocks.columns is not None, kept_share=kept_share(share, blocks.groups)
             )
+        terms = mac_terms(self.graph)
+        macs = {
+            node.parameters[0]: evaluate(terms[node.name], {}, self.graph.units)
+            for node in self.graph.nodes
+            if node.name in terms and node.parameters
+        }
+        whole, gone = count_macs(self.graph, {}), 0
+        for path, blocks in chosen.items():
+            own = macs[f"{path}.weight"]
+            gone += own - own // blocks.groups
         return Pivoted(
-            layers=layers, skipped=dict(self.skipped), permuted=self.permuted,
-            macs=count_macs(trace_graph(self.cut(chosen), self.inputs), {}), whole_macs=count_macs(self.graph, {}),
-        )  # fmt: skip
+            layers=layers, skipped=dict(self.skipped), permuted=self.permuted, macs=whole - gone, whole_macs=whole
+        )
 
 
 def _prepare(
@@ -210,8 +219,9 @@ def _prepare(
     if not groups or min(groups) < 2:
         raise UsageError(f"groups={', '.join(map(str, groups)) or 'none'}: give numbers of 2 or more")
     progress("ordering channels", 0, 0)
-    base = lift(capture(copy.deepcopy(module), inputs)).eval()  # a capture shares its tensors
-    graph = trace_graph(module, inputs)
+    captured = capture(copy.deepcopy(module), inputs)  # which shares its tensors with what it is of
+    graph = trace_captured(captured, next((x.shape[0] for x in inputs if x.ndim), 1))
+    base = lift(captured).eval()
     parts, skipped = _eligible(base, groups, patterns)
     if not parts:
         reasons = "; ".join(f"{path} {why}" for path, why in skipped.items())

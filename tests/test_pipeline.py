@@ -326,7 +326,8 @@ def test_blocks_before_fewer_channels(tmp_path: Path) -> None:
     assert plan.keep and report.compact.parameters < report.dense.parameters
     recovered = load_model(ModelSpec(file="recovered.pt2"), folder)
     assert all(recovered.get_submodule(path).groups == each.groups for path, each in pivoted.layers.items())
-    assert next(check for check in report.checks if check.name == "size").passed
+    assert report.compact.artifact_bytes is not None and report.dense.artifact_bytes is not None
+    assert report.compact.artifact_bytes <= 0.5 * report.dense.artifact_bytes
     assert run_pipeline(run, tmp_path) == report
     assert any("pivoted: already done" in line for line in (folder / "run.log").read_text().splitlines())
 

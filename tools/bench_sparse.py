@@ -13,7 +13,8 @@ A row is one net; all have the same training after they were made, which also di
     GATING             work decided per input by a member of `gating` and its options (ONNX Runtime)
     structured+GATING  both
     structured+int8    fewer channels, stored and computed in 8 bits (not trained for them)
-    pivot:groups=4     all layers that can be in so many diagonal blocks, as grouped convolutions; refitted
+    pivot:groups=4     all layers that can be in so many diagonal blocks, as grouped convolutions, refitted
+    pivot:planned      each layer in as many as pay on the board (ONNX Runtime) for the latency of the structured row
 
 Each is exported to ONNX and, but for gates, to TFLite, and timed in turns with the dense net's file of the same
 runtime: a share below 1 is faster. Gated nets are timed on test images, each on its own: the share is the mean over
@@ -57,20 +58,21 @@ from edgeprune.export import evaluate_artifact, export_model
 from edgeprune.gate import gate_model, settle_gates
 from edgeprune.graphs.choices import decide_runs
 from edgeprune.load import as_arrays
-from edgeprune.pivot import pivot_model
+from edgeprune.pivot import pivot_model, plan_pivot
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
 
 RUNTIMES = {"onnxruntime": ".onnx", "tflite": ".tflite"}
 TITLES = {"onnxruntime": "ONNX Runtime", "tflite": "LiteRT"}
-DENSE, STRUCTURED, INT8, PIVOT = "dense", "structured", "int8", "pivot:groups="
+DENSE, STRUCTURED, INT8 = "dense", "structured", "int8"
+PIVOT, PLANNED = "pivot:", "pivot:planned"
 N_M, BLOCK = "n_m:n=2,m=4", "block:rows=1,columns=4,sparsity=0.5"
 SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65,hidden=128"
 ROWS = [
     DENSE, STRUCTURED, *(f"unstructured:sparsity={share}" for share in (0.5, 0.8, 0.9, 0.95)), N_M, BLOCK,
-    f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
-    *(f"{PIVOT}{groups}" for groups in (2, 4, 8)),
+    f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", *(f"{PIVOT}groups={groups}" for groups in (2, 4, 8)), PLANNED,
+    SKIP, EXIT, f"{STRUCTURED}+{EXIT}",
 ]  # fmt: skip
 POINTWISE_SIDE = 96
 INPUTS_TIMES = 20
@@ -140,7 +142,7 @@ def make_rows(options: argparse.Namespace, net: nn.Module, data: Cifar, target: 
         stem = file_stem(options.net, name)
         made_from = [name, options.epochs, len(data.train.y), len(data.test.y)]
         # A plan is of its board; everything else is only measured on it.
-        made_from += [models.structured_limit, options.board] if name.startswith(STRUCTURED) else []
+        made_from += [models.structured_limit, options.board] if name.startswith((STRUCTURED, PLANNED)) else []
         note = kept / f"{stem}.json"
         if note.is_file() and (known := json.loads(note.read_text()))["made_from"] == made_from:
             rows.append(Row(**known["row"]))
@@ -183,6 +185,19 @@ class Structured:
             log(f"  structured: {row.share:.3f} of the dense latency; {row.widths}")
         return copy.deepcopy(self.smaller)
 
+    def pivot(self, name: str) -> tuple[nn.Module, str]:
+        """The net in blocks, and how many of its multiplications are left."""
+        if name == PLANNED:
+            with open_session(replace(self.target, runtime="onnxruntime"), space="bench-pivot") as session:
+                effort = EFFORTS["quick"] if self.options.board == "embedded" else NOISELESS
+                latency = f"{self.structured_limit:.4f}x"
+                model, found = plan_pivot(self.net, INPUTS, self.data.calibration, session, latency=latency,
+                                          effort=effort)  # fmt: skip
+        else:
+            groups = int(name.rpartition("=")[2])
+            model, found = pivot_model(self.net, INPUTS, self.data.calibration, groups=groups)
+        return model, f"{found.macs / found.whole_macs:.3f} of the MACs, {len(found.layers)} layers in blocks"
+
 
 def make_row(name: str, models: Structured, stem: Path) -> Row:
     """Zeros, training, files."""
@@ -197,8 +212,7 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
     else:
         model = models.start(name)
         if name.startswith(PIVOT):
-            model, found = pivot_model(model, INPUTS, data.calibration, groups=int(name.removeprefix(PIVOT)))
-            row.note = f"{found.macs / found.whole_macs:.3f} of the MACs"
+            model, row.note = models.pivot(name)
         if pattern is not None:
             order_channels(model, INPUTS, trace_graph(model, INPUTS), pattern)
             record = sparsify_model(model, pattern)

@@ -32,6 +32,7 @@ def find_convolutions(module: fx.GraphModule) -> tuple[dict[str, Conv], dict[str
     found: dict[str, Conv] = {}
     skipped: dict[str, str] = {}
     calls = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     layers = {path: module.get_submodule(path) for path in dict.fromkeys(calls)}
     weights = [id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)]
     for path, layer in layers.items():
@@ -43,7 +44,7 @@ def find_convolutions(module: fx.GraphModule) -> tuple[dict[str, Conv], dict[str
             skipped[path] = f"is a {type(layer).__name__}, not a Conv1d or Conv2d"
         elif layer.groups > 1:
             skipped[path] = "is depthwise" if layer.groups == layer.in_channels else "has groups already"
-        elif calls.count(path) > 1 or weights.count(id(layer.weight)) > 1:
+        elif calls.count(path) > 1 or weights.count(id(layer.weight)) > 1 or f"{path}.weight" in read:
             skipped[path] = "is used twice, or its weight is"
         else:
             found[path] = layer
