@@ -407,7 +407,9 @@ def test_gates_are_trained_by_themselves() -> None:
 # --- real models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, branches", [("ResNet20", 9), ("WideResNet", 6), ("mobilenet_v2", 10)])
+@pytest.mark.parametrize(
+    "name, branches", [("ResNet20", 9), ("WideResNet", 6), pytest.param("mobilenet_v2", 10, marks=pytest.mark.slow)]
+)
 def test_real_nets_get_gates_and_branches(name: str, branches: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = {"ResNet20": ResNet20, "WideResNet": WideResNet}
