@@ -20,6 +20,7 @@ from zoo import timm_model, torchvision_models
 
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.core.cost import count_macs
+from edgeprune.core.describe import describe_pivoted
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, UsageError
 from edgeprune.core.records import FloatArray, ModelSpec, Pivoted, Quantity
@@ -267,6 +268,14 @@ def test_the_result_is_pruned_saved_and_exported_like_any_model(tmp_path: Path) 
         export_model(saved, x, tmp_path / f"{name}.onnx")  # checks its outputs
     write_record(tmp_path / "pivoted.json", record)
     assert read_record(Pivoted, tmp_path / "pivoted.json") == record
+
+
+def test_a_record_says_what_came_of_it() -> None:
+    _, record = pivoted("chain", 2, False)
+    measured = replace(record, latency_share=Quantity(median=0.744, low=0.731, high=0.763), limit_share=0.8)
+    text = describe_pivoted(measured)
+    assert "0.744 [0.731, 0.763] of the latency" in text and "(asked for: 0.800)" in text
+    assert "whole: has 3 inputs" in text and "middle" in text
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

@@ -260,8 +260,8 @@ def describe_pivoted(pivoted: Pivoted) -> str:
     if pivoted.permuted:
         parts.append(f"channels in another order: {', '.join(pivoted.permuted)}")
     line = f"{short_number(pivoted.macs)} of {short_number(pivoted.whole_macs)} MACs"
-    if pivoted.latency_share is not None:
-        line += f"; {interval(pivoted.latency_share)} of the latency, in turns"
+    if (measured := pivoted.latency_share) is not None:
+        line += f"; {measured.median:.3f} [{measured.low:.3f}, {measured.high:.3f}] of the latency, in turns"
         line += f" (asked for: {pivoted.limit_share:.3f})" if pivoted.limit_share is not None else ""
     return "\n\n".join([*parts, line])
 
