@@ -11,16 +11,16 @@ import sys
 import typer
 
 import edgeprune
-from edgeprune.cli import boards, runs, stages
+from edgeprune.cli import artifacts, boards, changes, runs, stages
 
 INTERRUPTED = 130
 
 app = typer.Typer(help=edgeprune.__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 # In the order of `edgeprune --help`: the whole, the boards, the stages one by one.
-for part in (runs, boards, stages):
+for part in (runs, boards, stages, changes, artifacts):
     for command in part.COMMANDS:
         app.command()(command)
-app.add_typer(stages.bundle_app, name="bundle")
+app.add_typer(artifacts.bundle_app, name="bundle")
 app.add_typer(boards.targets_app, name="targets")
 
 

@@ -1,0 +1,166 @@
+"""What else changes a model, by training or before it: `sparsify`, `pivot`, `recover`, `gate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import edgeprune
+from edgeprune.cli.common import (
+    UNMEASURED,
+    AsJson,
+    EffortName,
+    Limit,
+    Model,
+    Out,
+    RuntimeName,
+    Shapes,
+    Source,
+    Threads,
+    Weights,
+    bars,
+    load,
+    load_calibration,
+    load_graph,
+    show,
+)
+from edgeprune.core.effort import find_effort
+from edgeprune.core.errors import Unmet, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+def recover(
+    model: Model, data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, epochs: int = 5,
+    lr: float = 0.02, teacher: Annotated[str | None, typer.Option(help="distil from this model as well")] = None,
+    teacher_weights: Weights = None,
+    regularizer: Annotated[str | None, typer.Option(
+        help="drive whole units of the model to zero, for a plan to remove: a name, or name:option=value,..."
+    )] = None,
+) -> None:  # fmt: skip
+    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out."""
+    module, inputs = load(model, weights, shapes)
+    graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
+    guide = load(teacher, teacher_weights, shapes)[0] if teacher else None
+    with bars() as progress:
+        result = edgeprune.recover_accuracy(
+            module, edgeprune.load_data(data, Path.cwd()), teacher=guide, epochs=epochs, lr=lr,
+            checkpoint=out / "recover.checkpoint", progress=progress, regularizer=regularizer, graph=graph,
+        )  # fmt: skip
+    edgeprune.save_compact(module, inputs, out, name="recovered")
+    if regularizer is not None:
+        print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
+    accuracies = _arrow(result.accuracy_before, result.accuracy_after)
+    print(f"accuracy {accuracies}: {out}/recovered.pt2{result.note and '; ' + result.note}")
+
+
+def sparsify(
+    model: Model, out: Out,
+    pattern: Annotated[str, typer.Option(help="a name, or name:option=value,... such as n_m:n=2,m=4")],
+    weights: Weights = None, shapes: Shapes = None,
+    data: Annotated[str | None, typer.Option(help="train with the pattern: path.py:function, or .npz")] = None,
+    epochs: Annotated[int, typer.Option(help="of that training")] = 5, lr: float = 0.02, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Zero weights in a pattern, every shape stays. Writes sparse.pt2 and sparsity.json in the folder --out."""
+    from copy import deepcopy
+
+    module, inputs, graph = load_graph(model, weights, shapes, False)
+    permuted, note = edgeprune.order_channels(module, inputs, graph, pattern), ""
+    dense = deepcopy(module)
+    if data is not None:
+        with bars() as progress:
+            result = edgeprune.recover_accuracy(
+                module, edgeprune.load_data(data, Path.cwd()), teacher=dense, epochs=epochs, lr=lr,
+                checkpoint=out / "sparsify.checkpoint", pattern=pattern, progress=progress,
+            )  # fmt: skip
+        note = f"\naccuracy {_arrow(result.accuracy_before, result.accuracy_after)}{result.note and '; ' + result.note}"
+    record = replace(edgeprune.sparsify_model(module, pattern, before=dense), permuted=permuted)
+    edgeprune.save_compact(module, inputs, out, name="sparse")
+    edgeprune.write_record(out / "sparsity.json", record)
+    (out / "sparsify.checkpoint").unlink(missing_ok=True)
+    show(record, as_json, "describe_sparsity")
+    if not as_json:
+        print(f"{out}/sparse.pt2{note}")
+
+
+def gate(
+    model: Model, data: Source, out: Out,
+    gating: Annotated[str, typer.Option("--gate", help="a name, or name:option=value,... such as block_skip:rate=0.6")],
+    weights: Weights = None, shapes: Shapes = None, epochs: int = 5, lr: float = 0.02,
+    teacher: Annotated[str | None, typer.Option(help="distil from this model instead of the one without gates")] = None,
+    teacher_weights: Weights = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Let the model decide per input what to compute. Writes gated.pt2 and gating.json in the folder --out."""
+    module, inputs = load(model, weights, shapes)
+    batches = edgeprune.load_data(data, Path.cwd())
+    calibration = batches.require("calibration")
+    guide = load(teacher, teacher_weights, shapes)[0] if teacher else module
+    gated = edgeprune.gate_model(module, inputs, gating)
+    with bars() as progress:
+        result = edgeprune.recover_accuracy(
+            gated, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "gate.checkpoint", gating=gating,
+            progress=progress,
+        )  # fmt: skip
+    record = edgeprune.settle_gates(gated, inputs, calibration, gating)
+    after = None if batches.test is None else edgeprune.evaluate_accuracy(gated, batches.test)
+    edgeprune.save_compact(gated, inputs, out, name="gated")
+    edgeprune.write_record(out / "gating.json", record)
+    (out / "gate.checkpoint").unlink(missing_ok=True)
+    show(record, as_json, "describe_gates")
+    if not as_json:
+        accuracies = _arrow(result.accuracy_before, after)
+        print(f"{out}/gated.pt2\naccuracy {accuracies}{result.note and '; ' + result.note}")
+
+
+def pivot(
+    model: Model, out: Out, weights: Weights = None, shapes: Shapes = None,
+    groups: Annotated[str, typer.Option(help="blocks of a layer; with --target several to choose from")] = "4",
+    layers: Annotated[list[str] | None, typer.Option(help="only these, such as layer3.*")] = None,
+    data: Annotated[str | None, typer.Option(help="weigh and refit by its calibration batches")] = None,
+    gather: Annotated[bool, typer.Option(help="layers may read channels in an order of their own")] = False,
+    target: Annotated[str | None, typer.Option(help="choose what pays on this board, within --latency")] = None,
+    latency: Limit = None, threads: Threads = 1, runtime: RuntimeName = None, effort: EffortName = "default",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run layers in diagonal blocks of reordered channels. Writes pivoted.pt2 and pivoted.json in the folder --out."""
+    try:
+        counts = [int(count) for count in groups.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--groups {groups}: expected numbers such as 2,4,8") from error
+    if (target is None) != (latency is None):
+        raise UsageError("--target and --latency go together: what pays is measured on a board, for a latency")
+    if target is None and len(counts) > 1:
+        raise UsageError("several --groups are for a plan; give --target, --latency and --data, or one number")
+    if target is not None and data is None:
+        raise UsageError("a plan measures what blocks lose; give --data")
+    module, inputs = load(model, weights, shapes)
+    calibration = load_calibration(data, module, model, weights, shapes, None) if data else None
+    with bars() as progress:
+        if target is None or latency is None or calibration is None:
+            pivoted, record = edgeprune.pivot_model(
+                module, inputs, calibration, groups=counts[0], gather=gather, layers=layers or (), progress=progress
+            )
+        else:
+            with edgeprune.connect(target, threads=threads, runtime=runtime, progress=progress) as session:
+                pivoted, record = edgeprune.plan_pivot(
+                    module, inputs, calibration, session, latency=latency, groups=counts, layers=layers or (),
+                    effort=find_effort(effort), progress=progress,
+                )  # fmt: skip
+    edgeprune.save_compact(pivoted, inputs, out, name="pivoted")
+    edgeprune.write_record(out / "pivoted.json", record)
+    show(record, as_json, "describe_pivoted")
+    if not as_json:
+        print(f"{out}/pivoted.pt2")
+    if record.latency_share and record.limit_share and record.latency_share.median > record.limit_share:
+        raise Unmet(f"not met: the latency is {record.latency_share.median:.3f} of the model's, the fastest there is")
+
+
+def _arrow(*accuracies: float | None) -> str:
+    return " -> ".join(UNMEASURED if each is None else f"{each:.2%}" for each in accuracies)
+
+
+COMMANDS = (sparsify, pivot, recover, gate)
