@@ -251,9 +251,9 @@ def test_the_whole_pipeline_meets_its_budget(icount: tuple[IcountBoard, Target],
 def test_auto_weighs_what_int8_gains_there(
     format: str, cpu: str, dot_product: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`dtype = "auto"`: what int8 gains is measured; for the same budget its plan keeps more of the net.
+    """`dtype = "auto"`: what int8 gains is measured; where that is much, its plan for the same budget keeps more.
 
-    The a76 has the int8 dot product, the a72 has not.
+    The a76 has the int8 dot product, the a72 has not: there LiteRT gains a tenth, and as many parameters stay.
     """
     if format == "tflite":
         pytest.importorskip("litert_torch", reason="TFLite files need edgeprune[tflite]")
@@ -274,7 +274,8 @@ def test_auto_weighs_what_int8_gains_there(
     assert (choice.trials[0].latency_share.high < 0.6) == dot_product
     plans = [read_record(Plan, tmp_path / "run" / f"plan-{precision.name}.json") for precision, _ in choice.candidates]
     assert [plan.precision.dtype for plan in plans] == ["float32", "int8"]
-    assert plans[1].predicted.parameters > plans[0].predicted.parameters
+    kept = [plan.predicted.parameters for plan in plans]
+    assert kept[1] > kept[0] if choice.trials[0].latency_share.high < 0.8 else kept[1] > 0.9 * kept[0]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,9 +29,6 @@ from edgeprune.cli.common import (
 )
 from edgeprune.core.effort import find_effort
 from edgeprune.core.errors import Unmet, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def recover(
