@@ -11,14 +11,20 @@ from edgeprune.load import ArrayBatches
 
 
 @cache
-def images(*, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """All 1 797, (n, 1, 8, 8) in [0, 1], and their classes; as scikit-learn has them, or in another, fixed order."""
+def _load() -> tuple[torch.Tensor, torch.Tensor]:
     sklearn = pytest.importorskip("sklearn.datasets", reason="real digits come with scikit-learn")
     bunch = sklearn.load_digits()
-    x, y = torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
-    if not shuffled:
-        return x, y
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(bunch.images).float()[:, None] / 16, torch.from_numpy(bunch.target).long()
+
+
+def images(*, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All 1 797, (n, 1, 8, 8) in [0, 1], and their classes; as scikit-learn has them, or in another, fixed order.
+
+    A copy for each caller: some tests break their images.
+    """
+    x, y = _load()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(y), generator=generator) if shuffled else torch.arange(len(y))
     return x[order], y[order]
 
 
