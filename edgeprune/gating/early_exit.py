@@ -14,6 +14,7 @@ from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.gating import Batches, Choice, Gating, Measure
 from edgeprune.gating._choices import Standardised, count_macs, free_path
 from edgeprune.graphs.capture import module_path, writes_memory
+from edgeprune.objective import label_loss
 
 NEVER = 2.0
 """No confidence reaches it."""
@@ -148,15 +149,10 @@ class _EarlyExit(Gating):
 
     def penalty(self, choices: Mapping[str, Choice], logits: Tensor, targets: Tensor) -> Tensor:
         total = logits.new_zeros(())
-        wanted = functional.log_softmax(logits.detach().float() / TEMPERATURE, dim=1)
         for choice in choices.values():
             assert choice.taken is not None
-            own = choice.taken.float()
+            total = total + label_loss(choice.taken, targets, logits.detach(), share=0.5, temperature=TEMPERATURE)
             choice.forget()
-            hinted = functional.kl_div(
-                functional.log_softmax(own / TEMPERATURE, dim=1), wanted, reduction="batchmean", log_target=True
-            )
-            total = total + 0.5 * functional.cross_entropy(own, targets) + 0.5 * TEMPERATURE**2 * hinted
         return self.strength * total / len(choices)
 
     @torch.no_grad()
