@@ -22,9 +22,10 @@ WORKERS ?= 2
 demo: $(VENV)/.demo
 	$(BIN)/edgeprune demo
 
-# By file, so that what a module sets up is set up once.
+# By file, so that what a module sets up is set up once; the longest first (tests/conftest.py), so that no worker is left
+# with them at the end.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 long-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m long --timeout 1800

@@ -98,7 +98,8 @@ def recover_accuracy(
     teacher:       the dense model; adds distillation (Hinton et al., 2015, arXiv:1503.02531).
     epochs:        >= 0. lr: peak. distil_weight: [0, 1], share of the distillation loss.
     temperature:   > 0, of the softened outputs.
-    autocast:      bfloat16 where True; None times a few steps both ways and takes the faster.
+    autocast:      bfloat16 where True; None times a few steps in both precisions, each with images laid out both ways
+                   in memory, and takes the fastest.
     checkpoint:    file written after each epoch; training goes on from it, with the same outcome as
                    if it had never stopped (batches drawn with the global generators, or with a
                    `set_epoch` method, are drawn again alike).
@@ -198,7 +199,7 @@ class _Trainer:
             weight_decay=settings.weight_decay, nesterov=settings.momentum > 0,
         )  # fmt: skip
         self.given_autocast = autocast
-        self.autocast = bool(autocast)
+        self.autocast, self.channels_last = bool(autocast), False
         self.epoch, self.steps, self.note = 0, 0, ""
         self.losses: list[float] = []
         self.before: float | None = None
@@ -219,7 +220,7 @@ class _Trainer:
         self.start = self.best if self.settings.match_outputs else {}
         if self.settings.epochs and self.given_autocast is None:
             with seeded(self.settings.seed):
-                self.autocast = self._autocast_is_faster()
+                self.autocast, self.channels_last = self._fastest_way()
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
@@ -251,7 +252,7 @@ class _Trainer:
                 self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
-        tensors, targets = inputs_on(inputs, self.device), targets.to(self.device)
+        tensors, targets = lay_out(inputs_on(inputs, self.device), self.channels_last), targets.to(self.device)
         self.hook.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
@@ -279,24 +280,27 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rising * 0.5 * (1 + math.cos(math.pi * position))
 
-    def _autocast_is_faster(self, steps: int = 3) -> bool:
-        """Time a few steps in both precisions on a copy; the second fastest of each counts."""
+    def _fastest_way(self, steps: int = 3) -> tuple[bool, bool]:
+        """Whether in bfloat16, and whether channels last: a few steps of each on a copy, the second fastest counts."""
         batch = next(iter(self.train), None)
         if batch is None:
-            return False
+            return False, False
         inputs, targets = inputs_on(batch[0], self.device), batch[1].to(self.device)
-        times: dict[bool, list[float]] = {False: [], True: []}
+        images = any(tensor.ndim == 4 for tensor in inputs)
+        ways = list(itertools.product((False, True), (False, True) if images else (False,)))
+        times: dict[tuple[bool, bool], list[float]] = {way: [] for way in ways}
         trial = copy.deepcopy(self.module).train(not self.settings.match_outputs)
         for _ in range(steps):
-            for enabled in times:
+            for autocast, channels_last in ways:
                 start = time.perf_counter()
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-                    logits = trial(*inputs)
-                loss = self.objective.loss(logits, inputs, targets, enabled)
+                tensors = lay_out(inputs, channels_last)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
+                    logits = trial(*tensors)
+                loss = self.objective.loss(logits, tensors, targets, autocast)
                 loss.backward()
                 float(loss.detach())  # waits for an accelerator
-                times[enabled].append(time.perf_counter() - start)
-        return sorted(times[True])[1] < sorted(times[False])[1]
+                times[autocast, channels_last].append(time.perf_counter() - start)
+        return min(ways, key=lambda way: sorted(times[way])[1])
 
     def _judge(self, losses: list[float]) -> None:
         """Remember this state if no epoch before ended with a lower training loss.
@@ -339,8 +343,9 @@ class _Trainer:
             self.module.load_state_dict(self.start)
             after = self.before
         measured = {f"{kind}_before": self.before, f"{kind}_after": after}
-        return RecoverResult(losses=tuple(self.losses), epochs=self.epoch, autocast=self.autocast, note=self.note,
-                             zeroed=self.hook.zeroed(), **measured)  # fmt: skip
+        return RecoverResult(losses=tuple(self.losses), epochs=self.epoch, autocast=self.autocast,
+                             channels_last=self.channels_last, note=self.note, zeroed=self.hook.zeroed(),
+                             **measured)  # fmt: skip
 
     def _settle(self) -> None:
         """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
@@ -365,7 +370,7 @@ class _Trainer:
         tensors |= {f"regularizer/{name}": value for name, value in self.hook.held.items()}
         facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
                  "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
-                 "autocast": self.autocast}  # fmt: skip
+                 "autocast": self.autocast, "channels_last": self.channels_last}  # fmt: skip
         tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
         write_atomic(self.checkpoint, save(tensors, metadata={"recover": json.dumps(facts)}))
 
@@ -395,10 +400,18 @@ class _Trainer:
             self.best, self.start = parts["best"], parts["start"]
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]
-            self.before, self.autocast = facts["before"], bool(facts["autocast"])
+            self.before = facts["before"]
+            self.autocast, self.channels_last = bool(facts["autocast"]), bool(facts["channels_last"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise RecordError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
         return True
+
+
+def lay_out(inputs: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:
+    """The inputs with images (n, c, h, w) channels last in memory if asked; convolutions pass the layout on."""
+    if not channels_last:
+        return inputs
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs)
 
 
 def _length(batches: Batches) -> int:

@@ -244,6 +244,38 @@ def test_the_whole_pipeline_meets_its_budget(icount: tuple[IcountBoard, Target],
     assert (tmp_path / "run" / "bundle.zip").is_file()
 
 
+def run_on(cpu: str, format: str, dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """A whole run to 0.4 of the dense latency on a board of its own; every check passed."""
+    if format == "tflite":
+        pytest.importorskip("litert_torch", reason="TFLite files need edgeprune[tflite]")
+    monkeypatch.setitem(EFFORTS, "quick", NOISELESS)
+    monkeypatch.chdir(folder)
+    (folder / "nets.py").write_text(NETS)
+    run_file = RUN_FILE.replace("= 10", "= 6").replace("0.6x", "0.4x")
+    (folder / "edgeprune.toml").write_text(run_file + f'[export]\nformat = "{format}"\ndtype = "{dtype}"\n')
+    with ExitStack() as stack:
+        try:
+            write_target(stack.enter_context(IcountBoard(cpu=cpu)), folder / "targets" / "icount.toml")
+        except CannotBuild as reason:
+            pytest.skip(str(reason))
+        report = run_pipeline(read_run_file(folder / "edgeprune.toml"), folder)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a76"])
+@pytest.mark.parametrize("format", ["onnx", "tflite"])
+def test_eight_bits_meet_their_budget(format: str, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype = "int8"`: planned, stored and measured in 8 bits."""
+    report = run_on(cpu, format, "int8", tmp_path, monkeypatch)
+    (latency,) = [check for check in report.checks if check.name.startswith("latency")]
+    assert latency.measured is not None and latency.limit is not None
+    assert 0.8 <= latency.measured / latency.limit <= 1.0
+    assert read_record(Plan, tmp_path / "run" / "plan.json").precision.dtype == "int8"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("cpu", "dot_product"), [("cortex-a72", False), ("cortex-a76", True)])
@@ -255,21 +287,7 @@ def test_auto_weighs_what_int8_gains_there(
 
     The a76 has the int8 dot product, the a72 has not: there LiteRT gains a tenth, and as many parameters stay.
     """
-    if format == "tflite":
-        pytest.importorskip("litert_torch", reason="TFLite files need edgeprune[tflite]")
-    monkeypatch.setitem(EFFORTS, "quick", NOISELESS)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
-    run_file = RUN_FILE.replace("= 10", "= 6").replace("0.6x", "0.4x")
-    (tmp_path / "edgeprune.toml").write_text(run_file + f'[export]\nformat = "{format}"\ndtype = "auto"\n')
-    board = IcountBoard(cpu=cpu)
-    with ExitStack() as stack:
-        try:
-            write_target(stack.enter_context(board), tmp_path / "targets" / "icount.toml")
-        except CannotBuild as reason:
-            pytest.skip(str(reason))
-        report = run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
-    assert report.passed
+    run_on(cpu, format, "auto", tmp_path, monkeypatch)
     choice = read_record(PrecisionChoice, tmp_path / "run" / "precision.json")
     assert (choice.trials[0].latency_share.high < 0.6) == dot_product
     plans = [read_record(Plan, tmp_path / "run" / f"plan-{precision.name}.json") for precision, _ in choice.candidates]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,36 @@ def test_the_faster_precision_is_chosen_and_reported(splits: Splits) -> None:
     assert recover_accuracy(net(), splits, epochs=1, lr=0.1).autocast in (True, False)
     half = recover_accuracy(net(), splits, epochs=2, lr=0.1, autocast=True)
     assert half.autocast and half.accuracy_after is not None and half.accuracy_after > 0.6
+
+
+class SlowWhere(nn.Module):
+    """A small net that takes its time with images laid out in one way, and remembers how they came."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        self.slow, self.seen = channels_last, set[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if self.training:
+            self.seen.add(channels_last)
+            time.sleep(0.05 if channels_last == self.slow else 0)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_faster_layout_is_chosen_and_survives_a_kill(splits: Splits, tmp_path: Path, slow: bool) -> None:
+    path = tmp_path / "recover.safetensors"
+    images = splits.train.inputs.repeat(1, 2, 1, 1)
+    train = ArrayBatches(images, splits.train.targets, batch=200, shuffle=True)
+    with pytest.raises(KeyboardInterrupt):
+        recover_accuracy(SlowWhere(slow), Splits(StopAfter(train, 5)), epochs=2, lr=0.1, checkpoint=path)
+    model = SlowWhere(not slow)  # where it goes on the other layout would be the faster one
+    result = recover_accuracy(model, Splits(train), epochs=2, lr=0.1, checkpoint=path)
+    assert result.channels_last is not slow and model.seen == {not slow}
+    assert result.losses[-1] < result.losses[0]
 
 
 def test_batches_without_a_length_train_too(splits: Splits) -> None:

@@ -128,7 +128,7 @@ def _control_flow() -> nn.Module:
 
 
 def _counted() -> nn.Module:
-    return Chain(8, Written(lambda _, x: x * len([v for v in x.flatten().tolist() if v > 0])), 8)
+    return Chain(8, Written(lambda _, x: x * len([v for v in x.flatten(1)[:, 0].tolist() if v > 0])), 8)
 
 
 def _no_outputs() -> nn.Module:

@@ -5,9 +5,10 @@
 
 ONNX Runtime and LiteRT run the same nets at every precision their formats can be written in. Latency is in turns with
 the same runtime's float32 file, so that what the machine does from second to second falls out; the milliseconds of the
-two float32 files tell the runtimes apart. Agreement is top-1 against PyTorch, on CIFAR test images for ResNet-20 and
-on noise for the others, which have no trained weights here and see smaller images on emulated boards. `--legacy` also
-installs tflite-runtime on the board, in an environment of its own, and runs the same .tflite files with it.
+two float32 files tell the runtimes apart. Agreement is top-1 against PyTorch on CIFAR test images, enlarged for all but
+ResNet-20; these have random weights up to a last layer that is fitted to CIFAR's labels, and see smaller images on
+emulated boards. Without data they see noise, and ResNet-20 is left out. `--legacy` also installs tflite-runtime on the
+board, in an environment of its own, and runs the same .tflite files with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 from bench_profile import open_board, zoo
 from torch import Tensor, nn
+from torch.nn import functional
 
+from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.errors import EdgepruneError
 from edgeprune.core.family import load_member
@@ -42,6 +45,8 @@ from edgeprune.export import export_model
 RUNTIMES = {"onnxruntime": "onnx", "tflite": "tflite"}
 LEGACY = "tflite-runtime"
 CALIBRATION = 64
+FITTED, RIDGE = 1024, 0.1
+"""Images that the last layer of a net without trained weights is fitted to, and how much that is damped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +78,15 @@ class Row:
 
 
 def load_nets(names: Sequence[str], data: Path | None, examples: int, side: int) -> list[Net]:
-    """The nets, with real images for ResNet-20 where there are any; `side` is that of the others' images."""
+    """The nets, with real images where there are any; `side` is that of all but ResNet-20's."""
     generator = torch.Generator().manual_seed(0)
+    real = None if data is None else cifar.Cifar(data, train=FITTED, test=examples, calibration=CALIBRATION)
     found = []
     for name in names:
         if name == "resnet20":
-            if data is None:
+            if data is None or real is None:
                 print("resnet20: no data folder (--data, $EDGEPRUNE_DATA), so left out")
                 continue
-            real = cifar.Cifar(data, train=CALIBRATION, test=examples, calibration=CALIBRATION)
             images = torch.cat([x for x, _ in real.test])
             calibration = [(x.numpy(),) for x, _ in real.calibration]
             found.append(Net(name=name, module=cifar.load_net(name, data).eval(), inputs=(images[:1],),
@@ -89,12 +94,47 @@ def load_nets(names: Sequence[str], data: Path | None, examples: int, side: int)
             continue
         torch.manual_seed(0)
         module = _timm(name) if name == "efficientnet_lite0" else zoo(name)
-        noise = torch.randn(max(CALIBRATION // 4, 8), 3, side, side, generator=generator)
-        _settle(module, noise)
-        test = torch.randn(min(examples, 32), 3, side, side, generator=generator)
+        calibration = torch.randn(CALIBRATION // 4, 3, side, side, generator=generator)
+        test = torch.randn(32, 3, side, side, generator=generator)
+        if real is not None:
+            calibration = _enlarge(torch.cat([x for x, _ in real.calibration])[: CALIBRATION // 4], side)
+            test = _enlarge(torch.cat([x for x, _ in real.test])[: examples // 4], side)
+        # Random weights need batch-norm statistics, or every activation dies out.
+        reestimate_batch_norm(module.eval(), [(calibration, None)])
+        if real is not None:
+            _fit_last(module, cifar.normalise(real.train.x), real.train.y, side)
         found.append(Net(name=name, module=module, inputs=(test[:1],),
-                         calibration=[(x[None].numpy(),) for x in noise], test=test))  # fmt: skip
+                         calibration=[(x[None].numpy(),) for x in calibration], test=test))  # fmt: skip
     return found
+
+
+def _enlarge(images: Tensor, side: int) -> Tensor:
+    return functional.interpolate(images, size=(side, side), mode="bilinear")
+
+
+@torch.no_grad()
+def _fit_last(module: nn.Module, images: Tensor, labels: Tensor, side: int) -> None:
+    """Ridge regression of the labels on what the last layer reads, for its first outputs; the others stay below.
+
+    Random features tell images apart only a little: without it one output is the largest for all of them.
+    """
+    last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
+    for batch in images.split(32):
+        module(_enlarge(batch, side))
+    handle.remove()
+    features, wanted = torch.cat(seen), functional.one_hot(labels).double()
+    classes = wanted.shape[1]
+    mean, middle = features.mean(0), wanted.mean(0)
+    x = features - mean
+    gram = x.T @ x
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, x.T @ (wanted - middle)).T
+    last.weight[:classes] = weight.float()
+    last.weight[classes:] *= 0.01
+    last.bias[:classes] = (middle - weight @ mean).float()
+    last.bias[classes:] = -1.0
 
 
 def _timm(name: str) -> nn.Module:
@@ -103,18 +143,6 @@ def _timm(name: str) -> nn.Module:
 
     module: nn.Module = timm.create_model(name, pretrained=False)
     return module
-
-
-def _settle(module: nn.Module, images: Tensor) -> None:
-    """Random weights need batch-norm statistics, or every activation dies out."""
-    module.train()
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.eval()
-    with torch.no_grad():
-        for _ in range(4):
-            module(images)
-    module.eval()
 
 
 def write_files(net: Net, format: str, folder: Path) -> list[tuple[Row, Artifact | None]]:

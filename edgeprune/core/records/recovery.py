@@ -32,6 +32,7 @@ class RecoverResult:
     accuracy_before, accuracy_after: top-1 on the test batches, None without them.
     difference_before, difference_after: from outputs that were matched, as a share of their power; None otherwise.
     losses: mean training loss of each epoch. epochs: how many were trained.
+    autocast: in bfloat16. channels_last: with images laid out so in memory.
     note: why training stopped early or was undone, or "".
     zeroed: units that a regularizer has brought to zero, per group that has any; weights of a pattern, per layer.
     """
@@ -43,5 +44,6 @@ class RecoverResult:
     losses: tuple[float, ...]
     epochs: int
     autocast: bool
+    channels_last: bool = False
     note: str = ""
     zeroed: dict[str, int] = field(default_factory=dict)
