@@ -28,6 +28,7 @@ from torch import nn
 
 from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
+from edgeprune.core.errors import InfeasibleBudget
 from edgeprune.core.family import load_member
 from edgeprune.core.records import FLOAT32, Graph, Importance, Precision, Quantity, Step
 from edgeprune.core.stats import quantity, turn_ratios
@@ -143,12 +144,18 @@ def bench_net(
     importance = score_groups(net, INPUTS, bench.graph, data.calibration, examples=128 if quick else 512, progress=show)
     trained: dict[Precision, nn.Module] = {}
     for planned, name in ((FLOAT32, "pruned"), (precision, "pruned for 8 bits")):
-        model, kept = bench.prune(importance, planned)
+        try:
+            model, kept = bench.prune(importance, planned)
+        except InfeasibleBudget as reason:
+            print(f"{name}: {reason}", flush=True)
+            continue
         start = time.monotonic()
         recover_accuracy(model, data, teacher=net, epochs=epochs, lr=0.02, progress=show)
         trained[planned] = model
         rows.append(bench.row(name, model, planned, time.monotonic() - start))
         log(f"    kept {kept}")
+    if FLOAT32 not in trained:
+        return rows
     half = trained[FLOAT32]
     rows.append(bench.row("pruned, then 8 bits", half, precision))
     for name, simulated in (("  trained on in float32", None), ("  trained on in 8 bits", precision)):
@@ -187,6 +194,9 @@ def main() -> None:
         print(f"{row.name:26} {row.precision.name:>16} {share:>22} {row.accuracy:8.2%} {row.size_bytes / 1024:7.0f}"
               f" {row.seconds:10.0f}")  # fmt: skip
     found = {row.name.strip(): row for row in rows}
+    if "pruned" not in found or "pruned for 8 bits" not in found:
+        print("RESULT " + json.dumps({"aims": {}, "skipped": "no widths are that fast"}))
+        return
     planned, alone = found["pruned for 8 bits"], found["pruned"]
     aims = {
         "latency": aim(planned.share.median, "<=", limit * SPREAD),

@@ -25,6 +25,7 @@ from edgeprune.formats._onnx_choices import sink_choices
 from edgeprune.formats._onnx_import import import_model as import_model
 from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES, all_nodes
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
+from edgeprune.formats._onnx_opset import OLDEST, TooNew, lower_opset
 from edgeprune.formats._onnx_quantize import (
     Quantized,
     find_ranges,
@@ -49,6 +50,8 @@ PRECISIONS = (
     Precision(dtype="int8", activations="int8"),
     Precision(dtype="int8", activations="symmetric"),
 )
+NEWEST, EXPORTED = 20, 18
+"""Opset that files have where no older one does, and the oldest that PyTorch writes by itself."""
 MAX_BYTES = 2**31 - 1
 """A protobuf message cannot be larger."""
 EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError)
@@ -62,11 +65,12 @@ def export(
     precision: Precision = FLOAT32,
     calibration: Calibration | None = None,
     graph: Graph | None = None,
-    opset: int = 20,
+    opset: int | None = None,
 ) -> Artifact:
     """Write a module as one ONNX file with the static shapes of its example inputs.
 
-    module: run in evaluation mode; left in the mode it came in. opset: 18 or newer.
+    module: run in evaluation mode; left in the mode it came in. opset: 17 or newer; None: 17 where the operators allow
+        it, since more boards read that, else 20.
     calibration: what int8 takes its ranges from. graph: to find `precision.float_nodes` in.
     raises: ModelError when it cannot be expressed or the opset cannot be had; DataError for calibration data that
         are missing, constant or not finite; UsageError when the file cannot be written.
@@ -168,13 +172,14 @@ def quantize_randomly(path: Path, out: Path, precision: Precision) -> None:
     write_proto(quantize(model, precision, ranges).model, out)
 
 
-def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) -> ModelProto:
-    """The module as an ONNX model in memory. raises: ModelError."""
+def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int | None = None) -> ModelProto:
+    """The module as an ONNX model in memory, of an opset as for `export`. raises: ModelError."""
     training = module.training
+    written = NEWEST if opset is None else max(opset, EXPORTED)
     try:
         with _quiet():
             program = torch.onnx.export(
-                module.eval(), inputs, dynamo=True, external_data=False, opset_version=opset, verbose=False
+                module.eval(), inputs, dynamo=True, external_data=False, opset_version=written, verbose=False
             )
     except EXPORT_ERRORS as error:
         raise ModelError(f"torch.onnx cannot export the model: {first_line(error)}; rewrite that operation") from error
@@ -183,8 +188,13 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 20) 
     assert program is not None
     model: ModelProto = program.model_proto
     _forget_sources(model)
-    if (found := _opset(model)) != opset:
-        raise ModelError(f"the model cannot be exported at opset {opset}, only at {found}; ask for opset={found}")
+    if (found := _opset(model)) != written:
+        raise ModelError(f"the model cannot be exported at opset {written}, only at {found}; ask for opset={found}")
+    try:
+        lower_opset(model, OLDEST if opset is None else opset)
+    except TooNew as reason:
+        if opset is not None:
+            raise ModelError(f"opset {opset} has no {reason}; ask for opset={written}") from reason
     return model
 
 
