@@ -63,6 +63,8 @@ from edgeprune.solvers import Solution
 
 __all__ = ["choose_widths", "next_request", "no_finer_step"]
 
+FEW_SUMMED = 4
+"""Where more groups are concatenated, widths on the tile give sums enough to choose from."""
 COSTLY = 0.25
 """Share of a group's costliest kernel from which on a kernel's tile binds the group's widths."""
 MEMORY_PASSES, MEMORY_AIM = 8, 0.99
@@ -209,11 +211,18 @@ def build_problem(
     min_keep: float = 1 / 16,
 ) -> Problem:
     """Levels, losses and cost terms; arguments as in `choose_widths`."""
-    tiles = _tiles(graph, profile)
+    tiles, summed = _tiles(graph, profile), _summed(profile)
     fine = budget.artifact_bytes is not None or budget.peak_memory_bytes is not None
     ties = tied_groups(graph)
     widths = {
-        group.name: candidate_widths(group, lcm(*(tiles.get(each.name, 1) for each in tie)), levels, min_keep, fine)
+        group.name: candidate_widths(
+            group,
+            lcm(*(tiles.get(each.name, 1) for each in tie)),
+            levels,
+            min_keep,
+            fine,
+            summed=any(each.name in summed for each in tie),
+        )
         for tie in ties
         for group in tie
     }
@@ -276,15 +285,20 @@ def _inside(graph: Graph, switches: Container[str]) -> tuple[list[Branch], set[s
     return branches, places[True] - places[False]
 
 
-def candidate_widths(group: Group, tile: int, levels: int, min_keep: float, fine: bool) -> IntArray:
+def candidate_widths(
+    group: Group, tile: int, levels: int, min_keep: float, fine: bool, *, summed: bool = False
+) -> IntArray:
     """Ascending widths to consider, the full one last.
 
     Multiples of the group's step and of the tile (units computed at once: a width in between costs
     time without need), thinned evenly to `levels`. fine: budgets other than latency also gain below
-    the tile, so a group with few tiles is offered widths between them.
+    the tile, so a group with few tiles is offered widths between them. summed: kernels read its units beside
+    those of other groups, and only what they are together has to lie on the tile.
     """
     floor = max(group.step, group.least, int(np.ceil(min_keep * group.units)))
     quantum = lcm(group.step, tile)
+    if summed and group.units <= 4 * tile:
+        quantum = lcm(group.step, max(1, tile // (4 if group.units <= 2 * tile else 2)))
     if fine and group.units < levels * quantum:
         quantum = group.step * max(1, group.units // (levels * group.step))
     widths = np.arange(quantum, group.units, quantum)
@@ -363,6 +377,13 @@ def _tiles(graph: Graph, profile: Profile) -> dict[str, int]:
         name: min(lcm(*(units for seconds, units in tiles if seconds >= COSTLY * max(tiles)[0])), graph.units[name])
         for name, tiles in found.items()
     }
+
+
+def _summed(profile: Profile) -> set[str]:
+    """Groups whose units some kernel reads or writes beside those of a few others: concatenated or padded."""
+    extents = [extent for kernel in profile.kernels for extent in (kernel.in_extent, kernel.out_extent) if extent]
+    together = [{name for name, _ in extent.groups} for extent in extents]
+    return {name for names in together if 1 < len(names) <= FEW_SUMMED for name in names}
 
 
 def _tail(profile: Profile, budget: Budget) -> float:

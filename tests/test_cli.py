@@ -178,6 +178,28 @@ def test_a_part_of_a_model_that_cannot_be_exported(project: Path) -> None:
     assert list(scores) == ["0"] and "1 groups scored by reconstruction" in scored.stdout
 
 
+def test_a_part_of_a_model_learns_the_outputs_of_the_whole_ones(project: Path) -> None:
+    """`recover --scope`: a smaller body comes nearer to what the dense one computes, without labels."""
+    import torch
+
+    from edgeprune import compact_model, enter_scope, load_model, save_compact, trace_graph
+    from edgeprune.core.records import ModelSpec
+
+    images = torch.zeros(2, 3, 12, 12)
+    model = load_model(ModelSpec(factory="nets.py:branching", inputs=((2, 3, 12, 12),)), project)
+    body, inputs = enter_scope(model, "body", (images,))
+    graph = trace_graph(body, inputs)
+    keep = {group.name: list(range(group.units * 3 // 4)) for group in graph.prunable}
+    save_compact(compact_model(body, inputs, graph, keep), inputs, project / "small")
+    recover = ("recover", "small/compact.pt2", "--data", "data.npz", "--epochs", "2", "--lr", "0.1", "-o", "out")
+    alone = edgeprune(*recover, "--scope", "body", cwd=project)
+    assert alone.returncode == 2 and "name that with --teacher" in alone.stderr
+    done = edgeprune(*recover, "--scope", "body", "--teacher", "nets.py:branching", "--input", "2x3x12x12", cwd=project)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"difference from the dense outputs ([\d.]+)% -> ([\d.]+)%: out/recovered.pt2", done.stdout)
+    assert found and float(found[2]) < float(found[1]), done.stdout
+
+
 def test_an_output_folder_that_cannot_be_written(project: Path) -> None:
     (project / "file").write_text("")
     done = edgeprune("trace", "nets.py:net", "--input", "1x3x12x12", "-o", "file/graph.json", cwd=project)

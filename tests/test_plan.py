@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_importance, synthetic_profile
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgeprune.core.budget import make_budget
 from edgeprune.core.closed_loop import (
@@ -306,6 +307,43 @@ def test_a_tile_wide_group_is_left_alone_when_only_latency_counts() -> None:
     group = Group(name="g", units=16)
     assert candidate_widths(group, 16, 16, 1 / 16, False).tolist() == [16]
     assert len(candidate_widths(group, 16, 16, 1 / 16, True)) > 8
+    assert candidate_widths(group, 16, 16, 1 / 16, False, summed=True).tolist() == [4, 8, 12, 16]
+    assert candidate_widths(Group(name="g", units=64), 16, 16, 1 / 16, False, summed=True).tolist() == [
+        *range(8, 65, 8)
+    ]
+    assert candidate_widths(Group(name="g", units=96), 16, 16, 1 / 16, False, summed=True).tolist() == [
+        *range(16, 97, 16)
+    ]
+
+
+class Padded(nn.Module):
+    """As ResNet-20's shortcuts: 16 channels go on beside 16 new ones, so that 8 of each are a tile of 16 together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.costly, self.head = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.wide(x)) + functional.pad(x, (0, 0, 0, 0, 8, 8))
+        return self.head(torch.relu(self.costly(x)))
+
+
+def test_groups_that_are_one_tile_together_are_pruned_below_it() -> None:
+    graph = trace_graph(Padded().eval(), (torch.randn(1, 3, 16, 16),))
+    profile, importance = synthetic_profile(graph, tile=16), synthetic_importance(graph)
+    both = [group.name for group in graph.prunable if group.units == 16]
+    assert len(both) == 2, "the stem's channels, and those that the wider layer adds"
+    fixed = replace(graph, groups=tuple(
+        each if each.name in both else replace(each, frozen_because="not asked here") for each in graph.groups
+    ))  # fmt: skip
+    dense = predict_cost(fixed, {}, profile)
+    assert dense.latency_s is not None
+    half = predict_cost(fixed, dict.fromkeys(both, 8), profile)
+    assert half.latency_s is not None and half.latency_s.median < 0.8 * dense.latency_s.median
+    chosen = choose_widths(fixed, profile, importance, Budget(latency_s=half.latency_s.median))
+    assert sum(chosen.widths[name] for name in both) == 16
 
 
 def importance_of(curve: LossCurve | None, scores: list[float]) -> Importance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,9 @@ from edgeprune.cli.common import (
 from edgeprune.core.effort import find_effort
 from edgeprune.core.errors import Unmet, UsageError
 
+if TYPE_CHECKING:
+    from edgeprune.recover import Data
+
 
 def recover(
     model: Model, data: Source, out: Out, weights: Weights = None, shapes: Shapes = None, epochs: int = 5,
@@ -38,21 +41,34 @@ def recover(
     regularizer: Annotated[str | None, typer.Option(
         help="drive whole units of the model to zero, for a plan to remove: a name, or name:option=value,..."
     )] = None,
+    scope: Annotated[str | None, typer.Option(help="the submodule of --teacher that the model is to replace")] = None,
 ) -> None:  # fmt: skip
-    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out."""
-    module, inputs = load(model, weights, shapes)
+    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out.
+
+    Without labels, and for a scope, it learns the outputs of --teacher alone.
+    """
+    if scope is not None and teacher is None:
+        raise UsageError("--scope is a submodule of the model whose outputs are learnt: name that with --teacher")
+    module, inputs = load(model, weights, shapes if scope is None else None)
     graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
-    guide = load(teacher, teacher_weights, shapes)[0] if teacher else None
+    guide, seen = load(teacher, teacher_weights, shapes) if teacher else (None, ())
+    source = edgeprune.load_data(data, Path.cwd())
+    batches: Data = source
+    if scope is not None and guide is not None:
+        batches, guide = edgeprune.scope_data(guide, scope, source), edgeprune.enter_scope(guide, scope, seen)[0]
     with bars() as progress:
         result = edgeprune.recover_accuracy(
-            module, edgeprune.load_data(data, Path.cwd()), teacher=guide, epochs=epochs, lr=lr,
-            checkpoint=out / "recover.checkpoint", progress=progress, regularizer=regularizer, graph=graph,
+            module, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "recover.checkpoint",
+            progress=progress, regularizer=regularizer, graph=graph,
+            match_outputs=scope is not None or not (source.labelled or guide is None),
         )  # fmt: skip
     edgeprune.save_compact(module, inputs, out, name="recovered")
     if regularizer is not None:
         print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
-    accuracies = _arrow(result.accuracy_before, result.accuracy_after)
-    print(f"accuracy {accuracies}: {out}/recovered.pt2{result.note and '; ' + result.note}")
+    said = f"accuracy {_arrow(result.accuracy_before, result.accuracy_after)}"
+    if result.difference_after is not None:
+        said = f"difference from the dense outputs {_arrow(result.difference_before, result.difference_after)}"
+    print(f"{said}: {out}/recovered.pt2{result.note and '; ' + result.note}")
 
 
 def sparsify(

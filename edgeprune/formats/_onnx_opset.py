@@ -11,7 +11,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from edgeprune.formats._onnx_kernels import all_nodes
 
 OLDEST = 17
-"""The first with LayerNormalization. Its files are of IR version 8, which ONNX Runtime reads since 1.10."""
+"""The first with LayerNormalization. Its files are of IR version 8, as ONNX Runtime 1.12 reads."""
 
 
 class TooNew(Exception):
