@@ -326,7 +326,8 @@ def level_losses(importance: Importance, widths: dict[str, IntArray]) -> dict[st
         if removed[name][0] > 0:
             ratios.append(float(rises[name][0] / removed[name][0]))
     scale = float(np.median(ratios)) if ratios else 1.0
-    largest = max((float(rise[0]) for rise in rises.values()), default=0.0)
+    # Where no curve rises, any measure does: without one the solver would drop units for nothing.
+    largest = max((float(rise[0]) for rise in rises.values()), default=0.0) or 1.0
     for name in widths:
         if name in rises:
             share = removed[name] / removed[name][0] if removed[name][0] > 0 else np.zeros(len(removed[name]))

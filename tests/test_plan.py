@@ -316,6 +316,19 @@ def test_a_tile_wide_group_is_left_alone_when_only_latency_counts() -> None:
     ]
 
 
+def test_units_that_cost_no_loss_stay_within_the_budget() -> None:
+    """Measured curves that do not rise at all, as of an untrained net, are no reason to drop what fits."""
+    graph, profile, importance = setting()
+    flat = {name: LossCurve(widths=np.array([units // 2, units]), loss=np.full(2, 1.5))
+            for name, units in graph.units.items() if name in importance.scores}  # fmt: skip
+    for share, used in (("1.0x", 1.0), ("0.6x", 0.9)):
+        budget = asked(latency=share)
+        assert budget.latency_s is not None
+        chosen = choose_widths(graph, profile, replace(importance, curves=flat), budget)
+        assert chosen.predicted.latency_s is not None
+        assert used * budget.latency_s <= chosen.predicted.latency_s.median <= budget.latency_s * (1 + 1e-6)
+
+
 class Padded(nn.Module):
     """As ResNet-20's shortcuts: 16 channels go on beside 16 new ones, so that 8 of each are a tile of 16 together."""
 
