@@ -60,6 +60,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.stats import statistic
 from edgeprune.solvers import Solution
+from edgeprune.tables.fit import ALIGNMENT
 
 __all__ = ["choose_widths", "next_request", "no_finer_step"]
 
@@ -214,18 +215,12 @@ def build_problem(
     tiles, summed = _tiles(graph, profile), _summed(profile)
     fine = budget.artifact_bytes is not None or budget.peak_memory_bytes is not None
     ties = tied_groups(graph)
-    widths = {
-        group.name: candidate_widths(
-            group,
-            lcm(*(tiles.get(each.name, 1) for each in tie)),
-            levels,
-            min_keep,
-            fine,
-            summed=any(each.name in summed for each in tie),
-        )
-        for tie in ties
-        for group in tie
-    }
+    widths: dict[str, IntArray] = {}
+    for tie in ties:
+        tile = lcm(*(tiles.get(group.name, 1) for group in tie))
+        parts = any(group.name in summed for group in tie)
+        for group in tie:
+            widths[group.name] = candidate_widths(group, tile, levels, min_keep, fine, summed=parts)
     losses = level_losses(importance, widths)
     switches = branch_losses(graph, importance, losses)
     choices = (
@@ -298,7 +293,10 @@ def candidate_widths(
     floor = max(group.step, group.least, int(np.ceil(min_keep * group.units)))
     quantum = lcm(group.step, tile)
     if summed and group.units <= 4 * tile:
-        quantum = lcm(group.step, max(1, tile // (4 if group.units <= 2 * tile else 2)))
+        part = tile // (4 if group.units <= 2 * tile else 2)
+        quantum = lcm(
+            group.step, max(part, min(tile, ALIGNMENT))
+        )  # alone it may lie off the tile, not off the alignment
     if fine and group.units < levels * quantum:
         quantum = group.step * max(1, group.units // (levels * group.step))
     widths = np.arange(quantum, group.units, quantum)

@@ -311,6 +311,7 @@ def test_a_tile_wide_group_is_left_alone_when_only_latency_counts() -> None:
     assert candidate_widths(Group(name="g", units=64), 16, 16, 1 / 16, False, summed=True).tolist() == [
         *range(8, 65, 8)
     ]
+    assert candidate_widths(group, 8, 16, 1 / 16, False, summed=True).tolist() == [4, 8, 12, 16]
     assert candidate_widths(Group(name="g", units=96), 16, 16, 1 / 16, False, summed=True).tolist() == [
         *range(16, 97, 16)
     ]
