@@ -228,7 +228,7 @@ def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.device
 def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
@@ -247,7 +247,7 @@ def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) ->
     assert report.compact.parameters < report.dense.parameters and report.accuracy.after_recovery is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.device
 def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
