@@ -293,10 +293,9 @@ def candidate_widths(
     floor = max(group.step, group.least, int(np.ceil(min_keep * group.units)))
     quantum = lcm(group.step, tile)
     if summed and group.units <= 4 * tile:
+        # Alone such a width may lie off the tile, but not off the alignment, which costs extra.
         part = tile // (4 if group.units <= 2 * tile else 2)
-        quantum = lcm(
-            group.step, max(part, min(tile, ALIGNMENT))
-        )  # alone it may lie off the tile, not off the alignment
+        quantum = lcm(group.step, max(part, min(tile, ALIGNMENT)))
     if fine and group.units < levels * quantum:
         quantum = group.step * max(1, group.units // (levels * group.step))
     widths = np.arange(quantum, group.units, quantum)

@@ -40,6 +40,8 @@ SETTLING_BATCHES = 64
 """Training batches from which the statistics of batch norms are taken when training has ended."""
 MATCHING_GRADIENT = 1.0
 """Largest norm of the gradient when outputs are matched, whose loss is 1 where nothing is alike."""
+HOPELESS = 5.0
+"""A way to compute whose best step takes this many times the quickest step of any is given up."""
 WARM_UP_SHARE = 0.05
 """Share of all steps over which the learning rate rises to its peak."""
 
@@ -281,7 +283,11 @@ class _Trainer:
             group["lr"] = self.settings.lr * rising * 0.5 * (1 + math.cos(math.pi * position))
 
     def _fastest_way(self, steps: int = 3) -> tuple[bool, bool]:
-        """Whether in bfloat16, and whether channels last: a few steps of each on a copy, the second fastest counts."""
+        """Whether in bfloat16, and whether channels last: a few steps of each on a copy.
+
+        The second fastest step counts. On a processor a way that is far behind after its first is not tried again:
+        without instructions for it, bfloat16 takes many times as long.
+        """
         batch = next(iter(self.train), None)
         if batch is None:
             return False, False
@@ -300,6 +306,9 @@ class _Trainer:
                 loss.backward()
                 float(loss.detach())  # waits for an accelerator
                 times[autocast, channels_last].append(time.perf_counter() - start)
+            if self.device.type == "cpu":  # on an accelerator a first step may load kernels for seconds
+                quickest = min(min(found) for found in times.values())
+                ways = [way for way in ways if min(times[way]) < HOPELESS * quickest]
         return min(ways, key=lambda way: sorted(times[way])[1])
 
     def _judge(self, losses: list[float]) -> None:

@@ -193,7 +193,7 @@ def test_the_faster_layout_is_chosen_and_survives_a_kill(splits: Splits, tmp_pat
     train = ArrayBatches(images, splits.train.targets, batch=200, shuffle=True)
     with pytest.raises(KeyboardInterrupt):
         recover_accuracy(SlowWhere(slow), Splits(StopAfter(train, 5)), epochs=2, lr=0.1, checkpoint=path)
-    model = SlowWhere(not slow)  # where it goes on the other layout would be the faster one
+    model = SlowWhere(not slow)  # had it chosen again, the other layout would have won
     result = recover_accuracy(model, Splits(train), epochs=2, lr=0.1, checkpoint=path)
     assert result.channels_last is not slow and model.seen == {not slow}
     assert result.losses[-1] < result.losses[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import AgentError, DataError, RecordError
 from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, Quantity, Report, Target, TensorInfo
-from edgeprune.core.stats import quantity, turn_ratios
+from edgeprune.core.stats import pooled_ratio, quantity, turn_ratios
 from edgeprune.core.store import read_record, sha256_file, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.validate import MOST_ROUNDS, Examples, collect_examples, validate_artifact
@@ -206,7 +206,8 @@ def test_undecided_latency_is_measured_longer(
     """The same file as dense and compact under a ratio of 1: the limit is the measurement itself."""
     same = {"dense": artifacts["compact"], "compact": artifacts["compact"]}
     undecided = validate(session, same, examples, Budget(latency_s=1.0, latency_share=1.0))
-    share = quantity(ratios(undecided))
+    pairs = zip(undecided.samples["compact"], undecided.samples["dense"], strict=True)
+    share = pooled_ratio([turn_ratios(compact, dense) for compact, dense in pairs])  # as validation decides it
     assert len(undecided.samples["compact"]) == MOST_ROUNDS * 2 or not share.low <= 1.0 <= share.high
 
 

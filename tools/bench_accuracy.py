@@ -121,10 +121,17 @@ def bench_net(
     effort = EFFORTS["quick" if options.quick else "default"]
     board, ours = Board(session, net, effort), Ours(name, net, data, session, limit, kept, quick=options.quick)
     rows: list[Row] = []
+    models: dict[str, nn.Module] = {}
+
+    def kept_row(kind: str) -> Path:
+        return kept / f"{name}-{limit:.3f}-{kind.replace(':', '-')}.json"
+
+    def made_from(kind: str) -> list[object]:
+        return [kind, limit, options.epochs, options.seeds, len(data.train.y), images]
+
     for kind in options.row:
-        made_from = [kind, limit, options.epochs, options.seeds, len(data.train.y), images]
-        file = kept / f"{name}-{limit:.3f}-{kind.replace(':', '-')}.json"
-        if file.is_file() and (known := json.loads(file.read_text()))["made_from"] == made_from:
+        file = kept_row(kind)
+        if file.is_file() and (known := json.loads(file.read_text()))["made_from"] == made_from(kind):
             rows.append(Row(**known["row"]))
             continue
         start = time.perf_counter()
@@ -134,6 +141,13 @@ def bench_net(
             row, model = ours.prune(kind, board)
         row.seconds = time.perf_counter() - start
         log(f"  {row.name}: {row.share:.3f} of the dense latency, {row.before:.2%} before recovery; {row.widths}")
+        rows.append(row)
+        models[kind] = model
+    log("  measured; only training is left")  # which may share the machine
+    for row in rows:
+        model = models.pop(row.name, None)
+        if model is None:
+            continue
         for seed in range(options.seeds if options.epochs else 0):
             trained = copy.deepcopy(model)
             result = recover_accuracy(
@@ -141,8 +155,7 @@ def bench_net(
             )
             row.after.append(result.accuracy_after or 0.0)
             log(f"  {row.name}, seed {seed}: {row.after[-1]:.2%} {result.note}")
-        file.write_text(json.dumps({"made_from": made_from, "row": asdict(row)}))
-        rows.append(row)
+        kept_row(row.name).write_text(json.dumps({"made_from": made_from(row.name), "row": asdict(row)}))
     return report(name, dense, limit, rows)
 
 

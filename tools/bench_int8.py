@@ -87,8 +87,20 @@ class Bench:
         )  # fmt: skip
         return path
 
-    def row(self, name: str, model: nn.Module, precision: Precision, seconds: float = 0.0) -> Row:
-        """Measure an artifact of the model, and its accuracy on the test images."""
+    def row(
+        self, name: str, model: nn.Module, precision: Precision, seconds: float = 0.0, share: Quantity | None = None
+    ) -> Row:
+        """The accuracy of an artifact of the model on the test images, and its latency unless that is known."""
+        made = Row(
+            name=name, precision=precision, share=share or self.share(model, precision),
+            size_bytes=self._file(model, precision, "candidate").stat().st_size,
+            accuracy=self.judge.accuracy(model, precision, self.data.test), seconds=seconds,
+        )  # fmt: skip
+        log(f"  {made.name}: {made.share.median:.3f} of dense, {made.accuracy:.2%}")
+        return made
+
+    def share(self, model: nn.Module, precision: Precision) -> Quantity:
+        """Latency of an artifact of the model, in turns with the dense float32 one."""
         self.count += 1
         path = self._file(model, precision, f"candidate{self.count}")
         self.session.push({path.name: path})
@@ -100,12 +112,7 @@ class Bench:
         results = list(self.session.run(steps, job=f"int8-{time.time_ns():x}"))
         self.session.remove([path.name])
         ratios = [turn_ratios(r.samples, r.against) for r in results if r.samples is not None and r.against is not None]
-        made = Row(
-            name=name, precision=precision, share=quantity(np.concatenate(ratios)), size_bytes=path.stat().st_size,
-            accuracy=self.judge.accuracy(model, precision, self.data.test), seconds=seconds,
-        )  # fmt: skip
-        log(f"  {made.name}: {made.share.median:.3f} of dense, {made.accuracy:.2%}")
-        return made
+        return quantity(np.concatenate(ratios))
 
     def prune(self, importance: Importance, precision: Precision) -> tuple[nn.Module, str]:
         """The net with widths planned for the share of the float32 latency in a precision, refitted, not trained."""
@@ -142,26 +149,34 @@ def bench_net(
     log(f"  int8 on this board: {precision.name} {precision.float_nodes}")
     rows.append(bench.row("dense, 8 bits", net, precision))
     importance = score_groups(net, INPUTS, bench.graph, data.calibration, examples=128 if quick else 512, progress=show)
-    trained: dict[Precision, nn.Module] = {}
-    for planned, name in ((FLOAT32, "pruned"), (precision, "pruned for 8 bits")):
+    # Weights do not change a latency: all is measured before the first training, which may then share the machine.
+    pruned: dict[Precision, nn.Module] = {}
+    shares: dict[tuple[Precision, Precision], Quantity] = {}  # (planned for, stored in)
+    for planned in (FLOAT32, precision):
         try:
             model, kept = bench.prune(importance, planned)
         except InfeasibleBudget as reason:
-            print(f"{name}: {reason}", flush=True)
+            print(f"pruned for {planned.name}: {reason}", flush=True)
             continue
+        pruned[planned] = model
+        for stored in {planned, precision}:
+            shares[planned, stored] = bench.share(model, stored)
+            log(f"  planned for {planned.name}, stored in {stored.name}: {shares[planned, stored].median:.3f} of dense")
+        log(f"    kept {kept}")
+    log("  measured; only training is left")
+    for planned, model in pruned.items():
         start = time.monotonic()
         recover_accuracy(model, data, teacher=net, epochs=epochs, lr=0.02, progress=show)
-        trained[planned] = model
-        rows.append(bench.row(name, model, planned, time.monotonic() - start))
-        log(f"    kept {kept}")
-    if FLOAT32 not in trained:
+        name = "pruned" if planned == FLOAT32 else "pruned for 8 bits"
+        rows.append(bench.row(name, model, planned, time.monotonic() - start, shares[planned, planned]))
+    if FLOAT32 not in pruned:
         return rows
-    half = trained[FLOAT32]
-    rows.append(bench.row("pruned, then 8 bits", half, precision))
+    half, share = pruned[FLOAT32], shares[FLOAT32, precision]
+    rows.append(bench.row("pruned, then 8 bits", half, precision, share=share))
     for name, simulated in (("  trained on in float32", None), ("  trained on in 8 bits", precision)):
         model, start = copy.deepcopy(half), time.monotonic()
         recover_accuracy(model, data, teacher=net, epochs=max(epochs // 2, 1), lr=0.002, precision=simulated)
-        rows.append(bench.row(name, model, precision, time.monotonic() - start))
+        rows.append(bench.row(name, model, precision, time.monotonic() - start, share))
     return rows
 
 

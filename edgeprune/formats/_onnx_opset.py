@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    OperatorSetIdProto,
+    TensorProto,
+    defs,
+    helper,
+    numpy_helper,
+)
 
 from edgeprune.formats._onnx_kernels import all_nodes
 
@@ -18,12 +28,17 @@ class TooNew(Exception):
     """An operator, or a setting of it, that the older opset has not."""
 
 
+def standard_opset(model: ModelProto) -> OperatorSetIdProto:
+    """Of the standard operators: an entry that can be changed. raises: StopIteration for a model that has none."""
+    return next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
 def lower_opset(model: ModelProto, opset: int = OLDEST) -> None:
     """Rewrite a model for an older opset of the standard operators, in place; it computes the same.
 
     opset: 17 or newer. raises: TooNew, naming the operator; then nothing has changed.
     """
-    (own,) = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    own = standard_opset(model)
     if own.version <= opset:
         return
     if model.functions:

@@ -25,7 +25,7 @@ from edgeprune.formats._onnx_choices import sink_choices
 from edgeprune.formats._onnx_import import import_model as import_model
 from edgeprune.formats._onnx_kernels import FX_NODE, SCOPES, all_nodes
 from edgeprune.formats._onnx_metadata import embed_metadata as embed_metadata
-from edgeprune.formats._onnx_opset import OLDEST, TooNew, lower_opset
+from edgeprune.formats._onnx_opset import OLDEST, TooNew, lower_opset, standard_opset
 from edgeprune.formats._onnx_quantize import (
     Quantized,
     find_ranges,
@@ -124,7 +124,8 @@ def _describe(path: Path) -> tuple[Artifact, list[Path]]:
         bytes=sum(file.stat().st_size for file in (path, *data_files)),
         inputs=inputs,
         outputs=tuple(_tensor_info(value) for value in model.graph.output),
-        tools=tools | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(_opset(model))},
+        tools=tools
+        | {"producer": f"{model.producer_name} {model.producer_version}", "opset": str(standard_opset(model).version)},
     )
     return artifact, data_files
 
@@ -188,7 +189,7 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int | None
     assert program is not None
     model: ModelProto = program.model_proto
     _forget_sources(model)
-    if (found := _opset(model)) != written:
+    if (found := standard_opset(model).version) != written:
         raise ModelError(f"the model cannot be exported at opset {written}, only at {found}; ask for opset={found}")
     try:
         lower_opset(model, OLDEST if opset is None else opset)
@@ -265,11 +266,6 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return TensorInfo(name=value.name, shape=shape, dtype=dtype)
-
-
-def _opset(model: ModelProto) -> int:
-    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return version
 
 
 @contextlib.contextmanager
