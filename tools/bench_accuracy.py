@@ -2,9 +2,10 @@
 
     python tools/bench_accuracy.py [--quick] [--data DIR] [--net wrn16_2] [--net resnet20] [--speed-up 2]
                                    [--row weighed --row criterion:lamp --row tp:taylor ...] [--seeds 2]
+                                   [--board embedded|icount|icount-a76]
 
 WRN-16-2 to half and ResNet-20 to two thirds of its latency, as measured on the loopback board (ONNX Runtime, one
-thread), unless --speed-up says otherwise. A row is one net:
+thread), unless --speed-up and --board say otherwise. A row is one net:
 
     curves             measured loss curves, as `[search] trials = 0` plans
     weighed            the same after the search over their weights
@@ -40,17 +41,18 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bench_profile import open_board
 from cifar import ACCURACY, NETS, Cifar, load_net, log, make_parser, read_options, show
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.budget import make_budget
-from edgeprune.core.effort import EFFORTS, Effort
+from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.family import list_members
 from edgeprune.core.records import Budget, Importance, Plan, Profile, Step
 from edgeprune.core.stats import median, turn_ratios
-from edgeprune.device.session import Session
+from edgeprune.device.session import Session, open_session
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.on_board import compact_and_compensate, connect, dense_cost, plan_on_board
+from edgeprune.on_board import compact_and_compensate, dense_cost, plan_on_board
 from edgeprune.plan import choose_widths
 from edgeprune.profile import profile_target
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -92,6 +94,7 @@ def main() -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--net", action="append", choices=sorted(NETS), help="only this net (repeatable)")
     parser.add_argument("--row", action="append", help="only this row (repeatable)")
+    parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
     parser.add_argument("--speed-up", type=float, help="of the measured latency, above 1")
     parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements and rows")
     parser.add_argument("--epochs", type=int, help="epochs of recovery (default 5, quick 1); 0: no training")
@@ -103,7 +106,11 @@ def main() -> None:
     options.row = options.row or (QUICK_ROWS if options.quick else ALL_ROWS)
     aims: dict[str, dict[str, object]] = {}
     for name in options.net or list(SPEED_UP):
-        with connect("embedded") as session, tempfile.TemporaryDirectory() as temporary:
+        with (
+            open_board(options.board) as target,
+            open_session(target, space="bench-accuracy") as session,
+            tempfile.TemporaryDirectory() as temporary,
+        ):
             kept = options.out or Path(temporary)
             kept.mkdir(parents=True, exist_ok=True)
             aims |= bench_net(name, folder, data, session, kept, options)
@@ -118,8 +125,9 @@ def bench_net(
     dense = evaluate_accuracy(net, data.test)
     images = len(data.test.y)
     log(f"{name}: dense {dense:.2%} on {images} test images (its notes say {ACCURACY[name]:.1%} on 5000)")
-    effort = EFFORTS["quick" if options.quick else "default"]
-    board, ours = Board(session, net, effort), Ours(name, net, data, session, limit, kept, quick=options.quick)
+    effort = EFFORTS["quick" if options.quick else "default"] if options.board == "embedded" else NOISELESS
+    board = Board(session, net, effort)
+    ours = Ours(name, net, data, session, limit, kept, quick=options.quick, effort=effort)
     rows: list[Row] = []
     models: dict[str, nn.Module] = {}
 
@@ -193,9 +201,19 @@ class Ours:
     """One net on the board: profiled once, then pruned in any of our ways within the same latency."""
 
     def __init__(
-        self, name: str, net: nn.Module, data: Cifar, session: Session, limit: float, kept: Path, *, quick: bool
+        self,
+        name: str,
+        net: nn.Module,
+        data: Cifar,
+        session: Session,
+        limit: float,
+        kept: Path,
+        *,
+        quick: bool,
+        effort: Effort = EFFORTS["default"],
     ) -> None:
         self.net, self.data, self.session, self.limit, self.quick = net, data, session, limit, quick
+        self.effort = effort
         self.path = kept / f"{name}-profile.jsonl"
         self.kept = kept / f"{name}-search-{limit:.3f}.jsonl"
         self.graph = trace_graph(net, INPUTS)
@@ -205,7 +223,7 @@ class Ours:
         log("  profiling")
         return profile_target(
             self.net, INPUTS, self.graph, self.session, path=self.path, progress=show,
-            configurations=24 if self.quick else 40, held_out=4 if self.quick else 8,
+            configurations=24 if self.quick else 40, held_out=4 if self.quick else 8, effort=self.effort,
         )  # fmt: skip
 
     @cached_property
@@ -271,7 +289,7 @@ class Ours:
             shutil.copyfile(self.path, path)
             made = plan_on_board(
                 self.net, INPUTS, self.graph, profile, importance, self.budget, self.session, path,
-                solver=solver, progress=show,
+                solver=solver, effort=self.effort, progress=show,
             )  # fmt: skip
         self.widths = made.widths
         return made
@@ -388,7 +406,8 @@ class Board:
         steps = [
             Step(
                 key=f"{number}", kind="time", artifact=name, against="dense.onnx",
-                seconds=self.effort.seconds, precision=self.effort.precision,
+                seconds=self.effort.seconds, precision=self.effort.precision, min_samples=self.effort.samples,
+                steady=self.effort.steady,
             )
             for number in range(self.effort.repeats)
         ]  # fmt: skip

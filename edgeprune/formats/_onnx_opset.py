@@ -30,7 +30,8 @@ class TooNew(Exception):
 
 def standard_opset(model: ModelProto) -> OperatorSetIdProto:
     """Of the standard operators: an entry that can be changed. raises: StopIteration for a model that has none."""
-    return next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    found: OperatorSetIdProto = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return found
 
 
 def lower_opset(model: ModelProto, opset: int = OLDEST) -> None:
