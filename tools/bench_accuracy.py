@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,8 @@ def main() -> None:
     data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
     options.epochs = options.epochs if options.epochs is not None else 1 if options.quick else 5
     options.row = options.row or (QUICK_ROWS if options.quick else ALL_ROWS)
+    if any(row.startswith("tp:") for row in options.row) and find_spec("torch_pruning") is None:
+        parser.error("rows tp:NAME need Torch-Pruning: pip install .[bench]")
     aims: dict[str, dict[str, object]] = {}
     for name in options.net or list(SPEED_UP):
         with (
