@@ -394,7 +394,7 @@ class Board:
     def __init__(self, session: Session, dense: nn.Module, effort: Effort) -> None:
         self.session, self.effort, self.measured = session, effort, 0
         self.folder = tempfile.TemporaryDirectory()
-        self._push("dense.onnx", dense)
+        self._push("bench-dense.onnx", dense)  # a profile has a `dense.onnx` too, in its own precision
 
     def _push(self, name: str, model: nn.Module) -> None:
         path = Path(self.folder.name) / name
@@ -408,7 +408,7 @@ class Board:
         self._push(name, model)
         steps = [
             Step(
-                key=f"{number}", kind="time", artifact=name, against="dense.onnx",
+                key=f"{number}", kind="time", artifact=name, against="bench-dense.onnx",
                 seconds=self.effort.seconds, precision=self.effort.precision, min_samples=self.effort.samples,
                 steady=self.effort.steady,
             )
