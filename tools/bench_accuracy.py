@@ -114,7 +114,7 @@ def main() -> None:
             open_session(target, space="bench-accuracy") as session,
             tempfile.TemporaryDirectory() as temporary,
         ):
-            kept = options.out or Path(temporary)
+            kept = options.out / options.board if options.out else Path(temporary)
             kept.mkdir(parents=True, exist_ok=True)
             aims |= bench_net(name, folder, data, session, kept, options)
     print("RESULT " + json.dumps({"aims": aims}))
