@@ -169,6 +169,29 @@ def test_the_faster_precision_is_chosen_and_reported(splits: Splits) -> None:
     assert half.autocast and half.accuracy_after is not None and half.accuracy_after > 0.6
 
 
+def test_a_precision_that_is_far_slower_is_given_up_at_once(splits: Splits) -> None:
+    class SlowInHalf(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.tried = net(), [0, 0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = torch.is_autocast_enabled("cpu")
+            self.tried[half] += 1
+            time.sleep(1.0 if half else 0)
+            return self.net(x)
+
+        def __deepcopy__(self, memo: dict[int, object]) -> SlowInHalf:
+            copied = SlowInHalf()
+            copied.tried = self.tried  # of the trial too
+            return copied
+
+    model = SlowInHalf()
+    assert not recover_accuracy(model, splits, epochs=1, lr=0.1).autocast
+    layouts = 2 if next(iter(splits.train))[0].ndim == 4 else 1
+    assert model.tried[True] == layouts < model.tried[False]
+
+
 class SlowWhere(nn.Module):
     """A small net that takes its time with images laid out in one way, and remembers how they came."""
 

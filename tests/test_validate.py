@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from edgeprune.core.effort import Effort
 from edgeprune.core.errors import AgentError, DataError, RecordError
-from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, Quantity, Report, Target, TensorInfo
-from edgeprune.core.stats import pooled_ratio, quantity, turn_ratios
+from edgeprune.core.records import Accuracy, Artifact, Budget, Cost, FloatArray, Quantity, Report, Target, TensorInfo
+from edgeprune.core.stats import pooled_ratio, turn_ratios
 from edgeprune.core.store import read_record, sha256_file, write_record
 from edgeprune.device.session import Session, open_session
 from edgeprune.validate import MOST_ROUNDS, Examples, collect_examples, validate_artifact
@@ -191,7 +191,7 @@ def test_relative_latency_is_of_the_dense_model_in_the_same_rounds(
 ) -> None:
     relative = validate(session, artifacts, examples, Budget(latency_s=1e-9, latency_share=0.9))
     assert relative.compact.latency_s is not None
-    share = quantity(ratios(relative)).median
+    share = pooled_ratio(ratios(relative)).median
     assert relative.budget.latency_s == pytest.approx(0.9 * relative.compact.latency_s.median / share)
     assert relative.checks[0].limit == relative.budget.latency_s
     assert relative.checks[0].predicted == pytest.approx(1e-4 * relative.budget.latency_s / 1e-9)
@@ -206,15 +206,14 @@ def test_undecided_latency_is_measured_longer(
     """The same file as dense and compact under a ratio of 1: the limit is the measurement itself."""
     same = {"dense": artifacts["compact"], "compact": artifacts["compact"]}
     undecided = validate(session, same, examples, Budget(latency_s=1.0, latency_share=1.0))
-    pairs = zip(undecided.samples["compact"], undecided.samples["dense"], strict=True)
-    share = pooled_ratio([turn_ratios(compact, dense) for compact, dense in pairs])  # as validation decides it
+    share = pooled_ratio(ratios(undecided))  # as validation decides it
     assert len(undecided.samples["compact"]) == MOST_ROUNDS * 2 or not share.low <= 1.0 <= share.high
 
 
-def ratios(report: Report) -> list[float]:
-    """Compact over dense latency, turn by turn."""
+def ratios(report: Report) -> list[FloatArray]:
+    """Compact over dense latency, turn by turn of each round."""
     pairs = zip(report.samples["compact"], report.samples["dense"], strict=True)
-    return [float(ratio) for compact, dense in pairs for ratio in turn_ratios(compact, dense)]
+    return [turn_ratios(compact, dense) for compact, dense in pairs]
 
 
 def test_other_outputs_are_seen(session: Session, artifacts: dict[str, Artifact], examples: Examples) -> None:
