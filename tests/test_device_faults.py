@@ -87,7 +87,7 @@ def agent_is_gone(target: Target) -> bool:
 
 
 def once(action: Callable[[], object]) -> Callable[[StepResult], None]:
-    """Act on the first result only, while the next step is under way."""
+    """Act on the first result only, while the next step is under way, which has to outlast a busy machine's delays."""
     pending = [action]
 
     def on_result(result: StepResult) -> None:
@@ -117,14 +117,14 @@ def test_connection_that_does_not_come_back(tmp_path: Path, model: Path) -> None
         with open_session(replace(target, address=address)) as session:
             session.push({"net.onnx": model})
             with pytest.raises(ConnectionLost, match=r"did not come back in 1 s.*run the same command again"):
-                session.run(steps("a", "b", "c"), job="gone", on_result=once(board.close))
+                session.run([*steps("a"), *steps("b", seconds=120.0)], job="gone", on_result=once(board.close))
 
 
 def test_killed_agent_goes_on_where_it_was(target: Target, model: Path) -> None:
     with open_session(target) as session:
         session.push({"net.onnx": model})
         kill = once(lambda: os.kill(worker(target), signal.SIGKILL))
-        results = session.run(steps("a", "b", "c", seconds=1.0), job="kill", on_result=kill)
+        results = session.run([*steps("a"), *steps("b", "c", seconds=2.0)], job="kill", on_result=kill)
     assert [result.error for result in results] == [None, None, None]
     written = events(target)
     assert [event["key"] for event in written if event["event"] == "result"] == ["a", "b", "c"]
@@ -137,7 +137,7 @@ def test_board_that_lost_every_process(target: Target, model: Path, monkeypatch:
     with open_session(target) as session:
         session.push({"net.onnx": model})
         kill = once(lambda: os.killpg(supervisor(target), signal.SIGKILL))
-        results = session.run(steps("a", "b", seconds=1.0), job="reboot", on_result=kill)
+        results = session.run([*steps("a"), *steps("b", seconds=3.0)], job="reboot", on_result=kill)
     assert [result.error for result in results] == [None, None]
     assert [event["event"] for event in events(target)].count("exit") == 1
 
@@ -408,9 +408,9 @@ def test_disk_that_fills_up_while_measuring(
         with open_session(target) as session:
             session.push({"net.onnx": model})
             with pytest.raises(BoardNotReady, match=r"no space left .* run the same command again"):
-                session.run(steps("a", "b", "c"), job="full", on_result=once(fill))
+                session.run([*steps("a"), *steps("b", "c", seconds=2.0)], job="full", on_result=once(fill))
             (disk / "full").unlink()
-            results = session.run(steps("a", "b", "c"), job="full")
+            results = session.run([*steps("a"), *steps("b", "c", seconds=2.0)], job="full")
         assert [result.error for result in results] == [None] * 3
         written = [event["key"] for event in events(target) if event["event"] == "result"]
         assert sorted(written) == ["a", "b", "c"]
