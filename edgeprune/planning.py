@@ -38,11 +38,7 @@ from edgeprune.core.records import (
 from edgeprune.core.store import digest, read_record, sha256_file, write_atomic
 from edgeprune.device.session import Session
 from edgeprune.graphs.slice import expand_tensors
-from edgeprune.on_board import (
-    compact_and_compensate,
-    dense_cost,
-    plan_on_board,
-)
+from edgeprune.on_board import Assembler, dense_cost, plan_on_board
 from edgeprune.plan import choose_widths
 from edgeprune.precisions import leave_in_float, try_precisions, worth_planning
 from edgeprune.profile import profile_target, read_profile
@@ -278,10 +274,10 @@ class Planning(Context):
         fitting, judging = split_examples(first(self.data.require("calibration"), run.prune.batches))
         wanted = outputs_of(self.start, judging)
 
+        nets, fit = Assembler(self.start, self.inputs, graph), fitting if run.prune.compensate else None
+
         def judge(plan: Plan) -> float:
-            fit = fitting if run.prune.compensate else None
-            net = compact_and_compensate(self.start, self.inputs, graph, plan, fit)
-            return divergence(outputs_of(net, judging), wanted)
+            return divergence(outputs_of(nets.assemble(plan, fit), judging), wanted)
 
         return weigh_curves(
             importance,

@@ -53,7 +53,7 @@ from edgeprune.core.records import Budget, Importance, Plan, Profile, Step
 from edgeprune.core.stats import median, turn_ratios
 from edgeprune.device.session import Session, open_session
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.on_board import compact_and_compensate, dense_cost, plan_on_board
+from edgeprune.on_board import Assembler, compact_and_compensate, dense_cost, plan_on_board
 from edgeprune.plan import choose_widths
 from edgeprune.profile import profile_target
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
@@ -248,9 +248,10 @@ class Ours:
         fitting, judging = split_examples(self.data.calibration)
         wanted = outputs_of(self.net, judging)
 
+        nets = Assembler(self.net, INPUTS, self.graph)
+
         def judge(plan: Plan) -> float:
-            net = compact_and_compensate(self.net, INPUTS, self.graph, plan, fitting)
-            return divergence(outputs_of(net, judging), wanted)
+            return divergence(outputs_of(nets.assemble(plan, fitting), judging), wanted)
 
         return weigh_curves(
             self.curves,

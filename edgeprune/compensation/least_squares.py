@@ -35,7 +35,6 @@ ROUNDING = 1e-10
 Keep = Mapping[str, IntArray]
 
 
-@torch.no_grad()
 def compensate(
     compact: nn.Module,
     dense: nn.Module,
@@ -59,11 +58,34 @@ def compensate(
     returns: names of the fitted layers. A layer whose system cannot be solved, or whose fit is no
              better, stays as it was.
     """
-    inputs = [tuple(x) if isinstance(x, tuple | list) else (x,) for x, _ in batches]
-    if not inputs or not isinstance(compact, fx.GraphModule):
+    batches = list(batches)
+    if not batches or not isinstance(compact, fx.GraphModule):
         return []
-    reference = lift(capture(dense, inputs[0]))
-    assert isinstance(reference, fx.GraphModule)
+    reference = lift(capture(dense, _tensors(batches[0])))
+    return compensate_lifted(
+        compact, reference, graph, keep, batches, cut=cut, damping=damping, seed=seed, progress=progress
+    )
+
+
+@torch.no_grad()
+def compensate_lifted(
+    compact: fx.GraphModule,
+    reference: fx.GraphModule,
+    graph: Graph,
+    keep: Keep,
+    batches: Iterable[tuple[Any, Tensor]],
+    *,
+    cut: Container[str] = (),
+    damping: float = 1e-2,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[str]:
+    """As `compensate`, of a dense model that is lifted already.
+
+    reference: from `lift`, with a free batch size or that of the batches.
+    """
+    if not (inputs := [_tensors(batch) for batch in batches]):
+        return []
     training = compact.training
     compact.eval()
     reference.eval()
@@ -90,6 +112,11 @@ def compensate(
             fitted.append(name)
     compact.train(training)
     return fitted
+
+
+def _tensors(batch: tuple[Any, Tensor]) -> tuple[Tensor, ...]:
+    inputs, _ = batch
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
 def _live_bytes(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> int:

@@ -32,7 +32,7 @@ def slice_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep) -> 
     return slice_captured(capture(module, inputs), graph, keep)
 
 
-def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> nn.Module:
+def slice_captured(captured: fx.GraphModule, graph: Graph, keep: Keep) -> fx.GraphModule:
     """As `slice_model`, of a model that is captured already; `captured` is used up.
 
     raises: RecordError.

@@ -10,8 +10,9 @@ rows of a pair. The relaxation is tight on trees (Wainwright & Jordan 2008, sect
 shared axis is the one level k with sizes[k - 1] < fixed + sum of count x width <= sizes[k].
 
 How it gets fast. Levels and pairs that exceed a limit even with all else at its cheapest are removed.
-The duals of the relaxation then bound the loss of every solution that uses a level; a *core* of the
-most promising levels is solved first. What it leaves out cannot beat the least bound left out, so a
+The duals of the relaxation then bound the loss of every solution that uses a level, so what the
+greedy solver finds, often the optimum itself, rules out most; a *core* of the most promising levels
+is solved first. What it leaves out cannot beat the least bound left out, so a
 small core usually proves its own optimum (the core concept of knapsacks, Balas & Zemel 1980); if not,
 the core grows to every level that could still beat what was found.
 """
@@ -31,7 +32,7 @@ from scipy.sparse import csr_array, hstack, vstack
 
 from edgeprune.core.problem import TOLERANCE, Levels, Problem, Row, excess_of, is_feasible, losses_of
 from edgeprune.core.records import FloatArray, IntArray
-from edgeprune.solvers import Solution, Status
+from edgeprune.solvers import Solution, Status, greedy
 
 Mask = npt.NDArray[np.bool_]
 
@@ -40,6 +41,9 @@ INFEASIBLE = 2
 
 FORBIDDEN = 1e30
 """Cost of what a limit rules out; finite, so that differences stay defined."""
+
+OPENING = 0.25
+"""Share of the time for a first solution, which is what is left where time runs out."""
 
 PASSES = 5
 """Rounds of removing levels; each uses what the last removed."""
@@ -71,6 +75,9 @@ def solve(problem: Problem, *, time_limit_s: float = 20.0, gap: float = 1e-4, co
         return result(np.inf, empty=True)
     ascending = np.sort(bounds)
     proven, size = float(ascending[0]), core * len(problem.sizes)
+    opening = greedy.solve(problem, time_limit_s=OPENING * time_limit_s)
+    if opening.levels is not None and is_feasible(problem, opening.levels):
+        best, loss = opening.levels, opening.loss
     while True:
         cut = min(loss, ascending[size - 1] if size < len(ascending) else np.inf)
         left = max(time_limit_s - (time.perf_counter() - start), 0.1)
