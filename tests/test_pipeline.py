@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from edgeprune.core.closed_loop import best_round
+from edgeprune.core.effort import EFFORTS
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import (
     Bracket,
@@ -113,6 +115,12 @@ FILES = {"graph.json", "profile.jsonl", "importance.json", "search.jsonl", "plan
          "report.json", "report.html", "bundle.zip", "run.log"}  # fmt: skip
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of a tenth of a second: what these tests ask does not depend on their spread."""
+    monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
@@ -202,6 +210,7 @@ def test_the_loop_keeps_the_slowest_plan_within_the_budget(measured: tuple[float
 
 @pytest.mark.slow
 @pytest.mark.device
+@pytest.mark.usefixtures("brief")
 def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     text = RUN_FILE.replace("[prune]", "[prune]\nsteps = 2").replace("trials = 3", "trials = 0")
@@ -230,6 +239,7 @@ def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.device
+@pytest.mark.usefixtures("brief")
 def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     text = RUN_FILE.replace("[prune]", '[prune]\nregularizer = "greg:ratio=0.4"\nregularizer_epochs = 3')
@@ -249,6 +259,7 @@ def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) ->
 
 @pytest.mark.long
 @pytest.mark.device
+@pytest.mark.usefixtures("brief")
 def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     text = RUN_FILE.replace("[prune]", '[prune]\npattern = "n_m:n=2,m=4"\nstep = 4').replace("trials = 3", "trials = 0")
@@ -272,6 +283,7 @@ def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.device
+@pytest.mark.usefixtures("brief")
 def test_fewer_channels_and_gates(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     text = RUN_FILE.replace("[prune]", '[prune]\ngating = "block_skip:rate=0.5"\ngating_epochs = 3')
@@ -310,6 +322,7 @@ def test_what_does_not_go_with_gates(tmp_path: Path, change: tuple[str, str], me
 
 @pytest.mark.slow
 @pytest.mark.device
+@pytest.mark.usefixtures("brief")
 def test_blocks_before_fewer_channels(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     text = RUN_FILE.replace("[prune]", '[prune]\npivot = [2, 4]\npivot_latency = "0.8x"').replace(

@@ -19,9 +19,12 @@ GATHER = "gather"
 """Buffer of a layer that reads its inputs in an order of its own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """What a layer becomes. columns: (inputs,) the order in which it reads its inputs; None: as they are."""
+    """What a layer becomes, equal to itself alone.
+
+    columns: (inputs,) the order in which it reads its inputs; None: as they are.
+    """
 
     groups: int
     columns: IntArray | None = None
