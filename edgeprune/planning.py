@@ -49,7 +49,7 @@ from edgeprune.tournament import Contender, check_training, hold_tournament
 
 Batches = Iterable[tuple[Any, Tensor]]
 AUTO = "auto"
-CURVES, UNIFORM = "curves", "uniform"
+CURVES, UNIFORM, MAGNITUDE = "curves", "uniform", "magnitude"
 NEAR = re.compile(r"near-(\d+)")
 """Contenders of a tournament besides criteria."""
 SEARCH_SECONDS = 5.0
@@ -267,7 +267,7 @@ class Planning(Context):
         )
 
     def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
-        """Loss curves that know what groups lose together."""
+        """Loss curves that know what groups lose together, and what magnitudes say besides."""
         run, settings = self.run, self.run.search
         if not importance.curves or settings.trials < 2:
             return importance
@@ -292,6 +292,7 @@ class Planning(Context):
                 time_limit_s=SEARCH_SECONDS,
             ),
             judge,
+            beside=[self._score(graph, MAGNITUDE, f"importance-{MAGNITUDE}", curves=False)],
             trials=settings.trials,
             seconds=settings.seconds,
             judged_with=run.prune.compensate,

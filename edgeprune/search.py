@@ -1,10 +1,11 @@
-"""Weigh the loss curves by what groups lose together.
+"""Find a plan by what whole nets lose, since groups lose more together than the sum of what each would lose alone.
 
-A plan adds what each group would lose if it were cut alone. Cut together, groups lose more, some far more than others.
-Each curve gets a weight here, learnt from whole nets: plan with the weights, assemble that net, refit it, take its true
-loss, and see which weights explain what was seen. Weights of curves that are judged by the assembled net are SPDY's
-(Frantar and Alistarh, ICML 2022, arXiv:2201.13096, section 4.2), which draws them at random around the best. Ours: a
-linear model of the true loss in the curves, whose uncertainty says where to look next (Thompson sampling).
+Plan, assemble that net, refit it, take its true loss, and see what explains the losses that were seen. Weights of loss
+curves that are judged by the assembled net are SPDY's (Frantar and Alistarh, ICML 2022, arXiv:2201.13096, section 4.2),
+which draws them at random around the best. Ours: besides the measured curves there are other *views* of what a width
+loses, such as the summed magnitudes of the units that go, or the same of every group; the true loss is modelled as
+linear in all of them, and the model's uncertainty says where to look next (Thompson sampling). So the search starts
+from the plan of each view, and ends with a mixture of them.
 """
 
 from __future__ import annotations
@@ -12,26 +13,39 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.core.errors import DataError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import CurveTrial, FloatArray, Importance, Plan
+from edgeprune.core.records import CurveTrial, FloatArray, Importance, IntArray, LossCurve, Plan
 from edgeprune.core.store import append_record, digest, read_lines
 from edgeprune.plan import level_losses
 
 SPREAD = 0.7
-"""Standard deviation of a weight around 1 before anything was seen."""
+"""Standard deviation of a weight, as a share of it, before anything was seen."""
 NOISE = 0.1
-"""Share of a net's loss that no weighing explains."""
+"""Share of a net's loss that no weights explain."""
+PULL = 0.3
+"""How much the views are held to be of one mind, beside what a net says."""
+BOLDNESS, BOLDER = 0.5, 1.25
+"""Share of a weight's uncertainty that a draw makes use of, since all of it explores more than so few nets allow; and
+by how much more each time that a draw led to widths that were seen before."""
+SAME = 1e-6
+"""A net that loses so little less, as a share, is no better."""
 LEAST_WEIGHT, MOST_WEIGHT = 0.1, 8.0
+"""Of a group's weight in a view, of the view's own."""
+LEAST_VIEW = 0.05
+"""Weight of a view, of all, that is always left."""
+GRID = 16
+"""Widths of a group at which the views are tabulated, besides those of its curve."""
 DRAWS = 4
 """Draws of weights per net at most: many lead to widths that were seen before."""
 FITTING_EXAMPLES, JUDGING_EXAMPLES = 128, 1024
@@ -45,6 +59,7 @@ def weigh_curves(
     choose: Callable[[Importance], Plan],
     judge: Callable[[Plan], float],
     *,
+    beside: Sequence[Importance] = (),
     trials: int = 16,
     seconds: float = math.inf,
     judged_with: Any = None,
@@ -52,85 +67,164 @@ def weigh_curves(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Importance:
-    """The importance with its curves weighed so that the plan made of it loses least in truth.
+    """The importance with curves such that the plan made of it loses least in truth.
 
     choose: widths for an importance, within the budget. judge: what the net of a plan loses beside the dense one, > 0.
+    beside: importances of other criteria, whose summed scores are views besides the curves.
     trials, seconds: nets to judge at most, the one of the unweighed curves first, and for how long.
     judged_with: what else decides a net's loss, in plain values.
     checkpoint: JSONL file that trials are appended to and taken from.
-    returns: the importance as it was where no weights beat it.
+    returns: the importance as it was where nothing beat it.
     raises: DataError without curves, or when a loss is not finite.
     """
     if not importance.curves:
         raise DataError("a search over loss curves needs them; score with curves, or set [search] trials = 0")
-    names, base, rng = sorted(importance.curves), digest([importance, judged_with]), np.random.default_rng(seed)
+    views, rng = Views.of(importance, beside), np.random.default_rng(seed)
+    base = digest([importance, *beside, judged_with])
     judged = _read_trials(checkpoint, base)
     seen: list[CurveTrial] = []
     started = time.monotonic()
-    weights = np.ones(len(names))
-    for _ in range(trials * DRAWS):
+    tried, boldness = 0, BOLDNESS
+    while len(seen) < trials and tried < trials * DRAWS and (not seen or time.monotonic() - started <= seconds):
         progress("search: nets judged", len(seen), trials)
-        by_name = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
-        widths = (plan := choose(apply_weights(importance, by_name))).widths
-        if not any(trial.widths == widths for trial in seen):
-            loss = next((trial.loss for trial in judged if trial.widths == widths), None)
-            if loss is None:
-                loss = judge(plan)
-                if not np.isfinite(loss):
-                    raise DataError("the loss of a planned net is not finite; check the calibration data")
-                if checkpoint is not None:
-                    append_record(checkpoint, CurveTrial(base=base, weights=by_name, widths=widths, loss=loss))
-            seen.append(CurveTrial(base=base, weights=by_name, widths=widths, loss=loss))
-        if len(seen) >= trials or time.monotonic() - started > seconds:
-            break
-        weights = _draw_weights(rises(importance, names, seen), np.array([trial.loss for trial in seen]), rng)
+        if tried < len(views.rises):
+            weights = views.alone(tried)
+        else:
+            losses = np.array([trial.loss for trial in seen])
+            weights = _draw_weights(views.explain(seen), losses, boldness, rng)
+        # The curves alone are planned with as they were measured, not as tabulated.
+        plan = choose(importance if tried == 0 else views.mix(weights))
+        tried += 1
+        if any(trial.widths == plan.widths for trial in seen):
+            boldness *= BOLDER
+            continue
+        boldness = BOLDNESS
+        loss = next((trial.loss for trial in judged if trial.widths == plan.widths), None)
+        known = loss is not None
+        if loss is None:
+            loss = judge(plan)
+            if not np.isfinite(loss):
+                raise DataError("the loss of a planned net is not finite; check the calibration data")
+        seen.append(CurveTrial(base=base, weights=weights.tolist(), widths=plan.widths, loss=loss))
+        if checkpoint is not None and not known:
+            append_record(checkpoint, seen[-1])
     best = min(seen, key=lambda trial: trial.loss)
-    return importance if best is seen[0] else apply_weights(importance, best.weights)
+    return importance if best.loss >= (1 - SAME) * seen[0].loss else views.mix(np.array(best.weights))
 
 
-def apply_weights(importance: Importance, weights: Mapping[str, float]) -> Importance:
-    """The importance with each curve's rise above the dense loss multiplied."""
-    curves = {
-        name: replace(curve, loss=curve.loss[-1] + weights.get(name, 1.0) * (curve.loss - curve.loss[-1]))
-        for name, curve in importance.curves.items()
-    }
-    return replace(importance, curves=curves)
+@dataclass(frozen=True)
+class Views:
+    """What several views say that groups and branches lose, tabulated.
+
+    importance: whose scores rank the units. names: of its curves, in order. widths: of each, ascending.
+    rises: per view and name, what the loss rises by at those widths; all views have the same sum half way down.
+    """
+
+    importance: Importance
+    names: tuple[str, ...]
+    widths: tuple[IntArray, ...]
+    rises: tuple[tuple[FloatArray, ...], ...]
+
+    @classmethod
+    def of(cls, importance: Importance, beside: Sequence[Importance] = ()) -> Views:
+        """The measured curves, the summed scores of others, and one that is the same for every group.
+
+        Of a branch only its own curve says anything; all views take it.
+        """
+        names = tuple(sorted(importance.curves))
+        groups = [name for name in names if importance.curves[name].widths[0] > 0]
+        grid = {name: _tabulated_widths(importance.curves[name]) for name in groups}
+        curves = level_losses(importance, grid)
+        tables = [curves]
+        tables += [level_losses(replace(other, curves={}), grid) for other in beside]
+        tables.append({name: (1 - grid[name] / grid[name][-1]) ** 2 for name in groups})
+
+        def half_way(table: Mapping[str, FloatArray]) -> float:
+            return sum(float(np.interp(grid[name][-1] / 2, grid[name], table[name])) for name in groups)
+
+        wanted = half_way(curves)
+        scales = [wanted / total if (total := half_way(table)) > 0 and wanted > 0 else 1.0 for table in tables]
+        branches = {
+            name: np.array([max(float(curve.loss[0] - curve.loss[-1]), 0.0), 0.0])
+            for name, curve in importance.curves.items()
+            if name not in grid
+        }
+        return cls(
+            importance=importance,
+            names=names,
+            widths=tuple(grid.get(name, np.arange(2)) for name in names),
+            rises=tuple(
+                tuple(table[name] * scale if name in grid else branches[name] for name in names)
+                for table, scale in zip(tables, scales, strict=True)
+            ),
+        )
+
+    def alone(self, view: int) -> FloatArray:
+        """Weights (views, names) of one view and no other."""
+        weights = np.zeros((len(self.rises), len(self.names)))
+        weights[view] = 1.0
+        return weights
+
+    def mix(self, weights: FloatArray) -> Importance:
+        """The importance with the weighed sum of the views for its curves; weights: (views, names)."""
+        dense = self.importance.dense_loss or 0.0
+        curves = {
+            name: LossCurve(
+                widths=self.widths[n],
+                loss=dense + np.sum([weights[k, n] * rises[n] for k, rises in enumerate(self.rises)], axis=0),
+            )
+            for n, name in enumerate(self.names)
+        }
+        return replace(self.importance, curves=curves)
+
+    def explain(self, trials: Sequence[CurveTrial]) -> FloatArray:
+        """What each view says that each group, or branch, loses in trials: (trials, views, names)."""
+        found = np.zeros((len(trials), len(self.rises), len(self.names)))
+        for t, trial in enumerate(trials):
+            for n, name in enumerate(self.names):
+                width = trial.widths.get(name, int(self.widths[n][-1]))  # a branch is named where it is dropped
+                for k, rises in enumerate(self.rises):
+                    found[t, k, n] = np.interp(width, self.widths[n], rises[n])
+        return found
+
+
+def _tabulated_widths(curve: LossCurve) -> IntArray:
+    """Those of the curve, and others evenly between one unit and all."""
+    even = np.linspace(1, int(curve.widths[-1]), GRID).round()
+    widths: IntArray = np.unique([*curve.widths, *even]).astype(np.int64)
+    return widths
 
 
 def scatter_weights(importance: Importance, seed: int) -> Importance:
-    """The importance with random weights on its curves: plans of it are neighbours of the plan without."""
+    """The importance with random weights on its curves' rises: plans of it are neighbours of the plan without."""
     rng = np.random.default_rng(seed)
-    return apply_weights(importance, {name: float(np.exp(rng.normal(0, SPREAD))) for name in sorted(importance.curves)})
+    curves = {}
+    for name in sorted(importance.curves):
+        curve, weight = importance.curves[name], float(np.exp(rng.normal(0, SPREAD)))
+        curves[name] = replace(curve, loss=curve.loss[-1] + weight * (curve.loss - curve.loss[-1]))
+    return replace(importance, curves=curves)
 
 
-def rises(importance: Importance, names: Sequence[str], trials: Sequence[CurveTrial]) -> FloatArray:
-    """What the curve of each group, or branch, says that it loses at a trial's width: (trials, names)."""
-    columns = []
-    for name in names:
-        if importance.curves[name].widths[0] == 0:  # a branch: trials name it where it is dropped
-            loss = importance.curves[name].loss
-            columns.append(np.array([max(loss[0] - loss[-1], 0.0) * (name in trial.widths) for trial in trials]))
-            continue
-        widths = np.unique([*(trial.widths[name] for trial in trials), int(importance.curves[name].widths[-1])])
-        losses = level_losses(importance, {name: widths})[name]
-        columns.append(losses[np.searchsorted(widths, [trial.widths[name] for trial in trials])])
-    return np.stack(columns, axis=1)
+def _draw_weights(rise: FloatArray, loss: FloatArray, boldness: float, rng: np.random.Generator) -> FloatArray:
+    """Weights from what the trials say of them: Bayesian linear regression around one factor per view.
 
-
-def _draw_weights(rise: FloatArray, loss: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Weights from what the trials say of them: Bayesian linear regression around one common factor.
-
-    rise: (trials, groups). loss: (trials,), > 0.
+    rise: (trials, views, names). loss: (trials,), > 0. boldness: share of the uncertainty. returns: (views, names).
     """
-    alone = rise.sum(axis=1)
-    factor = float(alone @ loss / max(float(alone @ alone), 1e-30))
+    trials, views, names = rise.shape
     noise = NOISE * np.maximum(loss, 1e-12)
-    seen = factor * rise / noise[:, None]
-    missed = (loss - factor * alone) / noise
-    covariance = np.linalg.inv(seen.T @ seen + np.eye(rise.shape[1]) / SPREAD**2)
-    drawn = rng.multivariate_normal(1 + covariance @ (seen.T @ missed), covariance)
-    clipped: FloatArray = np.clip(drawn, LEAST_WEIGHT, MOST_WEIGHT)
-    return clipped
+    alone = rise.sum(axis=2)
+    level = max(float(np.median(loss / np.maximum(alone.sum(axis=1), 1e-30))), 1e-30)
+    pull = PULL * math.sqrt(trials)
+    equations = np.vstack([alone / noise[:, None], np.eye(views) * pull / level])
+    factors, _ = nnls(equations, np.concatenate([loss / noise, np.full(views, pull)]))
+    mean = np.repeat(np.maximum(factors, LEAST_VIEW * factors.sum()), names)
+    seen = rise.reshape(trials, -1) * mean / noise[:, None] * SPREAD
+    missed = (loss - rise.reshape(trials, -1) @ mean) / noise
+    covariance = np.linalg.inv(seen.T @ seen + np.eye(seen.shape[1]))
+    expected = covariance @ (seen.T @ missed)
+    drawn = expected + boldness * rng.multivariate_normal(np.zeros(len(mean)), covariance)
+    weights: FloatArray = mean * np.clip(1 + SPREAD * drawn, LEAST_WEIGHT, MOST_WEIGHT)
+    return weights.reshape(views, names)
 
 
 def _read_trials(checkpoint: Path | None, base: str) -> list[CurveTrial]:

@@ -40,7 +40,7 @@ from edgeprune.on_board import plan_on_board
 from edgeprune.plan import build_problem, choose_widths
 from edgeprune.profile import profile_target, read_profile
 from edgeprune.score import score_groups
-from edgeprune.search import rises, weigh_curves
+from edgeprune.search import Views, weigh_curves
 from edgeprune.trace import trace_captured, trace_graph
 
 torch.set_num_threads(1)
@@ -338,15 +338,14 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
     """A branch that costs eight times what was measured alone is dropped no more."""
     graph, profile, importance = setting()
     budget = make_budget(predict_cost(graph, {}, profile), latency="0.6x")
-    names = sorted(importance.curves)
+    views = Views.of(importance)
 
     def choose(weighed: Importance) -> Plan:
         return choose_widths(graph, profile, weighed, budget, compare=(), levels=4)
 
     def judge(plan: Plan) -> float:
-        trial = CurveTrial(base="", weights={}, widths=plan.widths, loss=0.0)
-        (alone,) = rises(importance, names, [trial])
-        return 0.01 + float(sum(alone)) + 7 * float(alone[names.index("first")])
+        (by_view,) = views.explain([CurveTrial(base="", weights=[], widths=plan.widths, loss=0.0)])
+        return 0.01 + float(sum(by_view[0])) + 7 * float(by_view[0][views.names.index("first")])
 
     before, after = choose(importance), choose(weigh_curves(importance, choose, judge, trials=12))
     assert "first" in before.widths and "first" not in after.widths

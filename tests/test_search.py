@@ -16,11 +16,11 @@ from torch import nn
 from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.errors import DataError
-from edgeprune.core.records import Budget, Cost, Importance, LossCurve, Plan
-from edgeprune.on_board import compact_and_compensate
-from edgeprune.plan import choose_widths
+from edgeprune.core.records import Budget, Cost, CurveTrial, Importance, LossCurve, Plan
+from edgeprune.on_board import Assembler
+from edgeprune.plan import choose_widths, level_losses
 from edgeprune.score import score_groups
-from edgeprune.search import apply_weights, divergence, outputs_of, scatter_weights, split_examples, weigh_curves
+from edgeprune.search import Views, divergence, outputs_of, scatter_weights, split_examples, weigh_curves
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -47,12 +47,13 @@ def importance() -> Importance:
 
 def rise(weighed: Importance, name: str, width: int) -> float:
     curve = weighed.curves[name]
-    return float(curve.loss[list(curve.widths).index(width)] - curve.loss[-1])
+    return float(np.interp(width, curve.widths, curve.loss) - curve.loss[-1])
 
 
 def choose(weighed: Importance) -> Plan:
     """The widths of least summed loss with at most MOST_UNITS units, by brute force."""
-    rises = [np.array([rise(weighed, name, width) for width in WIDTHS]) for name in GROUPS]
+    losses_of = level_losses(weighed, dict.fromkeys(GROUPS, np.array(WIDTHS)))
+    rises = [losses_of[name] for name in GROUPS]
     losses = sum(rises[v][FITTING[:, v]] for v in range(len(GROUPS)))
     best = [WIDTHS[level] for level in FITTING[int(np.argmin(losses))]]
     return Plan(
@@ -139,6 +140,40 @@ def test_a_killed_search_goes_on_and_ends_alike(tmp_path: Path) -> None:
     assert len(seen) == 1
 
 
+def test_views_agree_on_how_much_is_lost_and_not_on_where() -> None:
+    """Half way down all lose the same in sum; of a branch only its curve knows."""
+    branch = LossCurve(widths=np.arange(2), loss=np.array([0.8, 0.5]))
+    given = replace(importance(), curves={**importance().curves, "branch": branch})
+    other = replace(importance(), scores={name: np.arange(16.0) * (name == "a") for name in GROUPS}, curves={})
+    views = Views.of(given, [other])
+    half = dict.fromkeys(GROUPS, 8)
+    trials = [CurveTrial(base="", weights=[], widths=widths, loss=0.0) for widths in (half, {**half, "branch": 0})]
+    without, dropped = views.explain(trials)
+    assert without.sum(axis=1) == pytest.approx([5 * 0.4] * 3, rel=0.01)
+    assert dropped.sum(axis=1) == pytest.approx([5 * 0.4 + 0.3] * 3, rel=0.01)
+    curves, magnitudes, even = (dict(zip(views.names, each, strict=True)) for each in without)
+    assert magnitudes["a"] == pytest.approx(2.0, rel=0.01) and magnitudes["b"] == pytest.approx(0.0, abs=1e-3)
+    assert len({round(even[name], 9) for name in GROUPS}) == 1 and curves["a"] == pytest.approx(0.4, rel=0.01)
+    mixed = views.mix(views.alone(0) + 2 * views.alone(1))
+    assert rise(mixed, "a", 8) == pytest.approx(0.4 + 2 * 2.0, rel=0.01)
+    assert rise(mixed, "b", 8) == pytest.approx(0.4, rel=0.01)
+
+
+def test_a_search_finds_what_the_curves_do_not_say() -> None:
+    """The truth is the summed scores of another criterion, which is a view: its plan is the second that is judged."""
+    scores = {name: np.arange(16.0) ** (2 * n) for n, name in enumerate(GROUPS)}
+    other = replace(importance(), scores=scores, curves={})
+    truth = level_losses(other, dict.fromkeys(GROUPS, np.array(WIDTHS)))
+
+    def judge(plan: Plan) -> float:
+        return 0.01 + sum(float(truth[name][WIDTHS.index(plan.widths[name])]) for name in GROUPS)
+
+    everything = [{name: WIDTHS[v] for name, v in zip(GROUPS, levels, strict=True)} for levels in FITTING]
+    best = min(judge(replace(choose(importance()), widths=widths)) for widths in everything)
+    assert judge(choose(weigh_curves(importance(), choose, judge, beside=[other], trials=2))) == pytest.approx(best)
+    assert judge(choose(importance())) > 2 * best
+
+
 def test_what_cannot_be_weighed_is_refused() -> None:
     with pytest.raises(DataError, match="needs them"):
         weigh_curves(replace(importance(), curves={}), choose, truth((1,) * 5))
@@ -151,9 +186,6 @@ def test_scattered_weights_give_neighbours() -> None:
     assert len({tuple(widths.values()) for widths in plans}) > 2
     same = [scatter_weights(importance(), 3).curves["a"].loss for _ in range(2)]
     assert np.array_equal(*same)
-    doubled = apply_weights(importance(), {"a": 2.0})
-    assert np.allclose(doubled.curves["a"].loss, [2.3, 1.3, 0.7, 0.5])
-    assert np.array_equal(doubled.curves["b"].loss, importance().curves["b"].loss)
 
 
 def test_examples_are_split_and_never_shared() -> None:
@@ -199,9 +231,11 @@ def test_a_real_net_loses_no_more_than_by_its_plain_curves() -> None:
     def plan_of(given: Importance) -> Plan:
         return choose_widths(graph, profile, given, budget, solver="greedy", compare=())
 
-    def judge(plan: Plan) -> float:
-        return divergence(outputs_of(compact_and_compensate(net, inputs, graph, plan, fitting), judging), wanted)
+    nets = Assembler(net, inputs, graph)
 
-    weighed = weigh_curves(scored, plan_of, judge, trials=6)
+    def judge(plan: Plan) -> float:
+        return divergence(outputs_of(nets.assemble(plan, fitting), judging), wanted)
+
+    weighed = weigh_curves(scored, plan_of, judge, beside=[replace(scored, curves={})], trials=6)
     assert judge(plan_of(weighed)) <= judge(plan_of(scored))
     assert predict_cost(graph, plan_of(weighed).widths, profile).latency_s.median <= budget.latency_s

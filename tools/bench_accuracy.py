@@ -8,7 +8,7 @@ WRN-16-2 to half and ResNet-20 to two thirds of its latency, as measured on the 
 thread), unless --speed-up and --board say otherwise. A row is one net:
 
     curves             measured loss curves, as `[search] trials = 0` plans
-    weighed            the same after the search over their weights
+    weighed            the same after the search, which mixes them with magnitudes and equal shares
     criterion:NAME     summed scores of a criterion instead of curves
     solver:NAME        the curves, with another search for widths
     uniform            uniform widths within the latency, units by L1
@@ -257,6 +257,7 @@ class Ours:
             self.curves,
             lambda given: choose_widths(self.graph, self.profile, given, self.budget, compare=(), time_limit_s=5),
             judge,
+            beside=[self.importance("criterion", "magnitude")],
             trials=16 if self.quick else 32,
             checkpoint=self.kept,
             progress=show,

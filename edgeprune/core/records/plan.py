@@ -87,14 +87,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveTrial:
-    """One net of a search over the weights of loss curves.
+    """One net of a search for what groups lose together.
 
-    base: digest of the unweighed importance and of how nets are judged. weights: of the curves that the widths were
-    planned with. loss: of the assembled net on calibration examples.
+    base: digest of the importances that the search started from and of how nets are judged. weights: of each view, of
+    each group or branch in the order of their names, that the widths were planned with. loss: of the assembled net on
+    calibration examples.
     """
 
     base: str
-    weights: dict[str, float]
+    weights: list[list[float]]
     widths: dict[str, int]
     loss: float
 
