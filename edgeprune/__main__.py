@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -13,7 +15,28 @@ INTERNAL_ERROR = 70
 
 def main() -> NoReturn:
     """Run `edgeprune` with sys.argv and exit with 0, 1 unmet, 2 usage, 3 device or 4 model/data."""
-    sys.exit(_run())
+    with _stdout_of_our_own():
+        code = _run()
+    sys.exit(code)
+
+
+@contextmanager
+def _stdout_of_our_own() -> Iterator[None]:
+    """What native libraries print goes to stderr (HiGHS does now and then): with --json stdout is one record."""
+    stdout = sys.stdout
+    stdout.flush()
+    kept = os.dup(1)
+    buffering = 1 if os.isatty(kept) else -1
+    ours = os.fdopen(os.dup(1), "w", buffering=buffering, encoding=stdout.encoding, errors=stdout.errors)
+    os.dup2(2, 1)
+    sys.stdout = ours
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+        ours.close()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _run() -> int:

@@ -357,7 +357,7 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["onnx", "tflite"])
+@pytest.mark.parametrize("name", ["onnx", pytest.param("tflite", marks=pytest.mark.long)])
 def test_files_without_a_branch(name: str, tmp_path: Path) -> None:
     """The resizer's file computes what the compact model does, with weights of its own and nothing of the branch."""
     if name == "tflite":

@@ -18,6 +18,8 @@ from edgeprune.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 NETS = """
+import os
+
 import torch
 from torch import nn
 
@@ -29,6 +31,11 @@ def net():
         nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
     )
+
+
+def noisy():
+    os.write(1, b"a line of a native library\\n")
+    return net()
 
 
 def broken():
@@ -175,6 +182,13 @@ def test_trace_prints_groups_and_writes_the_record(project: Path) -> None:
     assert "2 groups can be pruned" in done.stdout
     graph = read_record(Graph, project / "graph.json")
     assert sorted(group.units for group in graph.prunable) == [16, 24]
+
+
+def test_stdout_is_ours_alone(project: Path) -> None:
+    done = edgeprune("trace", "nets.py:noisy", "--input", "1x3x12x12", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["groups"]) >= 2
+    assert "a line of a native library" in done.stderr
 
 
 def test_a_part_of_a_model_that_cannot_be_exported(project: Path) -> None:

@@ -433,6 +433,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "convnext": (lambda: timm_model("convnext_atto", depths=(1, 1, 1, 1)), 32, 4),
 }
 EXPORTERS = ["dynamo", "torchscript"]
+LONG = {("mobilenet_v3_small", "dynamo"), ("shufflenet", "dynamo"), ("swin", "dynamo")}
 
 
 def export_net(module: nn.Module, images: Tensor, path: Path, exporter: str, **names: Any) -> Path:
@@ -444,8 +445,14 @@ def export_net(module: nn.Module, images: Tensor, path: Path, exporter: str, **n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [
+        pytest.param(name, exporter, marks=[pytest.mark.long] if (name, exporter) in LONG else [])
+        for name in ZOO
+        for exporter in EXPORTERS
+    ],
+)
 def test_a_net_comes_in_is_compacted_exactly_and_goes_out(name: str, exporter: str, tmp_path: Path) -> None:
     build, size, prunable = ZOO[name]
     torch.manual_seed(0)
