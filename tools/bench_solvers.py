@@ -1,9 +1,10 @@
 """What each solver's plan is predicted to lose, and what its net loses in truth, at four latencies.
 
-    python tools/bench_solvers.py [--quick] [--data DIR] [--net resnet20] [--board embedded|icount|icount-a76] [--out DIR]
+    python tools/bench_solvers.py [--quick] [--data DIR] [--net resnet20] [--out DIR]
+                                  [--board embedded|icount|icount-a76]
 
-One profile of the board, by default the loopback one, and one set of loss curves for all; the plans come from the tables alone. Predicted:
-the sum of the curves' rises, which the solvers minimise (cross-entropy, nats). True: by how much the cross-entropy of
+One profile of the board, by default the loopback one, and one set of loss curves for all; the plans come from the
+tables alone. Predicted: the sum of the curves' rises, which the solvers minimise (cross-entropy, nats). True: by how much the cross-entropy of
 the assembled net, refitted on 128 calibration images, rises above the dense net's on other ones.
 Needs `pip install .[bench,demo]`.
 """
