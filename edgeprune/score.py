@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def score_groups(
     levels:      widths per curve besides the narrowest: even parts of the group, on its step.
     compensate:  refit consumers. examples: calibration examples for the curves (all for the scores).
     depth:       also measure the loss without each residual branch, so that a plan may drop it.
-    checkpoint:  JSONL file that finished groups are appended to and taken from; cleared by the caller.
+    checkpoint:  JSONL file that finished groups and branches are appended to and taken from; cleared by the caller.
     raises:      DataError without labels, on inputs of other shapes, or a loss that is not finite; UsageError for
         depth without curves.
     """
@@ -88,28 +89,30 @@ def score_groups(
     dense_loss = bench.loss()
     importance = Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores, dense_loss=dense_loss)
     finished = _finished(checkpoint, importance)
+
+    def keep(of: str, curve: LossCurve) -> None:
+        finished[of] = curve
+        if checkpoint is not None:
+            own = {of: scores[of]} if of in scores else {}
+            append_record(checkpoint, replace(importance, scores=own, curves={of: curve}))
+
     for done, group in enumerate(graph.prunable):
         progress("score: loss curves", done, len(graph.prunable))
-        if group.name in finished:
-            continue
-        curve = _measure_curve(bench, group, scores[group.name], levels, dense_loss)
-        finished[group.name] = curve
-        if checkpoint is not None:
-            append_record(checkpoint, Importance(
-                criterion=name, graph_sha256=graph.model_sha256, scores={group.name: scores[group.name]},
-                dense_loss=dense_loss, curves={group.name: curve},
-            ))  # fmt: skip
+        if group.name not in finished:
+            keep(group.name, _measure_curve(bench, group, scores[group.name], levels, dense_loss))
     progress("score: loss curves", len(graph.prunable), len(graph.prunable))
-    for done, branch in enumerate(graph.branches if depth else ()):
+    branches = graph.branches if depth else ()
+    for done, branch in enumerate(branches):
         progress("score: branches", done, len(graph.branches))
-        losses = np.array([bench.loss_without_branch(branch), dense_loss])
-        finished[branch.name] = LossCurve(widths=np.arange(2), loss=losses)
-    return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores,
-                      dense_loss=dense_loss, curves=finished)  # fmt: skip
+        if branch.name not in finished:
+            losses = np.array([bench.loss_without_branch(branch), dense_loss])
+            keep(branch.name, LossCurve(widths=np.arange(2), loss=losses))
+    wanted = [*(group.name for group in graph.prunable), *(branch.name for branch in branches)]
+    return replace(importance, curves={each: finished[each] for each in wanted})
 
 
 def _finished(checkpoint: Path | None, now: Importance) -> dict[str, LossCurve]:
-    """Curves of an earlier, killed run of the same model, data and criterion."""
+    """Curves of an earlier, killed run of the same model, data and criterion; a branch has no scores."""
     if checkpoint is None or not checkpoint.is_file():
         return {}
     found: dict[str, LossCurve] = {}
@@ -117,7 +120,8 @@ def _finished(checkpoint: Path | None, now: Importance) -> dict[str, LossCurve]:
         same = (line.criterion, line.graph_sha256) == (now.criterion, now.graph_sha256)
         same = same and line.dense_loss is not None and math.isclose(line.dense_loss, now.dense_loss or 0, rel_tol=1e-6)
         for name, curve in line.curves.items():
-            if same and np.allclose(line.scores[name], now.scores.get(name, math.nan), rtol=1e-4):
+            ranked = np.allclose(line.scores.get(name, 0.0), now.scores.get(name, 0.0), rtol=1e-4)
+            if same and ranked:
                 found[name] = curve
     return found
 

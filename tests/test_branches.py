@@ -30,6 +30,7 @@ from edgeprune.core.effort import Effort
 from edgeprune.core.errors import ModelError, RecordError, UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.problem import costs_of
+from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Branch, Budget, CurveTrial, Graph, Importance, LossCurve, Plan, Profile, WidthRules
 from edgeprune.core.rules import apply_rules
 from edgeprune.device.session import open_session
@@ -238,6 +239,33 @@ def test_the_loss_without_a_branch_is_the_masked_models() -> None:
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     without = score_groups(module, (x,), graph, [(images, labels)], criterion="magnitude", levels=2)
     assert without.curves.keys() == importance.curves.keys() - {"first", "second"}
+
+
+def test_a_killed_scoring_keeps_what_it_knows_of_branches(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module, x = Net().eval(), torch.randn(1, 3, 8, 8)
+    graph = trace_graph(module, (x,))
+    batches = [(torch.randn(32, 3, 8, 8), torch.randint(0, 10, (32,)))]
+    path = tmp_path / "importance.jsonl"
+
+    def score(progress: Progress = silent, depth: bool = True) -> Importance:
+        return score_groups(
+            module, (x,), graph, batches, criterion="magnitude", levels=2, depth=depth, checkpoint=path,
+            progress=progress,
+        )  # fmt: skip
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "score: branches" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(kill)
+    known = len(graph.prunable) + 1
+    assert len(path.read_text().splitlines()) == known
+    whole = score()
+    assert len(path.read_text().splitlines()) == known + len(graph.branches) - 1
+    assert whole.curves.keys() == {each.name for each in (*graph.prunable, *graph.branches)}
+    assert score(depth=False).curves.keys() == {group.name for group in graph.prunable}
 
 
 @cache

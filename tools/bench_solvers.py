@@ -4,8 +4,8 @@
                                   [--board embedded|icount|icount-a76]
 
 One profile of the board, by default the loopback one, and one set of loss curves for all; the plans come from the
-tables alone. Predicted: the sum of the curves' rises, which the solvers minimise (cross-entropy, nats). True: by how much the cross-entropy of
-the assembled net, refitted on 128 calibration images, rises above the dense net's on other ones.
+tables alone. Predicted: the sum of the curves' rises, which the solvers minimise (cross-entropy, nats). True: by how
+much the cross-entropy of the assembled net, refitted on 128 calibration images, rises above the dense net's on others.
 Needs `pip install .[bench,demo]`.
 """
 
