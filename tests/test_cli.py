@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgeprune.__main__ import main
+from edgeprune.core.effort import EFFORTS
 
 ROOT = Path(__file__).parent.parent
 NETS = """
@@ -30,6 +32,14 @@ def net():
         nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    )
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(96, 96, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 5),
     )
 
 
@@ -182,6 +192,62 @@ def test_trace_prints_groups_and_writes_the_record(project: Path) -> None:
     assert "2 groups can be pruned" in done.stdout
     graph = read_record(Graph, project / "graph.json")
     assert sorted(group.units for group in graph.prunable) == [16, 24]
+
+
+@pytest.mark.slow
+@pytest.mark.device
+def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every command of the pipeline after the other, as the README lists them, on the embedded board."""
+    from edgeprune.core.records import Graph, Importance, Plan, Report, Sparsity
+    from edgeprune.core.store import read_record
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
+    net, data = ("nets.py:wide", "--input", "1x3x12x12"), ("--data", "data.npz")
+    board = ("--target", "embedded", "--effort", "quick")
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["edgeprune", *arguments])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    tables, scores = ("--profile", "profile.jsonl"), ("--importance", "importance.json")
+    for arguments in (
+        ("trace", *net, "-o", "graph.json"),
+        ("profile", *net, *board, "--configurations", "6", "--held-out", "2", "-o", "profile.jsonl"),
+        ("score", *net, *data, "-o", "importance.json"),
+        ("plan", *net, *tables, *scores, "--latency", "0.8x", "--size", "0.6x", *board, "-o", "plan.json"),
+        ("compact", *net, "--plan", "plan.json", *data, "-o", "small"),
+        ("sparsify", "small/compact.pt2", "--pattern", "unstructured:sparsity=0.5", "-o", "sparse"),
+        ("recover", "sparse/sparse.pt2", *data, "--teacher", "nets.py:wide", "--epochs", "1", "-o", "trained"),
+        ("export", *net, "-o", "dense.onnx"),
+        ("export", "trained/recovered.pt2", "-o", "model.onnx"),
+    ):
+        assert run(*arguments) == 0, (arguments, capfd.readouterr().err)
+    capfd.readouterr()
+    validated = run(
+        "validate", "model.onnx", *board, "--model", "trained/recovered.pt2", "--dense", "dense.onnx", "--plan",
+        "plan.json", *data, "--sparsity", "sparse/sparsity.json", "-o", "report.json", "--json",
+    )  # fmt: skip
+    printed = capfd.readouterr()
+    report = read_record(Report, project / "report.json")
+    assert validated == (0 if report.passed else 1), printed.err
+    assert json.loads(printed.out)["artifact_sha256"] == report.artifact_sha256
+    graph, plan = read_record(Graph, project / "graph.json"), read_record(Plan, project / "plan.json")
+    assert (
+        plan.rounds
+        and plan.graph_sha256 == graph.model_sha256 == read_record(Importance, project / "importance.json").graph_sha256
+    )
+    by_name = {check.name: check for check in report.checks}
+    assert by_name["numeric error"].passed and by_name["artifact size"].passed
+    assert report.compact.artifact_bytes is not None and report.dense.artifact_bytes is not None
+    assert report.compact.artifact_bytes < 0.65 * report.dense.artifact_bytes
+    assert report.sparsity == read_record(Sparsity, project / "sparse" / "sparsity.json")
+    evidence = ("--report", "report.json", "--plan", "plan.json", "--license", "MIT")
+    assert run("bundle", "model.onnx", *data, *evidence, "--for", "python", "-o", "bundle.zip") == 0
+    assert run("bundle", "verify", "bundle.zip", "--on", "embedded") == 0
 
 
 def test_stdout_is_ours_alone(project: Path) -> None:

@@ -92,14 +92,18 @@ def validate(
     statistic: Annotated[
         str | None, typer.Option(help="of the latency: median, p95; mean, worst of real inputs")
     ] = None,
+    sparsity: Annotated[
+        Path | None, typer.Option(help="from `edgeprune sparsify`: the model's zeros, for the report")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the artifact on the board and hold it against the host, the dense model and the budgets."""
     from edgeprune.core.budget import choose_statistic
-    from edgeprune.core.records import Plan
+    from edgeprune.core.records import Plan, Sparsity
 
     module, _ = load(model, weights, shapes)
     chosen = edgeprune.read_record(Plan, plan)
+    zeros = edgeprune.read_record(Sparsity, sparsity) if sparsity is not None else None
     budget = choose_statistic(chosen.budget, statistic)
     files = [load_member("formats", file.suffix.lstrip(".")).inspect(file) for file in (artifact, dense)]
     examples = edgeprune.collect_examples(module, edgeprune.load_data(data, Path.cwd()).require("test"), files[0])
@@ -110,7 +114,7 @@ def validate(
     ):
         report = edgeprune.validate_artifact(
             files[0], session, dense=files[1], examples=examples, budget=budget, predicted=chosen.predicted,
-            effort=find_effort(effort), progress=progress,
+            effort=find_effort(effort), sparsity=zeros, progress=progress,
         )  # fmt: skip
     edgeprune.write_record(out, report)
     show(report, as_json, "summary", out.parent)

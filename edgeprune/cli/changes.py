@@ -25,6 +25,7 @@ from edgeprune.cli.common import (
     load,
     load_calibration,
     load_graph,
+    shapes_of,
     show,
 )
 from edgeprune.core.effort import find_effort
@@ -51,7 +52,8 @@ def recover(
         raise UsageError("--scope is a submodule of the model whose outputs are learnt: name that with --teacher")
     module, inputs = load(model, weights, shapes if scope is None else None)
     graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
-    guide, seen = load(teacher, teacher_weights, shapes) if teacher else (None, ())
+    taught = shapes or (shapes_of(inputs) if scope is None else None)  # a .pt2 knows its own, a factory does not
+    guide, seen = load(teacher, teacher_weights, taught) if teacher else (None, ())
     source = edgeprune.load_data(data, Path.cwd())
     batches: Data = source
     if scope is not None and guide is not None:
@@ -111,7 +113,7 @@ def gate(
     module, inputs = load(model, weights, shapes)
     batches = edgeprune.load_data(data, Path.cwd())
     calibration = batches.require("calibration")
-    guide = load(teacher, teacher_weights, shapes)[0] if teacher else module
+    guide = load(teacher, teacher_weights, shapes or shapes_of(inputs))[0] if teacher else module
     gated = edgeprune.gate_model(module, inputs, gating)
     with bars() as progress:
         result = edgeprune.recover_accuracy(

@@ -86,6 +86,11 @@ def load(model: str, weights: Path | None, shapes: list[str] | None) -> tuple[nn
     return module, edgeprune.example_inputs(spec, module)
 
 
+def shapes_of(inputs: tuple[Tensor, ...]) -> list[str]:
+    """As `--input` takes them."""
+    return ["x".join(str(size) for size in tensor.shape) for tensor in inputs]
+
+
 def load_graph(
     model: str, weights: Path | None, shapes: list[str] | None, allow_inexact: bool, scope: str | None = None
 ) -> tuple[nn.Module, tuple[Tensor, ...], Graph]:
