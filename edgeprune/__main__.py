@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -34,7 +34,8 @@ def _stdout_of_our_own() -> Iterator[None]:
         yield
     finally:
         sys.stdout = stdout
-        ours.close()
+        with suppress(BrokenPipeError):  # whoever read it went away
+            ours.close()
         os.dup2(kept, 1)
         os.close(kept)
 
