@@ -2,7 +2,7 @@
 
     python tools/bench_accuracy.py [--quick] [--data DIR] [--net wrn16_2] [--net resnet20] [--speed-up 2]
                                    [--row weighed --row criterion:lamp --row tp:taylor ...] [--seeds 2]
-                                   [--board embedded|icount|icount-a76]
+                                   [--board embedded|icount|icount-a76] [--calibration 512]
 
 WRN-16-2 to half and ResNet-20 to two thirds of its latency, as measured on the loopback board (ONNX Runtime, one
 thread), unless --speed-up and --board say otherwise. A row is one net:
@@ -100,9 +100,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch on 6 400 images, fewer measurements and rows")
     parser.add_argument("--epochs", type=int, help="epochs of recovery (default 5, quick 1); 0: no training")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row")
+    parser.add_argument(
+        "--calibration", type=int, default=512, help="images that layers are refitted on, without labels"
+    )
     parser.add_argument("--out", type=Path, help="keep results and the profile here, and go on from them")
     options, folder = read_options(parser)
-    data = Cifar(folder, train=6_400, test=2_000) if options.quick else Cifar(folder)
+    train, test = (6_400, 2_000) if options.quick else (50_000, 5_000)
+    data = Cifar(folder, train=train, test=test, calibration=options.calibration)
     options.epochs = options.epochs if options.epochs is not None else 1 if options.quick else 5
     options.row = options.row or (QUICK_ROWS if options.quick else ALL_ROWS)
     if any(row.startswith("tp:") for row in options.row) and find_spec("torch_pruning") is None:
@@ -138,7 +142,7 @@ def bench_net(
         return kept / f"{name}-{limit:.3f}-{kind.replace(':', '-')}.json"
 
     def made_from(kind: str) -> list[object]:
-        return [kind, limit, options.epochs, options.seeds, len(data.train.y), images]
+        return [kind, limit, options.epochs, options.seeds, options.calibration, len(data.train.y), images]
 
     for kind in options.row:
         file = kept_row(kind)
