@@ -263,6 +263,7 @@ class Ours:
             judge,
             beside=[self.importance("criterion", "magnitude")],
             trials=16 if self.quick else 32,
+            judged_with=sum(len(labels) for _, labels in judging),
             checkpoint=self.kept,
             progress=show,
         )
