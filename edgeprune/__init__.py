@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgeprune.bundle import try_bundle as try_bundle
     from edgeprune.bundle import verify_bundle as verify_bundle
     from edgeprune.bundle import write_bundle as write_bundle
+    from edgeprune.compact import compact_and_compensate as compact_and_compensate
     from edgeprune.compact import compact_model as compact_model
     from edgeprune.compact import save_compact as save_compact
     from edgeprune.core.store import read_record as read_record
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from edgeprune.load import load_model as load_model
     from edgeprune.measure import measure_files as measure_files
     from edgeprune.on_board import choose_runtime as choose_runtime
-    from edgeprune.on_board import compact_and_compensate as compact_and_compensate
     from edgeprune.on_board import connect as connect
     from edgeprune.on_board import dense_cost as dense_cost
     from edgeprune.on_board import plan_on_board as plan_on_board
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from edgeprune.scope import scope_batches as scope_batches
     from edgeprune.scope import scope_data as scope_data
     from edgeprune.score import score_groups as score_groups
+    from edgeprune.search import search_curves as search_curves
     from edgeprune.sparsify import order_channels as order_channels
     from edgeprune.sparsify import prepare_pattern as prepare_pattern
     from edgeprune.sparsify import sparsify_model as sparsify_model
@@ -70,7 +71,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "advise": ("advise_pruning",),
     "bundle": ("try_bundle", "verify_bundle", "write_bundle"),
-    "compact": ("compact_model", "save_compact"),
+    "compact": ("compact_and_compensate", "compact_model", "save_compact"),
     "core.store": ("read_record", "write_record"),
     "device.session": ("open_session",),
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),
@@ -83,7 +84,6 @@ _PLACES = {
     "measure": ("measure_files",),
     "on_board": (
         "choose_runtime",
-        "compact_and_compensate",
         "connect",
         "dense_cost",
         "plan_on_board",
@@ -96,6 +96,7 @@ _PLACES = {
     "recover": ("evaluate_accuracy", "recover_accuracy"),
     "scope": ("enter_scope", "put_back", "scope_batches", "scope_data"),
     "score": ("score_groups",),
+    "search": ("search_curves",),
     "sparsify": ("order_channels", "prepare_pattern", "sparsify_model"),
     "trace": ("trace_graph",),
     "transform": ("restore_layers", "settle_plan", "transform_model"),

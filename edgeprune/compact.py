@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialise
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
+from edgeprune.compensation.least_squares import compensate_lifted
 from edgeprune.core.errors import ModelError
-from edgeprune.core.records import Graph
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import Graph, Plan
 from edgeprune.core.store import write_atomic
-from edgeprune.graphs.capture import Inputs, evaluating, export_program
+from edgeprune.graphs.capture import Inputs, capture, evaluating, export_program
+from edgeprune.graphs.lift import lift
 from edgeprune.graphs.ports import PORTS, get_ports
-from edgeprune.graphs.slice import Keep, dropped_by, parameter_slices, removed_units, replace_tensors, slice_model
+from edgeprune.graphs.slice import (
+    Keep,
+    dropped_by,
+    parameter_slices,
+    removed_units,
+    replace_tensors,
+    slice_captured,
+    slice_model,
+)
 
+Batches = Iterable[tuple[Any, Tensor]]
 TOLERANCE = 1e-4
 """Largest difference between two forms of one float32 model, relative to the largest output."""
 
@@ -50,6 +65,48 @@ def compact_model(module: nn.Module, inputs: Inputs, graph: Graph, keep: Keep, *
         )
     _slice_layers(module, graph, keep)
     return module
+
+
+class Assembler:
+    """Makes the nets of many plans of one model; its export, half of the work of making one, is done once.
+
+    inputs: example tensors, as for `trace_graph`. graph: of the model.
+    raises: ModelError when torch.export rejects the model.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, graph: Graph) -> None:
+        self._graph, self._captured = graph, capture(model, inputs)
+
+    def assemble(self, plan: Plan, calibration: Batches | None, *, progress: Progress = silent) -> nn.Module:
+        """The smaller model; with calibration batches the layers that read removed channels are refitted.
+
+        Refitted outputs match the dense model's, so what its batch norms compute still holds, and only how they say it
+        is brought up to date: with other statistics for the same scales accuracy would be lost. Where nothing could be
+        refitted the statistics are taken anew.
+
+        raises: RecordError when the plan is of another model.
+        """
+        smaller = slice_captured(copy.deepcopy(self._captured), self._graph, plan.keep)
+        if calibration is not None:
+            dense = lift(copy.deepcopy(self._captured))
+            if compensate_lifted(smaller, dense, self._graph, plan.keep, calibration, progress=progress):
+                match_batch_norm(smaller, calibration)
+            else:
+                reestimate_batch_norm(smaller, calibration)
+        return smaller.eval()
+
+
+def compact_and_compensate(
+    model: nn.Module,
+    inputs: Inputs,
+    graph: Graph,
+    plan: Plan,
+    calibration: Batches | None,
+    *,
+    progress: Progress = silent,
+) -> nn.Module:
+    """The net of one plan; see `Assembler`, which makes several for little more."""
+    return Assembler(model, inputs, graph).assemble(plan, calibration, progress=progress)
 
 
 def save_compact(module: nn.Module, inputs: Inputs, directory: Path, *, name: str = "compact") -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune.compact import compact_and_compensate
 from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress
@@ -33,7 +34,6 @@ from edgeprune.formats import Resizer
 from edgeprune.load import Data, as_arrays
 from edgeprune.on_board import (
     choose_runtime,
-    compact_and_compensate,
     connect,
 )
 from edgeprune.precisions import Judge

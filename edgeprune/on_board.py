@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,8 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
-from edgeprune.compensation.least_squares import compensate_lifted
 from edgeprune.core.closed_loop import best_round, corrected_limit
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import DEFAULT, Effort
@@ -33,9 +30,6 @@ from edgeprune.device.embedded import EmbeddedBoard
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import load_target, runtime_format
 from edgeprune.formats import Resizer
-from edgeprune.graphs.capture import capture
-from edgeprune.graphs.lift import lift
-from edgeprune.graphs.slice import slice_captured
 from edgeprune.plan import choose_widths, next_request, no_finer_step
 from edgeprune.profile import (
     measure_widths,
@@ -196,48 +190,6 @@ def written_bytes(resizer: Resizer, plan: Plan) -> int:
             resizer.write_model(keep, path)
             sizes.append(path.stat().st_size)
     return resizer.dense_bytes - sizes[0] + sizes[1]
-
-
-class Assembler:
-    """Makes the nets of many plans of one model; its export, half of the work of making one, is done once.
-
-    inputs: example tensors, as for `trace_graph`. graph: of the model.
-    raises: ModelError when torch.export rejects the model.
-    """
-
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], graph: Graph) -> None:
-        self._graph, self._captured = graph, capture(model, inputs)
-
-    def assemble(self, plan: Plan, calibration: Batches | None, *, progress: Progress = silent) -> nn.Module:
-        """The smaller model; with calibration batches the layers that read removed channels are refitted.
-
-        Refitted outputs match the dense model's, so what its batch norms compute still holds, and only how they say it
-        is brought up to date: with other statistics for the same scales accuracy would be lost. Where nothing could be
-        refitted the statistics are taken anew.
-
-        raises: RecordError when the plan is of another model.
-        """
-        smaller = slice_captured(copy.deepcopy(self._captured), self._graph, plan.keep)
-        if calibration is not None:
-            dense = lift(copy.deepcopy(self._captured))
-            if compensate_lifted(smaller, dense, self._graph, plan.keep, calibration, progress=progress):
-                match_batch_norm(smaller, calibration)
-            else:
-                reestimate_batch_norm(smaller, calibration)
-        return smaller.eval()
-
-
-def compact_and_compensate(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    graph: Graph,
-    plan: Plan,
-    calibration: Batches | None,
-    *,
-    progress: Progress = silent,
-) -> nn.Module:
-    """The net of one plan; see `Assembler`, which makes several for little more."""
-    return Assembler(model, inputs, graph).assemble(plan, calibration, progress=progress)
 
 
 def dense_cost(graph: Graph, profile: Profile, dense_bytes: int | None = None) -> Cost:

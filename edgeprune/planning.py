@@ -38,22 +38,20 @@ from edgeprune.core.records import (
 from edgeprune.core.store import digest, read_record, sha256_file, write_atomic
 from edgeprune.device.session import Session
 from edgeprune.graphs.slice import expand_tensors
-from edgeprune.on_board import Assembler, dense_cost, plan_on_board
+from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.plan import choose_widths
 from edgeprune.precisions import leave_in_float, try_precisions, worth_planning
 from edgeprune.profile import profile_target, read_profile
 from edgeprune.recover import recover_accuracy
 from edgeprune.score import score_groups
-from edgeprune.search import divergence, outputs_of, scatter_weights, split_examples, weigh_curves
+from edgeprune.search import scatter_weights, search_curves
 from edgeprune.tournament import Contender, check_training, hold_tournament
 
 Batches = Iterable[tuple[Any, Tensor]]
 AUTO = "auto"
-CURVES, UNIFORM, MAGNITUDE = "curves", "uniform", "magnitude"
+CURVES, UNIFORM = "curves", "uniform"
 NEAR = re.compile(r"near-(\d+)")
 """Contenders of a tournament besides criteria."""
-SEARCH_SECONDS = 5.0
-"""Time limit of the solver for a plan that only the search sees."""
 
 
 class Planning(Context):
@@ -267,35 +265,23 @@ class Planning(Context):
         )
 
     def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
-        """Loss curves that know what groups lose together, and what magnitudes say besides."""
+        """Loss curves that know what groups lose together."""
         run, settings = self.run, self.run.search
         if not importance.curves or settings.trials < 2:
             return importance
-        fitting, judging = split_examples(first(self.data.require("calibration"), run.prune.batches))
-        wanted = outputs_of(self.start, judging)
-
-        nets, fit = Assembler(self.start, self.inputs, graph), fitting if run.prune.compensate else None
-
-        def judge(plan: Plan) -> float:
-            return divergence(outputs_of(nets.assemble(plan, fit), judging), wanted)
-
-        return weigh_curves(
+        return search_curves(
+            self.start,
+            self.inputs,
+            graph,
+            profile,
             importance,
-            lambda weighed: choose_widths(
-                graph,
-                profile,
-                weighed,
-                budget,
-                solver=run.prune.solver,
-                compare=("greedy",),  # where the solver finds nothing in so short a time
-                levels=run.prune.levels,
-                time_limit_s=SEARCH_SECONDS,
-            ),
-            judge,
-            beside=[self._score(graph, MAGNITUDE, f"importance-{MAGNITUDE}", curves=False)],
+            budget,
+            first(self.data.require("calibration"), run.prune.batches),
             trials=settings.trials,
             seconds=settings.seconds,
-            judged_with=run.prune.compensate,
+            solver=run.prune.solver,
+            levels=run.prune.levels,
+            compensate=run.prune.compensate,
             checkpoint=self.folder / "search.jsonl",
             seed=run.seed,
             progress=self.progress,

@@ -23,11 +23,23 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.compact import Assembler
 from edgeprune.core.errors import DataError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import CurveTrial, FloatArray, Importance, IntArray, LossCurve, Plan
+from edgeprune.core.records import (
+    Budget,
+    CurveTrial,
+    FloatArray,
+    Graph,
+    Importance,
+    IntArray,
+    LossCurve,
+    Plan,
+    Profile,
+)
 from edgeprune.core.store import append_record, digest, read_lines
-from edgeprune.plan import level_losses
+from edgeprune.plan import choose_widths, level_losses
+from edgeprune.score import score_groups
 
 SPREAD = 0.7
 """Standard deviation of a weight, as a share of it, before anything was seen."""
@@ -51,7 +63,66 @@ DRAWS = 4
 FITTING_EXAMPLES, JUDGING_EXAMPLES = 128, 1024
 """Calibration examples that a net is refitted on in a search, and others that it is judged by, at most."""
 
+SOLVER_SECONDS = 5.0
+"""Time limit of the solver for a plan that only the search sees."""
+
 Batches = Iterable[tuple[Any, Tensor]]
+
+
+def search_curves(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    graph: Graph,
+    profile: Profile,
+    importance: Importance,
+    budget: Budget,
+    batches: Batches,
+    *,
+    trials: int = 16,
+    seconds: float = 600.0,
+    solver: str = "milp",
+    levels: int = 16,
+    compensate: bool = True,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Importance:
+    """The importance with curves of which the plan within the budget loses least, as whole nets have shown.
+
+    inputs: example tensors, as for `trace_graph`. importance: with loss curves. budget: the tables' word counts, no
+        board is asked.
+    batches: (inputs, targets) for calibration, targets unused: a part to refit on, another to judge by.
+    trials, seconds: nets to judge at most, and for how long. solver, levels: as for `choose_widths`.
+    compensate: refit the nets. checkpoint: JSONL file that judged nets are appended to and taken from.
+    raises: DataError without curves, with fewer than two examples, or when a loss is not finite; as `choose_widths`.
+    """
+    if not importance.curves:
+        raise DataError("a search needs loss curves; score with them, or do without ([search] trials = 0, no --data)")
+    fitting, judging = split_examples(batches)
+    nets, wanted = Assembler(module, inputs, graph), outputs_of(module, judging)
+
+    def choose(given: Importance) -> Plan:
+        # Greedy beside the solver asked for, which may find nothing in so short a time.
+        return choose_widths(
+            graph, profile, given, budget, solver=solver, compare=("greedy",), levels=levels,
+            time_limit_s=SOLVER_SECONDS,
+        )  # fmt: skip
+
+    def judge(plan: Plan) -> float:
+        return divergence(outputs_of(nets.assemble(plan, fitting if compensate else None), judging), wanted)
+
+    return weigh_curves(
+        importance,
+        choose,
+        judge,
+        beside=[score_groups(module, inputs, graph, None, criterion="magnitude", curves=False)],
+        trials=trials,
+        seconds=seconds,
+        judged_with=[compensate, *(len(labels) for _, labels in (*fitting, *judging))],
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def weigh_curves(
@@ -78,7 +149,7 @@ def weigh_curves(
     raises: DataError without curves, or when a loss is not finite.
     """
     if not importance.curves:
-        raise DataError("a search over loss curves needs them; score with curves, or set [search] trials = 0")
+        raise DataError("a search over loss curves needs them")
     views, rng = Views.of(importance, beside), np.random.default_rng(seed)
     base = digest([importance, *beside, judged_with])
     judged = _read_trials(checkpoint, base)
@@ -245,7 +316,7 @@ def split_examples(batches: Batches) -> tuple[list[tuple[Any, Tensor]], list[tup
         targets.append(target)
     columns, labels = [torch.cat(column) for column in zip(*tensors, strict=True)], torch.cat(targets)
     if len(labels) < 2:
-        raise DataError("a search needs at least two calibration examples; set [search] trials = 0")
+        raise DataError("a search needs two calibration examples; or do without ([search] trials = 0, no --data)")
     fitted = min(len(labels) // 2, FITTING_EXAMPLES)
     parts = (slice(0, fitted), slice(fitted, fitted + JUDGING_EXAMPLES))
     fitting, judging = ([(tuple(column[part] for column in columns), labels[part])] for part in parts)

@@ -13,14 +13,14 @@ import torch
 from synthetic import synthetic_profile
 from torch import nn
 
+from edgeprune.compact import Assembler
 from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.errors import DataError
 from edgeprune.core.records import Budget, Cost, CurveTrial, Importance, LossCurve, Plan
-from edgeprune.on_board import Assembler
 from edgeprune.plan import choose_widths, level_losses
 from edgeprune.score import score_groups
-from edgeprune.search import Views, divergence, outputs_of, scatter_weights, split_examples, weigh_curves
+from edgeprune.search import Views, divergence, outputs_of, scatter_weights, search_curves, split_examples, weigh_curves
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
@@ -212,7 +212,7 @@ def test_divergence_is_none_of_equal_outputs_and_needs_no_classifier() -> None:
     assert divergence([torch.full_like(image, float(image.mean()))], [image]) == pytest.approx(1.0)
 
 
-def test_a_real_net_loses_no_more_than_by_its_plain_curves() -> None:
+def test_a_real_net_loses_no_more_than_by_its_plain_curves(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -236,6 +236,15 @@ def test_a_real_net_loses_no_more_than_by_its_plain_curves() -> None:
     def judge(plan: Plan) -> float:
         return divergence(outputs_of(nets.assemble(plan, fitting), judging), wanted)
 
-    weighed = weigh_curves(scored, plan_of, judge, beside=[replace(scored, curves={})], trials=6)
+    path = tmp_path / "search.jsonl"
+    settings = {"trials": 6, "solver": "greedy", "checkpoint": path}
+    weighed = search_curves(net, inputs, graph, profile, scored, budget, batches, **settings)
     assert judge(plan_of(weighed)) <= judge(plan_of(scored))
+    judged = path.read_text().splitlines()
+    assert 3 <= len(judged) <= 6
+    again = search_curves(net, inputs, graph, profile, scored, budget, batches, **settings)
+    assert path.read_text().splitlines() == judged, "a net was judged once more"
+    assert all(np.array_equal(again.curves[name].loss, weighed.curves[name].loss) for name in scored.curves)
+    with pytest.raises(DataError, match="needs loss curves"):
+        search_curves(net, inputs, graph, profile, replace(scored, curves={}), budget, batches)
     assert predict_cost(graph, plan_of(weighed).widths, profile).latency_s.median <= budget.latency_s

@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_profile import open_board
 from cifar import ACCURACY, NETS, Cifar, load_net, log, make_parser, read_options, show
 
+from edgeprune.compact import compact_and_compensate
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
@@ -53,12 +54,11 @@ from edgeprune.core.records import Budget, Importance, Plan, Profile, Step
 from edgeprune.core.stats import median, turn_ratios
 from edgeprune.device.session import Session, open_session
 from edgeprune.formats import onnx as onnx_format
-from edgeprune.on_board import Assembler, compact_and_compensate, dense_cost, plan_on_board
-from edgeprune.plan import choose_widths
+from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.profile import profile_target
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.score import score_groups
-from edgeprune.search import divergence, outputs_of, split_examples, weigh_curves
+from edgeprune.search import search_curves
 from edgeprune.trace import trace_graph
 
 SPEED_UP = {"wrn16_2": 2.0, "resnet20": 1.5}
@@ -249,24 +249,10 @@ class Ours:
     @cached_property
     def weighed(self) -> Importance:
         log("  weighing the curves")
-        fitting, judging = split_examples(self.data.calibration)
-        wanted = outputs_of(self.net, judging)
-
-        nets = Assembler(self.net, INPUTS, self.graph)
-
-        def judge(plan: Plan) -> float:
-            return divergence(outputs_of(nets.assemble(plan, fitting), judging), wanted)
-
-        return weigh_curves(
-            self.curves,
-            lambda given: choose_widths(self.graph, self.profile, given, self.budget, compare=(), time_limit_s=5),
-            judge,
-            beside=[self.importance("criterion", "magnitude")],
-            trials=16 if self.quick else 32,
-            judged_with=sum(len(labels) for _, labels in judging),
-            checkpoint=self.kept,
-            progress=show,
-        )
+        return search_curves(
+            self.net, INPUTS, self.graph, self.profile, self.curves, self.budget, self.data.calibration,
+            trials=16 if self.quick else 32, checkpoint=self.kept, progress=show,
+        )  # fmt: skip
 
     def prune(self, kind: str, board: Board) -> tuple[Row, nn.Module]:
         """Plan in a closed loop with the board, compact and compensate."""

@@ -26,6 +26,7 @@ from bench_profile import open_board
 from cifar import Cifar, load_net, log, make_parser, read_options, show
 from torch import nn
 
+from edgeprune.compact import compact_and_compensate
 from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import EFFORTS, NOISELESS, Effort
 from edgeprune.core.errors import InfeasibleBudget
@@ -35,7 +36,7 @@ from edgeprune.core.stats import quantity, turn_ratios
 from edgeprune.device.session import Session, open_session
 from edgeprune.export import export_model
 from edgeprune.load import as_arrays
-from edgeprune.on_board import compact_and_compensate, dense_cost, plan_on_board
+from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.precisions import Judge, leave_in_float, try_precisions
 from edgeprune.profile import profile_target
 from edgeprune.recover import recover_accuracy

@@ -29,11 +29,12 @@ from cifar import NETS, Cifar, load_net, log, make_parser, read_options
 from torch import Tensor
 from torch.nn import functional
 
+from edgeprune.compact import Assembler
 from edgeprune.core.budget import make_budget
 from edgeprune.core.effort import EFFORTS, NOISELESS
 from edgeprune.core.errors import EdgepruneError
 from edgeprune.device.session import open_session
-from edgeprune.on_board import Assembler, dense_cost
+from edgeprune.on_board import dense_cost
 from edgeprune.plan import choose_widths
 from edgeprune.search import outputs_of, split_examples
 

@@ -158,7 +158,9 @@ def plan(
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
     threads: Threads = 1, runtime: RuntimeName = None, meter: MeterName = None, effort: EffortName = "default",
     solver: str = "milp", levels: int = 16, freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1,
-    min_width: MinWidth = 1, as_json: AsJson = False,
+    min_width: MinWidth = 1,
+    data: Annotated[str | None, typer.Option(help="search: judge whole nets on its calibration batches")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="nets that a search judges")] = 16, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
@@ -171,7 +173,14 @@ def plan(
         edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy,
         power_model=power_model,
     )  # fmt: skip
+    checkpoint = out.with_name(f"{out.stem}.search.jsonl")
     with bars() as progress:
+        if data is not None:
+            scores = edgeprune.search_curves(
+                module, inputs, graph, tables, scores, budget,
+                load_calibration(data, module, model, weights, shapes, scope), trials=trials, solver=solver,
+                levels=levels, checkpoint=checkpoint, progress=progress,
+            )  # fmt: skip
         if target is None:
             chosen = edgeprune.choose_widths(
                 graph, tables, scores, budget, solver=solver, levels=levels, progress=progress
@@ -184,6 +193,7 @@ def plan(
                     effort=find_effort(effort), progress=progress,
                 )  # fmt: skip
     edgeprune.write_record(out, chosen)
+    checkpoint.unlink(missing_ok=True)
     show(chosen, as_json, "describe_plan", graph)
 
 
