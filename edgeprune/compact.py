@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
-from edgeprune.compensation.least_squares import compensate_lifted
+from edgeprune.compensation.least_squares import compensate
 from edgeprune.core.errors import ModelError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Plan
@@ -89,7 +89,7 @@ class Assembler:
         smaller = slice_captured(copy.deepcopy(self._captured), self._graph, plan.keep)
         if calibration is not None:
             dense = lift(copy.deepcopy(self._captured))
-            if compensate_lifted(smaller, dense, self._graph, plan.keep, calibration, progress=progress):
+            if compensate(smaller, dense, self._graph, plan.keep, calibration, lifted=True, progress=progress):
                 match_batch_norm(smaller, calibration)
             else:
                 reestimate_batch_norm(smaller, calibration)

@@ -35,6 +35,7 @@ ROUNDING = 1e-10
 Keep = Mapping[str, IntArray]
 
 
+@torch.no_grad()
 def compensate(
     compact: nn.Module,
     dense: nn.Module,
@@ -45,6 +46,7 @@ def compensate(
     cut: Container[str] = (),
     damping: float = 1e-2,
     seed: int = 0,
+    lifted: bool = False,
     progress: Progress = silent,
 ) -> list[str]:
     """Fit every layer that the removal reaches, in place.
@@ -54,38 +56,16 @@ def compensate(
     batches: (inputs, targets); targets unused. All their live activations are held at once, in both models: of more
              examples than MEMORY_BYTES hold the first are used.
     cut:     paths of layers that lost weights in another way, such as convolutions that became grouped ones.
+    lifted:  `dense` comes from `graphs.lift` and takes the batches' size; its export, which takes seconds, is spared.
     damping: > 0, share of the mean squared input added to the diagonal; pulls towards the sliced weight.
     returns: names of the fitted layers. A layer whose system cannot be solved, or whose fit is no
              better, stays as it was.
     """
-    batches = list(batches)
-    if not batches or not isinstance(compact, fx.GraphModule):
+    inputs = [tuple(x) if isinstance(x, tuple | list) else (x,) for x, _ in batches]
+    if not inputs or not isinstance(compact, fx.GraphModule):
         return []
-    reference = lift(capture(dense, _tensors(batches[0])))
-    return compensate_lifted(
-        compact, reference, graph, keep, batches, cut=cut, damping=damping, seed=seed, progress=progress
-    )
-
-
-@torch.no_grad()
-def compensate_lifted(
-    compact: fx.GraphModule,
-    reference: fx.GraphModule,
-    graph: Graph,
-    keep: Keep,
-    batches: Iterable[tuple[Any, Tensor]],
-    *,
-    cut: Container[str] = (),
-    damping: float = 1e-2,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> list[str]:
-    """As `compensate`, of a dense model that is lifted already.
-
-    reference: from `lift`, with a free batch size or that of the batches.
-    """
-    if not (inputs := [_tensors(batch) for batch in batches]):
-        return []
+    reference = dense if lifted else lift(capture(dense, inputs[0]))
+    assert isinstance(reference, fx.GraphModule)
     training = compact.training
     compact.eval()
     reference.eval()
@@ -112,11 +92,6 @@ def compensate_lifted(
             fitted.append(name)
     compact.train(training)
     return fitted
-
-
-def _tensors(batch: tuple[Any, Tensor]) -> tuple[Tensor, ...]:
-    inputs, _ = batch
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
 def _live_bytes(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> int:
