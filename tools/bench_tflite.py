@@ -46,8 +46,8 @@ RUNTIMES = {"onnxruntime": "onnx", "tflite": "tflite"}
 LEGACY = "tflite-runtime"
 CALIBRATION = 64
 FITTED, RIDGE = 1024, 300.0
-"""Images that the last layer of a net without trained weights is fitted to, and how much that is damped, as a multiple of
-the features' mean square. With little damping it would amplify what any rounding does, which no trained net does."""
+"""Images that the last layer of a net without trained weights is fitted to, and how much that is damped, as a multiple
+of the features' mean square. With little damping it would amplify what any rounding does, which no trained net does."""
 
 
 @dataclass(frozen=True, kw_only=True)
