@@ -154,6 +154,7 @@ def weigh_curves(
     base = digest([importance, *beside, judged_with])
     judged = _read_trials(checkpoint, base)
     seen: list[CurveTrial] = []
+    explained: list[FloatArray] = []
     started = time.monotonic()
     tried, boldness = 0, BOLDNESS
     while len(seen) < trials and tried < trials * DRAWS and (not seen or time.monotonic() - started <= seconds):
@@ -162,7 +163,7 @@ def weigh_curves(
             weights = views.alone(tried)
         else:
             losses = np.array([trial.loss for trial in seen])
-            weights = _draw_weights(views.explain(seen), losses, boldness, rng)
+            weights = _draw_weights(np.stack(explained), losses, boldness, rng)
         # The curves alone are planned with as they were measured, not as tabulated.
         plan = choose(importance if tried == 0 else views.mix(weights))
         tried += 1
@@ -170,15 +171,16 @@ def weigh_curves(
             boldness *= BOLDER
             continue
         boldness = BOLDNESS
-        loss = next((trial.loss for trial in judged if trial.widths == plan.widths), None)
-        known = loss is not None
-        if loss is None:
+        found = next((trial for trial in judged if trial.widths == plan.widths), None)
+        if found is None:
             loss = judge(plan)
             if not np.isfinite(loss):
                 raise DataError("the loss of a planned net is not finite; check the calibration data")
-        seen.append(CurveTrial(base=base, weights=weights.tolist(), widths=plan.widths, loss=loss))
-        if checkpoint is not None and not known:
-            append_record(checkpoint, seen[-1])
+            found = CurveTrial(base=base, weights=weights.tolist(), widths=plan.widths, loss=loss)
+            if checkpoint is not None:
+                append_record(checkpoint, found)
+        seen.append(found)
+        explained.append(views.explain(plan.widths))
     best = min(seen, key=lambda trial: trial.loss)
     return importance if best.loss >= (1 - SAME) * seen[0].loss else views.mix(np.array(best.weights))
 
@@ -248,14 +250,13 @@ class Views:
         }
         return replace(self.importance, curves=curves)
 
-    def explain(self, trials: Sequence[CurveTrial]) -> FloatArray:
-        """What each view says that each group, or branch, loses in trials: (trials, views, names)."""
-        found = np.zeros((len(trials), len(self.rises), len(self.names)))
-        for t, trial in enumerate(trials):
-            for n, name in enumerate(self.names):
-                width = trial.widths.get(name, int(self.widths[n][-1]))  # a branch is named where it is dropped
-                for k, rises in enumerate(self.rises):
-                    found[t, k, n] = np.interp(width, self.widths[n], rises[n])
+    def explain(self, widths: Mapping[str, int]) -> FloatArray:
+        """What each view says that each group, or branch, loses at a plan's widths: (views, names)."""
+        found = np.zeros((len(self.rises), len(self.names)))
+        for n, name in enumerate(self.names):
+            width = widths.get(name, int(self.widths[n][-1]))  # a branch is named where it is dropped
+            for k, rises in enumerate(self.rises):
+                found[k, n] = np.interp(width, self.widths[n], rises[n])
         return found
 
 

@@ -31,7 +31,7 @@ from edgeprune.core.errors import ModelError, RecordError, UsageError
 from edgeprune.core.family import list_members, load_member
 from edgeprune.core.problem import costs_of
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Branch, Budget, CurveTrial, Graph, Importance, LossCurve, Plan, Profile, WidthRules
+from edgeprune.core.records import Branch, Budget, Graph, Importance, LossCurve, Plan, Profile, WidthRules
 from edgeprune.core.rules import apply_rules
 from edgeprune.device.session import open_session
 from edgeprune.device.targets import read_target
@@ -372,8 +372,8 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
         return choose_widths(graph, profile, weighed, budget, compare=(), levels=4)
 
     def judge(plan: Plan) -> float:
-        (by_view,) = views.explain([CurveTrial(base="", weights=[], widths=plan.widths, loss=0.0)])
-        return 0.01 + float(sum(by_view[0])) + 7 * float(by_view[0][views.names.index("first")])
+        by_curves = views.explain(plan.widths)[0]
+        return 0.01 + float(sum(by_curves)) + 7 * float(by_curves[views.names.index("first")])
 
     before, after = choose(importance), choose(weigh_curves(importance, choose, judge, trials=12))
     assert "first" in before.widths and "first" not in after.widths

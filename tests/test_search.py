@@ -17,7 +17,7 @@ from edgeprune.compact import Assembler
 from edgeprune.core.budget import make_budget
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.errors import DataError
-from edgeprune.core.records import Budget, Cost, CurveTrial, Importance, LossCurve, Plan
+from edgeprune.core.records import Budget, Cost, Importance, LossCurve, Plan
 from edgeprune.plan import choose_widths, level_losses
 from edgeprune.score import score_groups
 from edgeprune.search import Views, divergence, outputs_of, scatter_weights, search_curves, split_examples, weigh_curves
@@ -147,8 +147,7 @@ def test_views_agree_on_how_much_is_lost_and_not_on_where() -> None:
     other = replace(importance(), scores={name: np.arange(16.0) * (name == "a") for name in GROUPS}, curves={})
     views = Views.of(given, [other])
     half = dict.fromkeys(GROUPS, 8)
-    trials = [CurveTrial(base="", weights=[], widths=widths, loss=0.0) for widths in (half, {**half, "branch": 0})]
-    without, dropped = views.explain(trials)
+    without, dropped = views.explain(half), views.explain({**half, "branch": 0})
     assert without.sum(axis=1) == pytest.approx([5 * 0.4] * 3, rel=0.01)
     assert dropped.sum(axis=1) == pytest.approx([5 * 0.4 + 0.3] * 3, rel=0.01)
     curves, magnitudes, even = (dict(zip(views.names, each, strict=True)) for each in without)
