@@ -42,6 +42,7 @@ def export_model(
     labels: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     sparse: bool = False,
+    opset: int | None = None,
 ) -> Artifact:
     """Write a module as an artifact whose outputs on the host equal the module's, or nearly where it has fewer bits.
 
@@ -53,16 +54,18 @@ def export_model(
     labels, preprocessing: names of the classes, and `scale`, `mean`, `std` of raw data: written into the file, where
         apps and viewers look for them, beside what made it.
     sparse: store 1x1 convolutions without their zeros (TFLite): smaller, and faster where the runtime has such kernels.
+    opset: of an ONNX file; None: the oldest from 17 that has every operator, since more boards read it.
     returns: the artifact, with the versions of the tools that made it.
-    raises: ModelError when it cannot be exported, or computes something else; UsageError when the
-        folder cannot be written, or nothing can be stored sparsely.
+    raises: ModelError when it cannot be exported, not at that opset, or computes something else; UsageError when the
+        folder cannot be written, nothing can be stored sparsely, or the format has no such opset.
     """
     member = load_member("formats", format)
     if sparse:
         check_sparse(format)
+    options = {} if opset is None else {"opset": check_opset(format, opset)}
     with _evaluating(module), replacing(path) as temporary:
         artifact: Artifact = member.export(
-            module, inputs, temporary, precision=precision, calibration=calibration, graph=graph
+            module, inputs, temporary, precision=precision, calibration=calibration, graph=graph, **options
         )
         if sparse:
             member.encode_sparse(temporary)
@@ -98,6 +101,16 @@ def check_sparse(format: str) -> None:
     """raises: UsageError for a format that cannot store weights without their zeros."""
     if not hasattr(load_member("formats", format), "encode_sparse"):
         raise UsageError(f"{format} files store every zero; weights without them are for tflite")
+
+
+def check_opset(format: str, opset: int) -> int:
+    """The opset. raises: UsageError for a format without opsets, or one that files are not written in."""
+    known = getattr(load_member("formats", format), "OPSETS", None)
+    if known is None:
+        raise UsageError(f"{format} files have no opset; it is for onnx")
+    if opset not in known:
+        raise UsageError(f"files are written in opset {known[0]} to {known[-1]}, not {opset}")
+    return opset
 
 
 def _check_outputs(

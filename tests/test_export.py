@@ -17,6 +17,7 @@ from edgeprune.core.errors import ModelError, UnknownMember, UsageError
 from edgeprune.core.records import Precision
 from edgeprune.core.store import sha256_file
 from edgeprune.export import export_model
+from edgeprune.formats import _onnx_registry
 
 torch.set_num_threads(1)
 INPUTS = (torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8),)
@@ -130,6 +131,44 @@ def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         export_model(in_evaluation(Branching()), INPUTS, tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("asked", "written"), [(None, 17), (17, 17), (19, 19)])
+def test_the_opset_is_that_asked_for(asked: int | None, written: int, tmp_path: Path) -> None:
+    artifact = export_model(Net().eval(), (torch.randn(1, 3, 8, 8),), tmp_path / "net.onnx", opset=asked)
+    assert onnx.load(artifact.path).opset_import[0].version == written
+    assert artifact.tools["opset"] == str(written)
+
+
+@pytest.mark.parametrize(("format", "opset", "said"), [("onnx", 16, "17 to 20, not 16"), ("tflite", 17, "no opset")])
+def test_an_opset_that_no_file_has(format: str, opset: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        export_model(Net().eval(), (torch.randn(1, 3, 8, 8),), tmp_path / "net", format=format, opset=opset)
+
+
+def test_operators_are_read_once_and_again_where_torchvision_adds_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read: list[int] = []
+    plain = ONNXRegistry.from_torchlib
+
+    def counted(*_: object, opset_version: int) -> ONNXRegistry:
+        read.append(opset_version)
+        return plain(opset_version=opset_version)
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    monkeypatch.setattr(_onnx_registry, "_TABLES", {})
+    inputs = (torch.randn(1, 3, 8, 8),)
+    for number in range(2):
+        export_model(Net().eval(), inputs, tmp_path / f"{number}.onnx")
+    assert len(read) == 1
+    added = torch.library.Library("torchvision", "FRAGMENT")
+    added.define("an_operator_of_later(Tensor x) -> Tensor")
+    export_model(Net().eval(), inputs, tmp_path / "later.onnx")
+    assert len(read) == 2
+    assert ONNXRegistry.from_torchlib is counted  # whoever else exports gets PyTorch's own
 
 
 def test_unknown_format_and_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -137,5 +137,5 @@ def test_a_model_is_written_in_the_oldest_opset_that_has_it(activation: nn.Modul
 def test_an_opset_that_cannot_be_had_is_refused() -> None:
     inputs = (torch.from_numpy(X),)
     assert format.to_proto(Shrunk(), inputs).opset_import[0].version == 20
-    with pytest.raises(ModelError, match=r"opset 17 has no Resize .* with antialias; ask for opset=18"):
+    with pytest.raises(ModelError, match=r"opset 17 has no Resize .* with antialias; ask for opset 18"):
         format.to_proto(Shrunk(), inputs, opset=17)

@@ -45,6 +45,9 @@ def export(
     activations: Annotated[str | None, typer.Option(help="of int8: uint8, int8, symmetric (TensorRT)")] = None,
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="1x1 convolutions without their zeros (tflite)")] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="of an ONNX file; by default 17, which most boards read, where its operators allow")
+    ] = None,
     cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -62,7 +65,14 @@ def export(
         calibration = as_arrays(batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False))
     module, inputs = load(model, weights, shapes)
     artifact = edgeprune.export_model(
-        module, inputs, out, format=name, precision=precision, calibration=calibration, sparse=sparse
+        module,
+        inputs,
+        out,
+        format=name,
+        precision=precision,
+        calibration=calibration,
+        sparse=sparse,
+        opset=opset,
     )
     found = None
     if cross_check:

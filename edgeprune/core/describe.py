@@ -269,7 +269,8 @@ def describe_pivoted(pivoted: Pivoted) -> str:
 def describe_artifact(artifact: Artifact) -> str:
     """An exported file in one line."""
     packed = "" if artifact.compressed_bytes is None else f" ({artifact.compressed_bytes:,} compressed)"
-    return f"{artifact.format}, {artifact.bytes:,} bytes{packed}, sha256 {artifact.sha256[:12]}: {artifact.path}"
+    opset = f" opset {artifact.tools['opset']}" if "opset" in artifact.tools else ""
+    return f"{artifact.format}{opset}, {artifact.bytes:,} bytes{packed}, sha256 {artifact.sha256[:12]}: {artifact.path}"
 
 
 def describe_cross_check(found: CrossCheck, most: int = 5) -> str:

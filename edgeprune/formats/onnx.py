@@ -34,6 +34,7 @@ from edgeprune.formats._onnx_quantize import (
     quantize,
     random_calibration,
 )
+from edgeprune.formats._onnx_registry import tables_kept
 from edgeprune.formats._onnx_resize import ExactResizer, ExportingResizer, OnnxResizer
 from edgeprune.formats._units import Unresizable
 from edgeprune.graphs.ports import Ports, get_ports
@@ -52,6 +53,7 @@ PRECISIONS = (
 )
 NEWEST, EXPORTED = 20, 18
 """Opset that files have where no older one does, and the oldest that PyTorch writes by itself."""
+OPSETS = range(OLDEST, NEWEST + 1)
 MAX_BYTES = 2**31 - 1
 """A protobuf message cannot be larger."""
 EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError)
@@ -178,7 +180,7 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int | None
     training = module.training
     written = NEWEST if opset is None else max(opset, EXPORTED)
     try:
-        with _quiet():
+        with _quiet(), tables_kept():
             program = torch.onnx.export(
                 module.eval(), inputs, dynamo=True, external_data=False, opset_version=written, verbose=False
             )
@@ -190,12 +192,12 @@ def to_proto(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int | None
     model: ModelProto = program.model_proto
     _forget_sources(model)
     if (found := standard_opset(model).version) != written:
-        raise ModelError(f"the model cannot be exported at opset {written}, only at {found}; ask for opset={found}")
+        raise ModelError(f"the model cannot be exported at opset {written}, only at {found}; ask for opset {found}")
     try:
         lower_opset(model, OLDEST if opset is None else opset)
     except TooNew as reason:
         if opset is not None:
-            raise ModelError(f"opset {opset} has no {reason}; ask for opset={written}") from reason
+            raise ModelError(f"opset {opset} has no {reason}; ask for opset {written}") from reason
     return model
 
 

@@ -7,12 +7,13 @@ profile can be added to.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from edgeprune.core.errors import RecordError
 from edgeprune.core.records import FLOAT32, Conditions, Graph, Kernel, Measurement, Precision, Profile, Table
-from edgeprune.core.store import read_lines
+from edgeprune.core.store import read_lines, sha256_file
 from edgeprune.tables.combine import combine
 
 
@@ -44,7 +45,22 @@ def read_profile(path: Path, graph: Graph | None = None) -> Profile:
     """
     heading, measurements = read_measured(path)
     check_graph(heading, graph, path)
-    return derive_profile(heading, measurements)
+    return _derived(_Content(sha256_file(path), heading, measurements))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file holds, compared by its digest."""
+
+    sha256: str
+    heading: ProfileHeading = field(compare=False)
+    measurements: Sequence[Measurement] = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _derived(content: _Content) -> Profile:
+    """Every stage of a run reads the profile again, and its tables take seconds to fit."""
+    return derive_profile(content.heading, content.measurements)
 
 
 def derive_profile(
