@@ -46,7 +46,7 @@ def export(
     data: Annotated[str | None, typer.Option(help="int8 takes the ranges of activations from it")] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="1x1 convolutions without their zeros (tflite)")] = False,
     opset: Annotated[
-        int | None, typer.Option(help="of an ONNX file; by default 17, which most boards read, where its operators allow")
+        int | None, typer.Option(help="of an ONNX file; 17, which most boards read, where its operators allow")
     ] = None,
     cross_check: Annotated[bool, typer.Option("--cross-check", help="run a .tflite in TensorFlow as well")] = False,
     as_json: AsJson = False,
