@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -148,22 +148,23 @@ def recover_accuracy(
     if precision is not None and precision.dtype == "int8":
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
-    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
+    chosen = None if gating is None else load_gating(gating)
+    only = find_gates(module) if chosen is not None and chosen.alone else {}
+    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint, only)
     if regularizer is not None and graph is not None:
         trainer.hook = load_regularizer(regularizer, trained, graph, trainer.planned_steps("a regularizer"))
     if pattern is not None:
         trainer.hook = load_sparsifier(pattern, module, trainer.planned_steps("a pattern"))
-    if gating is not None:
-        steps = trainer.planned_steps("the training of gates")
-        trainer.hook = GateTraining(load_gating(gating), find_gates(module), steps)
-    resumed = trainer.resume()
-    if not resumed:
-        trainer.begin()
-    for epoch in range(trainer.epoch, epochs):
-        if trainer.note:
-            break
-        trainer.train_epoch(epoch, progress)
-        trainer.save()
+    if chosen is not None:
+        trainer.hook = GateTraining(chosen, find_gates(module), trainer.planned_steps("the training of gates"))
+    with trainer.rest_frozen():
+        if not trainer.resume():
+            trainer.begin()
+        for epoch in range(trainer.epoch, epochs):
+            if trainer.note:
+                break
+            trainer.train_epoch(epoch, progress)
+            trainer.save()
     result = trainer.finish()
     module.eval()
     return result
@@ -179,7 +180,10 @@ def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int
 
 
 class _Trainer:
-    """One recovery: the module, its optimiser, and what is needed to go on after a kill."""
+    """One recovery: the module, its optimiser, and what is needed to go on after a kill.
+
+    only: submodules by their paths that are trained, while the rest stays as it is; empty: all.
+    """
 
     def __init__(
         self,
@@ -189,13 +193,17 @@ class _Trainer:
         settings: RecoverSettings,
         autocast: bool | None,
         checkpoint: Path | None,
+        only: Mapping[str, nn.Module],
     ) -> None:
         assert data.train is not None
         self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
         self.objective = Objective(teacher, settings.match_outputs, settings.distil_weight, settings.temperature)
         self.train = data.train
         self.device = device_of(module)
-        self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.only = only
+        wanted = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.parameters = {name: value for name, value in wanted.items() if not only or _is_within(name, only)}
+        self.frozen = [value for name, value in wanted.items() if name not in self.parameters]
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), lr=settings.lr, momentum=settings.momentum,
             weight_decay=settings.weight_decay, nesterov=settings.momentum > 0,
@@ -216,6 +224,23 @@ class _Trainer:
             raise DataError(f"{asking} needs training batches with a length")
         return length * self.settings.epochs
 
+    @contextmanager
+    def rest_frozen(self) -> Iterator[None]:
+        """No gradients for what is not trained."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+
+    def _set_mode(self, module: nn.Module) -> None:
+        """Training mode for what is trained: elsewhere dropout is off, and batch norms keep their statistics."""
+        module.train(not self.settings.match_outputs and not self.only)
+        for path in self.only:
+            module.get_submodule(path).train()
+
     def begin(self) -> None:
         self.before = self.objective.measure(self.module, self.data.test)
         self.best = self._state()
@@ -227,7 +252,7 @@ class _Trainer:
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
         losses: list[float] = []
-        self.module.train(not settings.match_outputs)
+        self._set_mode(self.module)
         with seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
@@ -250,7 +275,8 @@ class _Trainer:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
             self._judge(losses)
-            if self.epoch == settings.epochs and settings.precision is None and not settings.match_outputs:
+            untouched = settings.precision is not None or settings.match_outputs or self.only
+            if self.epoch == settings.epochs and not untouched:
                 self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
@@ -258,9 +284,12 @@ class _Trainer:
         self.hook.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
-        loss = self.objective.loss(logits, tensors, targets, self.autocast)
-        if (penalty := self.hook.penalty(logits, targets)) is not None:
-            loss = loss + penalty
+        penalty = self.hook.penalty(logits, targets)
+        if self.only and penalty is not None:
+            loss = penalty  # what the model itself loses does not change
+        else:
+            loss = self.objective.loss(logits, tensors, targets, self.autocast)
+            loss = loss if penalty is None else loss + penalty
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
@@ -295,7 +324,8 @@ class _Trainer:
         images = any(tensor.ndim == 4 for tensor in inputs)
         ways = list(itertools.product((False, True), (False, True) if images else (False,)))
         times: dict[tuple[bool, bool], list[float]] = {way: [] for way in ways}
-        trial = copy.deepcopy(self.module).train(not self.settings.match_outputs)
+        trial = copy.deepcopy(self.module)
+        self._set_mode(trial)
         for _ in range(steps):
             for autocast, channels_last in ways:
                 start = time.perf_counter()
@@ -303,7 +333,8 @@ class _Trainer:
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
                     logits = trial(*tensors)
                 loss = self.objective.loss(logits, tensors, targets, autocast)
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
                 float(loss.detach())  # waits for an accelerator
                 times[autocast, channels_last].append(time.perf_counter() - start)
             if self.device.type == "cpu":
@@ -414,6 +445,10 @@ class _Trainer:
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise RecordError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
         return True
+
+
+def _is_within(name: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def lay_out(inputs: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:

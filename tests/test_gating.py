@@ -294,6 +294,22 @@ def test_an_exit_keeps_to_a_tolerance() -> None:
     assert early >= evaluate_accuracy(net, calibration) - 0.02 - 1e-9
 
 
+def test_exits_that_are_trained_alone_leave_the_model_as_it_is(tmp_path: Path) -> None:
+    """Weights, batch-norm statistics, and that a later training has gradients for all of it again."""
+    chosen = "early_exit:at=0.5,tolerance=0.01,alone=true"
+    before = {key: value.clone() for key, value in dense().state_dict().items()}
+    net = gate_model(dense(), ONE, chosen)
+    untrained = {key: value.clone() for key, value in net.state_dict().items() if key not in before}
+    recover_accuracy(net, digits(), epochs=6, lr=0.05, gating=chosen, checkpoint=tmp_path / "c")
+    after = net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not all(torch.equal(after[key], value) for key, value in untrained.items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    record = settle_gates(net, ONE, digits().test, chosen)
+    assert min(gate.runs for gate in record.gates.values()) < 0.9  # some do leave
+    assert evaluate_accuracy(net, digits().test) >= evaluate_accuracy(dense(), digits().test) - 0.01 - 1e-9
+
+
 def test_exits_after_submodules_and_by_share() -> None:
     after = gate_model(dense(), ONE, "early_exit:after=first second")
     assert get_ports(after).gates == ("second.exit", "first.exit")

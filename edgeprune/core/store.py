@@ -145,7 +145,10 @@ def decode_envelope(kind: type[R], data: bytes, where: str) -> R:
     try:
         return msgspec.convert(envelope["record"], kind, dec_hook=_decode_hook)
     except msgspec.ValidationError as error:
-        raise RecordError(f"{where} does not fit {expected}: {error}") from error
+        raise RecordError(
+            f"{where} does not fit {expected}: {error}; another version of edgeprune may have written it: remove it "
+            "and make it again"
+        ) from error
 
 
 def write_record(path: Path, record: Any) -> None:

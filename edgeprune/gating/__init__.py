@@ -26,7 +26,12 @@ Measure = Callable[[], Mapping[str, float]]
 
 
 class Gating(ABC):
-    """Where a model decides, how the deciding is trained, and how it is set in the end."""
+    """Where a model decides, how the deciding is trained, and how it is set in the end.
+
+    alone: only the gates are trained; the rest of the model stays as it is.
+    """
+
+    alone = False
 
     @abstractmethod
     def place(self, captured: fx.GraphModule) -> list[str]:

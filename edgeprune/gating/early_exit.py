@@ -27,7 +27,7 @@ LEAST_LEFT = 0.02
 
 def make(
     *, at: str = "0.4", after: str = "", rate: float = 0.0, tolerance: float = 0.005, hidden: int = 64, places: int = 4,
-    strength: float = 1.0,
+    strength: float = 1.0, alone: bool = False,
 ) -> Gating:  # fmt: skip
     """Exits where a share of the work is done; an input leaves at the first that is confident enough.
 
@@ -37,9 +37,11 @@ def make(
     tolerance:  >= 0, accuracy that leaving early may cost on the calibration examples.
     hidden:     units of an exit's middle layer; 0: none. places: an exit sees means over places x places of the image.
     strength:   > 0, of the exits' losses beside the model's.
+    alone:      train the exits only, and leave the model as it is: what does not leave early is answered as before.
     raises:     UsageError.
     source:     secs. III-B and III-C of the paper; ours: confidence is the largest probability, exits also learn from
-                the model's own end (self-distillation), and one threshold serves all exits.
+                the model's own end (self-distillation), and one threshold serves all exits. `alone` is the "IC-only
+                training" of Shallow-Deep Networks (Kaya et al., ICML 2019, arXiv:1810.07052).
     """
     try:
         shares = sorted({float(share) for share in at.split()})
@@ -52,7 +54,7 @@ def make(
             f"early_exit: rate={rate} must be in [0, 1), tolerance={tolerance} and hidden={hidden} not below 0, "
             f"places={places} at least 1, strength={strength} above 0"
         )
-    return _EarlyExit(shares, after.split(), rate, tolerance, hidden, places, strength)
+    return _EarlyExit(shares, after.split(), rate, tolerance, hidden, places, strength, alone)
 
 
 class _Exit(Choice):
@@ -98,9 +100,10 @@ class _EarlyExit(Gating):
         hidden: int,
         places: int,
         strength: float,
+        alone: bool,
     ) -> None:
         self.at, self.after, self.rate, self.tolerance = at, after, rate, tolerance
-        self.hidden, self.places, self.strength = hidden, places, strength
+        self.hidden, self.places, self.strength, self.alone = hidden, places, strength, alone
 
     def place(self, captured: fx.GraphModule) -> list[str]:
         (output,) = (node for node in captured.graph.nodes if node.op == "output")
