@@ -35,7 +35,7 @@ from edgeprune.core.records import (
     PrecisionChoice,
     Profile,
 )
-from edgeprune.core.store import digest, read_record, sha256_file, write_atomic
+from edgeprune.core.store import digest, read_record, sha256_file, write_atomic, write_record
 from edgeprune.device.session import Session
 from edgeprune.graphs.slice import expand_tensors
 from edgeprune.on_board import dense_cost, plan_on_board
@@ -239,12 +239,15 @@ class Planning(Context):
                 profile = self._profile(graph, session, precision)
             budget = make_budget(dense_cost(graph, profile, dense.bytes), **msgspec.to_builtins(run.budget))
             weighed = self._weigh(graph, importance, profile, budget)  # takes minutes, and no board
+            write_record(self.folder / _weighed_file(precision), weighed)
             with self._board() as session:
                 return self._close_loop(graph, profile, weighed, budget, session, path, run.prune.solver)
 
         settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
         made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning]
-        return self.folder.record(Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name])
+        return self.folder.record(
+            Plan, f"plan-{precision.name}.json", made_from, make, also=[path.name, _weighed_file(precision)]
+        )
 
     def _profile(self, graph: Graph, session: Session, precision: Precision) -> Profile:
         """Latency tables; what is in the profile's file is not measured again."""
@@ -372,7 +375,8 @@ class Planning(Context):
         source, path = self.folder / f"profile-{base.precision.name}.jsonl", self.folder / f"profile-{name}.jsonl"
         solver = UNIFORM if contender == UNIFORM else self.run.prune.solver
         if near := NEAR.fullmatch(contender):
-            scored = scatter_weights(importance, self.run.seed + int(near[1]))
+            weighed = read_record(Importance, self.folder / _weighed_file(base.precision))
+            scored = scatter_weights(weighed, self.run.seed + int(near[1]))
         elif contender == UNIFORM:
             scored = importance
         else:
@@ -407,6 +411,11 @@ def check_contenders(names: Iterable[str]) -> None:
 def taken_round(plan: Plan) -> PlanRound | None:
     """The turn of the closed loop that a plan came from; None when there was none."""
     return next((turn for turn in reversed(plan.rounds) if turn.widths == plan.widths), None)
+
+
+def _weighed_file(precision: Precision) -> str:
+    """Where the importance is kept that a precision's plan was made from."""
+    return f"weighed-{precision.name}.json"
 
 
 def _file_name(contender: str) -> str:

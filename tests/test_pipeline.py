@@ -125,7 +125,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "nets.py").write_text(NETS)
-    (folder / "edgeprune.toml").write_text(RUN_FILE)
+    (folder / "edgeprune.toml").write_text(RUN_FILE.replace('"magnitude"]', '"magnitude", "near-1"]'))
     return folder
 
 
@@ -177,7 +177,11 @@ def test_a_run_that_is_killed_and_interrupted_ends_like_any_other(project: Path)
     graph, plan = read_record(Graph, run / "graph.json"), read_record(Plan, run / "plan.json")
     assert plan.rounds
     bracket = read_record(Bracket, run / "tournament.json")
-    assert {heat.contender for heat in bracket.rungs[0]} == {"curves", "magnitude"} == bracket.latency_s.keys()
+    entered = {heat.contender for heat in bracket.rungs[0]}
+    assert entered | bracket.left_out.keys() == {"curves", "magnitude", "near-1"} and len(entered) > 1
+    assert entered == bracket.latency_s.keys()
+    weighed = read_record(Importance, run / "weighed-float32.json")
+    assert weighed.curves.keys() == read_record(Importance, run / "importance.json").curves.keys() != set()
     winner = "plan-float32.json" if bracket.winner == "curves" else f"plan-float32-{bracket.winner}.json"
     assert read_record(Plan, run / winner).widths == plan.widths
     assert "The tournament" in (run / "report.html").read_text()
