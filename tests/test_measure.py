@@ -21,6 +21,7 @@ from edgeprune.core.errors import DataError, InputError, UsageError
 from edgeprune.core.records import BoardFacts, Measured, Quantity, Samples
 from edgeprune.core.stats import find_drift, find_modes, round_ratio, turn_medians, turn_ratios
 from edgeprune.core.store import read_record, write_record
+from edgeprune.device import by_input
 from edgeprune.device.session import Session, open_session
 from edgeprune.device.targets import read_target
 from edgeprune.measure import describe_ratio, find_disturbances, is_settled, measure_files
@@ -249,3 +250,15 @@ def test_the_pictures_of_how_we_measure_are_drawn(monkeypatch: pytest.MonkeyPatc
         if name == "predictions":
             configurations = {item.configuration for item in profile.measurements}
             assert picture.count("h0") == len(configurations) + len(("fitted", "held out"))
+
+
+@pytest.mark.parametrize(("steady", "timed"), [(True, 40), (False, by_input.FEWEST_INPUTS)])
+def test_every_input_is_timed_where_a_run_takes_the_same_time_every_time(steady: bool, timed: int) -> None:
+    """No time is planned for such a board; elsewhere it decides how many inputs there can be."""
+    seen: list[int] = []
+    values, rounds = by_input.time_inputs(
+        [seen.append, seen.append], range(40), 0.0, run_s=1.0, loops=1, working=False, steady=steady
+    )
+    assert [len(each) for each in values] == [timed, timed]
+    assert set(seen) == set(range(timed))
+    assert rounds == (1 if steady else by_input.MIN_ROUNDS)

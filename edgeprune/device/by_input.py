@@ -27,13 +27,14 @@ def time_inputs(
     Rounds over all inputs, in another order each time; the models in turns for each of them. A timed run follows one
     that is not timed, of the same input and model, so that caches are as in a stream of inputs.
 
-    runs: the models. feeds: as many of them take part, the first ones, as fit into `seconds`. run_s: of the slowest
-    model. loops: runs in a row that make one sample.
+    runs: the models. feeds: as many of them take part, the first ones, as fit into `seconds`; all where it is steady,
+    for which no time is planned. run_s: of the slowest model. loops: runs in a row that make one sample.
     working: whether the runtimes work in this thread, so that its processor time is without interruptions.
     steady: a run takes the same time every time.
     """
     each_s = len(runs) * (1 + loops) * run_s
-    feeds = feeds[: max(FEWEST_INPUTS, int(seconds / (MIN_ROUNDS * each_s)))]
+    if not steady:
+        feeds = feeds[: max(FEWEST_INPUTS, int(seconds / (MIN_ROUNDS * each_s)))]
     clock = time.thread_time_ns if working else time.perf_counter_ns
     shuffled = random.Random(0)  # noqa: S311 an order, no secret
     values: list[list[list[float]]] = [[[] for _ in feeds] for _ in runs]
