@@ -32,8 +32,8 @@ def time_inputs(
     working: whether the runtimes work in this thread, so that its processor time is without interruptions.
     steady: a run takes the same time every time.
     """
-    each_s = len(runs) * (1 + loops) * run_s
     if not steady:
+        each_s = len(runs) * (1 + loops) * run_s
         feeds = feeds[: max(FEWEST_INPUTS, int(seconds / (MIN_ROUNDS * each_s)))]
     clock = time.thread_time_ns if working else time.perf_counter_ns
     shuffled = random.Random(0)  # noqa: S311 an order, no secret
