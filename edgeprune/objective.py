@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +18,9 @@ from torch.utils import _pytree as pytree
 from edgeprune.core.errors import DataError
 
 Batches = Iterable[tuple[Any, Tensor]]
+
+WARM_UP_SHARE = 0.05
+"""Share of all steps over which the learning rate rises to its peak."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,14 @@ def device_of(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
+def length_of(batches: Batches) -> int:
+    """How many there are; 0 where they do not say."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
 def check_targets(logits: Any, targets: Tensor) -> None:
     """raises: DataError unless the outputs are (n, classes) and the targets n labels below that."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -166,3 +181,28 @@ def check_targets(logits: Any, targets: Tensor) -> None:
         raise DataError(f"targets are {targets.dtype} of shape {list(targets.shape)}, expected {len(logits)} labels")
     if int(targets.max()) >= logits.shape[1] or int(targets.min()) < 0:
         raise DataError(f"the data has the label {int(targets.max())}, the model only {logits.shape[1]} classes")
+
+
+def rate_factor(done: int, total: int) -> float:
+    """Share of the peak learning rate at a step: a short warm-up, then a cosine down to zero.
+
+    done: steps before it. total: of the whole training; 0 where that is not known yet, which only warms up.
+    """
+    warm_up = max(1.0, WARM_UP_SHARE * total) if total else 20.0
+    rising, position = min(1.0, (done + 1) / warm_up), min(1.0, done / total) if total else 0.0
+    return rising * 0.5 * (1 + math.cos(math.pi * position))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators for a while, so that an epoch draws the same after a resume."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -6,10 +6,8 @@ import copy
 import itertools
 import json
 import math
-import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +23,10 @@ from edgeprune.core.errors import DataError, RecordError, UsageError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Precision, RecoverResult, RecoverSettings
 from edgeprune.core.store import write_atomic
-from edgeprune.gating import GateTraining, find_gates, load_gating
+from edgeprune.gating import GateTraining, Gating, find_gates, load_gating
+from edgeprune.gating._alone import train_alone
 from edgeprune.graphs.fake_quantize import simulate_int8
-from edgeprune.objective import Batches, Objective, device_of, inputs_on
+from edgeprune.objective import Batches, Objective, device_of, inputs_on, length_of, rate_factor, seeded
 from edgeprune.objective import evaluate_accuracy as evaluate_accuracy
 from edgeprune.patterns import load_sparsifier
 from edgeprune.regularizers import Regularizer, load_regularizer
@@ -42,9 +41,6 @@ MATCHING_GRADIENT = 1.0
 """Largest norm of the gradient when outputs are matched, whose loss is 1 where nothing is alike."""
 HOPELESS = 5.0
 """bfloat16 whose first step on a processor takes this many times the quickest step in float32 is given up."""
-WARM_UP_SHARE = 0.05
-"""Share of all steps over which the learning rate rises to its peak."""
-
 RANGE_BATCHES = 4
 """Training batches from which the ranges of int8 start."""
 
@@ -144,30 +140,49 @@ def recover_accuracy(
             )
         if not find_gates(module):
             raise UsageError("the model has no gates to train; put them in with `gate_model`")
+    chosen = None if gating is None else load_gating(gating)
+    if chosen is not None and chosen.alone:
+        return _recover_alone(module, data, chosen, settings, checkpoint, progress)
     trained = module
     if precision is not None and precision.dtype == "int8":
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
-    chosen = None if gating is None else load_gating(gating)
-    only = find_gates(module) if chosen is not None and chosen.alone else {}
-    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint, only)
+    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
     if regularizer is not None and graph is not None:
         trainer.hook = load_regularizer(regularizer, trained, graph, trainer.planned_steps("a regularizer"))
     if pattern is not None:
         trainer.hook = load_sparsifier(pattern, module, trainer.planned_steps("a pattern"))
     if chosen is not None:
         trainer.hook = GateTraining(chosen, find_gates(module), trainer.planned_steps("the training of gates"))
-    with trainer.rest_frozen():
-        if not trainer.resume():
-            trainer.begin()
-        for epoch in range(trainer.epoch, epochs):
-            if trainer.note:
-                break
-            trainer.train_epoch(epoch, progress)
-            trainer.save()
+    if not trainer.resume():
+        trainer.begin()
+    for epoch in range(trainer.epoch, epochs):
+        if trainer.note:
+            break
+        trainer.train_epoch(epoch, progress)
+        trainer.save()
     result = trainer.finish()
     module.eval()
     return result
+
+
+def _recover_alone(
+    module: nn.Module,
+    data: Data,
+    gating: Gating,
+    settings: RecoverSettings,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> RecoverResult:
+    """Training of gates that leaves the model as it is."""
+    assert data.train is not None
+    objective = Objective(None, match=False, share=0.0, temperature=settings.temperature)
+    before = objective.measure(module, data.test)
+    losses, note = train_alone(module, gating, data.train, settings, checkpoint, progress)
+    return RecoverResult(
+        accuracy_before=before, accuracy_after=objective.measure(module, data.test), losses=losses,
+        epochs=settings.epochs, autocast=False, note=note,
+    )  # fmt: skip
 
 
 def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int) -> nn.Module:
@@ -180,10 +195,7 @@ def _simulate(module: nn.Module, train: Batches, precision: Precision, seed: int
 
 
 class _Trainer:
-    """One recovery: the module, its optimiser, and what is needed to go on after a kill.
-
-    only: submodules by their paths that are trained, while the rest stays as it is; empty: all.
-    """
+    """One recovery: the module, its optimiser, and what is needed to go on after a kill."""
 
     def __init__(
         self,
@@ -193,17 +205,13 @@ class _Trainer:
         settings: RecoverSettings,
         autocast: bool | None,
         checkpoint: Path | None,
-        only: Mapping[str, nn.Module],
     ) -> None:
         assert data.train is not None
         self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
         self.objective = Objective(teacher, settings.match_outputs, settings.distil_weight, settings.temperature)
         self.train = data.train
         self.device = device_of(module)
-        self.only = only
-        wanted = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        self.parameters = {name: value for name, value in wanted.items() if not only or _is_within(name, only)}
-        self.frozen = [value for name, value in wanted.items() if name not in self.parameters]
+        self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), lr=settings.lr, momentum=settings.momentum,
             weight_decay=settings.weight_decay, nesterov=settings.momentum > 0,
@@ -220,26 +228,9 @@ class _Trainer:
 
     def planned_steps(self, asking: str) -> int:
         """How long the training is, which a hook has to know. raises: DataError."""
-        if not (length := _length(self.train)):
+        if not (length := length_of(self.train)):
             raise DataError(f"{asking} needs training batches with a length")
         return length * self.settings.epochs
-
-    @contextmanager
-    def rest_frozen(self) -> Iterator[None]:
-        """No gradients for what is not trained."""
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self.frozen:
-                parameter.requires_grad_(True)
-
-    def _set_mode(self, module: nn.Module) -> None:
-        """Training mode for what is trained: elsewhere dropout is off, and batch norms keep their statistics."""
-        module.train(not self.settings.match_outputs and not self.only)
-        for path in self.only:
-            module.get_submodule(path).train()
 
     def begin(self) -> None:
         self.before = self.objective.measure(self.module, self.data.test)
@@ -252,7 +243,7 @@ class _Trainer:
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
         losses: list[float] = []
-        self._set_mode(self.module)
+        self.module.train(not settings.match_outputs)
         with seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
@@ -275,8 +266,7 @@ class _Trainer:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
             self._judge(losses)
-            untouched = settings.precision is not None or settings.match_outputs or self.only
-            if self.epoch == settings.epochs and not untouched:
+            if self.epoch == settings.epochs and settings.precision is None and not settings.match_outputs:
                 self._settle()
 
     def _step(self, inputs: Any, targets: Tensor) -> float:
@@ -284,12 +274,9 @@ class _Trainer:
         self.hook.before_forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.module(*tensors)
-        penalty = self.hook.penalty(logits, targets)
-        if self.only and penalty is not None:
-            loss = penalty  # what the model itself loses does not change
-        else:
-            loss = self.objective.loss(logits, tensors, targets, self.autocast)
-            loss = loss if penalty is None else loss + penalty
+        loss = self.objective.loss(logits, tensors, targets, self.autocast)
+        if (penalty := self.hook.penalty(logits, targets)) is not None:
+            loss = loss + penalty
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
@@ -303,13 +290,10 @@ class _Trainer:
 
     def _set_rate(self, epoch: int, step: int) -> None:
         # An iterable without a length shows it in the first epoch; until then the rate only warms up.
-        self.steps = self.steps or _length(self.train)
+        self.steps = self.steps or length_of(self.train)
         total = self.steps * self.settings.epochs
-        warm_up = max(1.0, WARM_UP_SHARE * total) if total else 20.0
-        done = epoch * self.steps + step
-        rising, position = min(1.0, (done + 1) / warm_up), min(1.0, done / total) if total else 0.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * rising * 0.5 * (1 + math.cos(math.pi * position))
+            group["lr"] = self.settings.lr * rate_factor(epoch * self.steps + step, total)
 
     def _fastest_way(self, steps: int = 3) -> tuple[bool, bool]:
         """Whether in bfloat16, and whether channels last: a few steps of each on a copy.
@@ -325,7 +309,7 @@ class _Trainer:
         ways = list(itertools.product((False, True), (False, True) if images else (False,)))
         times: dict[tuple[bool, bool], list[float]] = {way: [] for way in ways}
         trial = copy.deepcopy(self.module)
-        self._set_mode(trial)
+        trial.train(not self.settings.match_outputs)
         for _ in range(steps):
             for autocast, channels_last in ways:
                 start = time.perf_counter()
@@ -333,8 +317,7 @@ class _Trainer:
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
                     logits = trial(*tensors)
                 loss = self.objective.loss(logits, tensors, targets, autocast)
-                if loss.requires_grad:
-                    loss.backward()
+                loss.backward()
                 float(loss.detach())  # waits for an accelerator
                 times[autocast, channels_last].append(time.perf_counter() - start)
             if self.device.type == "cpu":
@@ -447,35 +430,8 @@ class _Trainer:
         return True
 
 
-def _is_within(name: str, paths: Iterable[str]) -> bool:
-    return any(name.startswith(f"{path}.") for path in paths)
-
-
 def lay_out(inputs: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:
     """The inputs with images (n, c, h, w) channels last in memory if asked; convolutions pass the layout on."""
     if not channels_last:
         return inputs
     return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs)
-
-
-def _length(batches: Batches) -> int:
-    """How many there are; 0 where they do not say."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return 0
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators for a while, so that an epoch draws the same after a resume."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

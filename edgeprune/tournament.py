@@ -21,7 +21,8 @@ from edgeprune.core.errors import DataError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Bracket, Heat
 from edgeprune.core.store import append_record, digest, read_lines
-from edgeprune.recover import recover_accuracy, seeded
+from edgeprune.objective import seeded
+from edgeprune.recover import recover_accuracy
 
 Batches = Iterable[tuple[Any, Tensor]]
 KEPT = 3

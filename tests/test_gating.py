@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +24,7 @@ from zoo import torchvision_models
 from edgeprune.compact import save_compact
 from edgeprune.core.describe import describe_gates, summary
 from edgeprune.core.effort import Effort
-from edgeprune.core.errors import ModelError, UnknownMember, UsageError
+from edgeprune.core.errors import ModelError, RecordError, UnknownMember, UsageError
 from edgeprune.core.family import list_members
 from edgeprune.core.records import Budget, Cost, Gate, Gated, ModelSpec, Precision, RecoverResult, Report, Target
 from edgeprune.core.store import read_record, write_record
@@ -308,6 +312,69 @@ def test_exits_that_are_trained_alone_leave_the_model_as_it_is(tmp_path: Path) -
     record = settle_gates(net, ONE, digits().test, chosen)
     assert min(gate.runs for gate in record.gates.values()) < 0.9  # some do leave
     assert evaluate_accuracy(net, digits().test) >= evaluate_accuracy(dense(), digits().test) - 0.01 - 1e-9
+
+
+ALONE = "early_exit:at=0.3 0.7,hidden=8,alone=true"
+
+
+class Cut:
+    """Training batches that break off, as a kill would, after so many of them."""
+
+    def __init__(self, after: float) -> None:
+        self.left, self.looked = after, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in digits().train:
+            if self.looked >= self.left:
+                raise KeyboardInterrupt
+            self.looked += 1
+            yield batch
+
+
+def train_alone(checkpoint: Path | None, epochs: int = 2, after: float = math.inf, **options: Any) -> tuple[Any, ...]:
+    net, batches = gate_model(dense(), ONE, ALONE), Cut(after)
+    data = SimpleNamespace(train=batches, test=digits().test)
+    result = recover_accuracy(net, data, epochs=epochs, gating=ALONE, checkpoint=checkpoint, **options)
+    return net.state_dict(), result, batches.looked
+
+
+@pytest.mark.parametrize("broken_in", ["first look", "second look", "learning"])
+def test_exits_trained_alone_go_on_where_they_were_killed(tmp_path: Path, broken_in: str) -> None:
+    length, path = len(list(digits().train)), tmp_path / "gates.safetensors"
+    whole, result, looked = train_alone(None)
+    assert looked == 2 * length and len(result.losses) > 2 and result.losses[-1] < result.losses[0]
+
+    def interrupt(doing: str, done: int, total: int) -> None:
+        if broken_in == "learning" and doing == "gates: learn" and done == total // 2:
+            raise KeyboardInterrupt
+
+    after = {"first look": length - 1, "second look": length + 2}.get(broken_in, math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        train_alone(path, after=after, progress=interrupt)
+    assert path.exists() == (broken_in != "first look")
+    again, resumed, more = train_alone(path)
+    assert resumed == result and more == {"first look": 2, "second look": 1}.get(broken_in, 0) * length
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+    done, the_same, none = train_alone(path)
+    assert (the_same, none) == (result, 0) and all(torch.equal(done[key], value) for key, value in whole.items())
+    assert train_alone(path, epochs=1)[2] == length  # of another training
+
+
+def test_what_exits_see_is_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.gating._alone.KEPT_BYTES", 2 * 10_000)
+    _, result, looked = train_alone(None)
+    assert 2 <= looked < len(list(digits().train)) and not result.note
+
+
+def test_a_training_of_exits_that_diverges_is_undone_and_a_damaged_checkpoint_refused(tmp_path: Path) -> None:
+    untrained = gate_model(dense(), ONE, ALONE).state_dict()
+    weights, result, _ = train_alone(tmp_path / "gates", lr=1e20)
+    assert "diverged" in result.note and math.isfinite(result.accuracy_after)
+    assert all(torch.equal(weights[key], value) for key, value in untrained.items() if key.endswith("weight"))
+    data = (tmp_path / "gates").read_bytes()
+    (tmp_path / "gates").write_bytes(data[: len(data) // 2])
+    with pytest.raises(RecordError, match="damaged"):
+        train_alone(tmp_path / "gates")
 
 
 def test_exits_after_submodules_and_by_share() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -29,6 +31,18 @@ class Choice(nn.Module):
     def forget(self) -> None:
         """Let go of what a training step left behind."""
         self.taken = None
+
+
+class Learner(Choice):
+    """A choice that can learn by itself what to answer: from features of what it sees, and from labels."""
+
+    @abstractmethod
+    def look(self, seen: Tensor) -> Tensor:
+        """(n, ...) -> features (n, f)."""
+
+    @abstractmethod
+    def answer(self, features: Tensor) -> Tensor:
+        """(n, f) -> (n, classes); in training the first batch sets the scale of the features."""
 
 
 class Standardised(nn.Linear):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.gating import Batches, Choice, Gating, Measure
-from edgeprune.gating._choices import Standardised, count_macs, free_path
+from edgeprune.gating._choices import Learner, Standardised, count_macs, free_path
 from edgeprune.graphs.capture import module_path, writes_memory
 from edgeprune.objective import label_loss
 
@@ -38,6 +38,8 @@ def make(
     hidden:     units of an exit's middle layer; 0: none. places: an exit sees means over places x places of the image.
     strength:   > 0, of the exits' losses beside the model's.
     alone:      train the exits only, and leave the model as it is: what does not leave early is answered as before.
+                An epoch is then one look at the training data, and what was seen is learnt many times: exits come out
+                better in the same time, unless the model itself would gain from training.
     raises:     UsageError.
     source:     secs. III-B and III-C of the paper; ours: confidence is the largest probability, exits also learn from
                 the model's own end (self-distillation), and one threshold serves all exits. `alone` is the "IC-only
@@ -57,7 +59,7 @@ def make(
     return _EarlyExit(shares, after.split(), rate, tolerance, hidden, places, strength, alone)
 
 
-class _Exit(Choice):
+class _Exit(Learner):
     """What sees values (n, channels, ...) of a place in the model and may answer in its stead."""
 
     threshold: Tensor
@@ -70,19 +72,23 @@ class _Exit(Choice):
         self.classify = nn.Sequential(nn.ReLU(), nn.Linear(hidden, classes)) if hidden else nn.Identity()
         self.register_buffer("threshold", torch.tensor(NEVER))
 
-    def answer(self, seen: Tensor) -> Tensor:
-        """(n, classes)."""
+    def look(self, seen: Tensor) -> Tensor:
+        """Means over places of the image: (n, channels, ...) -> (n, features)."""
         if seen.ndim == 4 and self.places > 1:
             window = [size // self.places for size in seen.shape[2:]]
             seen = functional.avg_pool2d(seen, window)
         elif seen.ndim == 4:
             seen = seen.mean((2, 3))
-        answer: Tensor = self.classify(self.see(seen.flatten(1)))
+        return seen.flatten(1)
+
+    def answer(self, features: Tensor) -> Tensor:
+        """(n, features) -> (n, classes)."""
+        answer: Tensor = self.classify(self.see(features))
         return answer
 
     def forward(self, seen: Tensor, more: Tensor) -> Tensor:
         """The exit's answer where it is sure, else `more`."""
-        own = self.answer(seen)
+        own = self.answer(self.look(seen))
         if self.training:
             self.taken = own
             return more
@@ -156,7 +162,8 @@ class _EarlyExit(Gating):
             assert choice.taken is not None
             total = total + label_loss(choice.taken, targets, logits.detach(), share=0.5, temperature=TEMPERATURE)
             choice.forget()
-        return self.strength * total / len(choices)
+        # By themselves each learns at its own pace; beside the model's loss they count as one.
+        return self.strength * total / (1 if self.alone else len(choices))
 
     @torch.no_grad()
     def settle(self, module: nn.Module, choices: Mapping[str, Choice], calibration: Batches, measure: Measure) -> None:
@@ -189,7 +196,7 @@ def _look(
     device = exits[0].threshold.device
     seen: dict[_Exit, Tensor] = {}
     handles = [
-        each.register_forward_pre_hook(lambda part, given: seen.__setitem__(part, part.answer(given[0])))
+        each.register_forward_pre_hook(lambda part, given: seen.__setitem__(part, part.answer(part.look(given[0]))))
         for each in exits
     ]
     sure, right, best = [], [], []
