@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import edgeprune, edgeprune_process
 
-from edgeprune.__main__ import main
 from edgeprune.core.effort import EFFORTS
 
 ROOT = Path(__file__).parent.parent
@@ -80,21 +78,6 @@ def project(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=rng.normal(size=(60, 3, 12, 12)).astype(np.float32), y=rng.integers(0, 5, 60))
     return tmp_path
-
-
-def edgeprune(*arguments: str, cwd: Path, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    if home is not None:
-        environment["HOME"] = str(home)
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -164,21 +147,12 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
     arguments: list[str],
     code: int,
     said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, which spares the seconds of importing PyTorch for each."""
     before = {p.name for p in project.iterdir()}
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys, "argv", ["edgeprune", *arguments])
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # PyTorch's handlers hold what was stderr at an earlier test
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-        main()
-    errors = capfd.readouterr().err
-    assert ended.value.code == code, errors
-    assert said in errors
-    assert "Traceback" not in errors
+    done = edgeprune(*arguments, cwd=project)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
     left = {p.name for p in project.iterdir()} - before - {"__pycache__"}
     assert not left, f"left behind: {left}"
 
@@ -196,60 +170,37 @@ def test_trace_prints_groups_and_writes_the_record(project: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.device
-def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of the pipeline after the other, as the README lists them, on the embedded board."""
     from edgeprune.core.records import Graph, Importance, Plan, Report, Sparsity
     from edgeprune.core.store import read_record
 
-    monkeypatch.chdir(project)
-    monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
     net, data = ("nets.py:wide", "--input", "1x3x12x12"), ("--data", "data.npz")
     board = ("--target", "embedded", "--effort", "quick")
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["edgeprune", *arguments])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0)
-
     tables, scores = ("--profile", "profile.jsonl"), ("--importance", "importance.json")
+    limits = ("--latency", "0.8x", "--size", "0.6x")
     for arguments in (
         ("trace", *net, "-o", "graph.json"),
         ("profile", *net, *board, "--configurations", "6", "--held-out", "2", "-o", "profile.jsonl"),
         ("score", *net, *data, "-o", "importance.json"),
-        (
-            "plan",
-            *net,
-            *tables,
-            *scores,
-            "--latency",
-            "0.8x",
-            "--size",
-            "0.6x",
-            *data,
-            "--trials",
-            "3",
-            *board,
-            "-o",
-            "plan.json",
-        ),
+        ("plan", *net, *tables, *scores, *limits, *data, "--trials", "3", *board, "-o", "plan.json"),
         ("compact", *net, "--plan", "plan.json", *data, "-o", "small"),
         ("sparsify", "small/compact.pt2", "--pattern", "unstructured:sparsity=0.5", "-o", "sparse"),
         ("recover", "sparse/sparse.pt2", *data, "--teacher", "nets.py:wide", "--epochs", "1", "-o", "trained"),
         ("export", *net, "-o", "dense.onnx"),
         ("export", "trained/recovered.pt2", "-o", "model.onnx"),
     ):
-        assert run(*arguments) == 0, (arguments, capfd.readouterr().err)
-    capfd.readouterr()
-    validated = run(
+        done = edgeprune(*arguments, cwd=project)
+        assert done.returncode == 0, (arguments, done.stderr)
+    validated = edgeprune(
         "validate", "model.onnx", *board, "--model", "trained/recovered.pt2", "--dense", "dense.onnx", "--plan",
         "plan.json", *data, "--sparsity", "sparse/sparsity.json", "-o", "report.json", "--json",
+        cwd=project,
     )  # fmt: skip
-    printed = capfd.readouterr()
     report = read_record(Report, project / "report.json")
-    assert validated == (0 if report.passed else 1), printed.err
-    assert json.loads(printed.out)["artifact_sha256"] == report.artifact_sha256
+    assert validated.returncode == (0 if report.passed else 1), validated.stderr
+    assert json.loads(validated.stdout)["artifact_sha256"] == report.artifact_sha256
     graph, plan = read_record(Graph, project / "graph.json"), read_record(Plan, project / "plan.json")
     assert (
         plan.rounds
@@ -261,12 +212,13 @@ def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert report.compact.artifact_bytes < 0.65 * report.dense.artifact_bytes
     assert report.sparsity == read_record(Sparsity, project / "sparse" / "sparsity.json")
     evidence = ("--report", "report.json", "--plan", "plan.json", "--license", "MIT")
-    assert run("bundle", "model.onnx", *data, *evidence, "--for", "python", "-o", "bundle.zip") == 0
-    assert run("bundle", "verify", "bundle.zip", "--on", "embedded") == 0
+    done = edgeprune("bundle", "model.onnx", *data, *evidence, "--for", "python", "-o", "bundle.zip", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert edgeprune("bundle", "verify", "bundle.zip", "--on", "embedded", cwd=project).returncode == 0
 
 
 def test_stdout_is_ours_alone(project: Path) -> None:
-    done = edgeprune("trace", "nets.py:noisy", "--input", "1x3x12x12", "--json", cwd=project)
+    done = edgeprune_process("trace", "nets.py:noisy", "--input", "1x3x12x12", "--json", cwd=project)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["groups"]) >= 2
     assert "a line of a native library" in done.stderr

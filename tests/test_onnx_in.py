@@ -11,10 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from command import edgeprune
 from exactness import LIMIT, random_keep, randomise, relative_error
 from onnx import TensorProto, helper, numpy_helper
 from small_nets import NETS, ResNet20
-from test_cli import edgeprune
 from torch import Tensor, nn
 from zoo import timm_model, torchvision_models
 

@@ -11,7 +11,7 @@ A row is one net; all have the same training after they were made, which also di
     PATTERN            zeros of a member of `patterns` and its options
     structured+PATTERN both
     GATING             work decided per input by a member of `gating` and its options (ONNX Runtime)
-    structured+GATING  both
+    structured+GATING  both; exits that are trained alone go into the structured row as it was trained
     structured+int8    fewer channels, stored and computed in 8 bits (not trained for them)
     pivot:groups=4     all layers that can be in so many diagonal blocks, as grouped convolutions, refitted
     pivot:planned      each layer in as many as pay on the board (ONNX Runtime) for the latency of the structured row
@@ -56,6 +56,7 @@ from edgeprune.core.stats import median, over_inputs, turn_ratios
 from edgeprune.device.session import open_session
 from edgeprune.export import evaluate_artifact, export_model
 from edgeprune.gate import gate_model, settle_gates
+from edgeprune.gating import load_gating
 from edgeprune.graphs.choices import decide_runs
 from edgeprune.load import as_arrays
 from edgeprune.pivot import pivot_model, plan_pivot
@@ -214,10 +215,12 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
     gating = chosen if is_gated(name) else None
     pattern = None if gating else chosen
     row, data = Row(name), models.data
-    if int8 and base in models.trained:
-        model = models.trained[base]
+    alone = gating is not None and load_gating(gating).alone  # what it leaves as it is has to be trained before
+    trained = models.trained.get(base) if int8 or alone else None
+    if int8 and trained is not None:
+        model = trained
     else:
-        model = models.start(name)
+        model = models.start(name) if trained is None else copy.deepcopy(trained)
         if name.startswith(PIVOT):
             model, row.note = models.pivot(name)
         if pattern is not None:
