@@ -1,4 +1,4 @@
-"""The command line as tests run it: here, without the seconds that importing PyTorch takes, or in a process of its own."""
+"""The command line as tests run it: here, without the time that importing PyTorch takes, or in a process of its own."""
 
 from __future__ import annotations
 

@@ -491,7 +491,7 @@ def test_gates_are_trained_by_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, branches", [("ResNet20", 9), ("WideResNet", 6), pytest.param("mobilenet_v2", 10, marks=pytest.mark.slow)]
+    "name, branches", [("ResNet20", 9), ("WideResNet", 6), pytest.param("mobilenet_v2", 10, marks=pytest.mark.long)]
 )
 def test_real_nets_get_gates_and_branches(name: str, branches: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

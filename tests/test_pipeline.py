@@ -110,6 +110,10 @@ epochs = 2
 [output]
 dir = "run"
 """
+PLAIN = RUN_FILE.replace("trials = 3", "trials = 0").replace('"curves", "magnitude"', "")
+"""Without search and tournament."""
+QUICK = PLAIN.replace("configurations = 8\nheld_out = 2", "configurations = 4\nheld_out = 1")
+"""And of fewer measurements, where no latency is planned for closely."""
 FILES = {"graph.json", "profile.jsonl", "importance.json", "search.jsonl", "plan.json", "tournament.json",
          "compact.pt2", "compact.safetensors", "recovered.pt2", "recovered.safetensors", "model.onnx",
          "report.json", "report.html", "bundle.zip", "run.log"}  # fmt: skip
@@ -217,8 +221,7 @@ def test_the_loop_keeps_the_slowest_plan_within_the_budget(measured: tuple[float
 @pytest.mark.usefixtures("brief")
 def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    text = RUN_FILE.replace("[prune]", "[prune]\nsteps = 2").replace("trials = 3", "trials = 0")
-    text = text.replace('contenders = ["curves", "magnitude"]', "contenders = []").replace('"0.7x"', '"0.5x"')
+    text = PLAIN.replace("[prune]", "[prune]\nsteps = 2").replace('"0.7x"', '"0.5x"')
     (tmp_path / "edgeprune.toml").write_text(text)
     run = read_run_file(tmp_path / "edgeprune.toml")
     report = run_pipeline(run, tmp_path)
@@ -266,8 +269,7 @@ def test_units_that_a_training_brings_to_zero_go_without_loss(tmp_path: Path) ->
 @pytest.mark.usefixtures("brief")
 def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    text = RUN_FILE.replace("[prune]", '[prune]\npattern = "n_m:n=2,m=4"\nstep = 4').replace("trials = 3", "trials = 0")
-    text = text.replace('contenders = ["curves", "magnitude"]', "contenders = []")
+    text = PLAIN.replace("[prune]", '[prune]\npattern = "n_m:n=2,m=4"\nstep = 4')
     (tmp_path / "edgeprune.toml").write_text(text)
     run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
     report = run_pipeline(run, tmp_path)
@@ -290,8 +292,7 @@ def test_fewer_channels_and_two_of_four(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("brief")
 def test_fewer_channels_and_gates(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    text = RUN_FILE.replace("[prune]", '[prune]\ngating = "block_skip:rate=0.5"\ngating_epochs = 3')
-    text = text.replace('contenders = ["curves", "magnitude"]', "contenders = []").replace("trials = 3", "trials = 0")
+    text = QUICK.replace("[prune]", '[prune]\ngating = "block_skip:rate=0.5"\ngating_epochs = 3')
     (tmp_path / "edgeprune.toml").write_text(text.replace('"0.7x"', '"0.7x"\nstatistic = "worst"'))
     run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
     report = run_pipeline(run, tmp_path)
@@ -329,12 +330,8 @@ def test_what_does_not_go_with_gates(tmp_path: Path, change: tuple[str, str], me
 @pytest.mark.usefixtures("brief")
 def test_blocks_before_fewer_channels(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    text = RUN_FILE.replace("[prune]", '[prune]\npivot = [2, 4]\npivot_latency = "0.8x"').replace(
-        "trials = 3", "trials = 0"
-    )
-    text = text.replace('latency = "0.7x"', 'size = "0.5x"').replace(
-        'contenders = ["curves", "magnitude"]', "contenders = []"
-    )
+    text = QUICK.replace("[prune]", '[prune]\npivot = [2, 4]\npivot_latency = "0.8x"')
+    text = text.replace('latency = "0.7x"', 'size = "0.5x"')
     (tmp_path / "edgeprune.toml").write_text(text)
     run, folder = read_run_file(tmp_path / "edgeprune.toml"), tmp_path / "run"
     report = run_pipeline(run, tmp_path)
