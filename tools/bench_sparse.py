@@ -69,7 +69,7 @@ TITLES = {"onnxruntime": "ONNX Runtime", "tflite": "LiteRT"}
 DENSE, STRUCTURED, INT8 = "dense", "structured", "int8"
 PIVOT, PLANNED = "pivot:", "pivot:planned"
 N_M, BLOCK = "n_m:n=2,m=4", "block:rows=1,columns=4,sparsity=0.5"
-SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.55,rate=0.65,hidden=128"
+SKIP, EXIT = "block_skip:rate=0.55", "early_exit:at=0.48 0.81,rate=0.76,alone=true,strength=2.5"
 ROWS = [
     DENSE, STRUCTURED, *(f"unstructured:sparsity={share}" for share in (0.5, 0.8, 0.9, 0.95)), N_M, BLOCK,
     f"{STRUCTURED}+{N_M}", f"{STRUCTURED}+{INT8}", *(f"{PIVOT}groups={groups}" for groups in (2, 4, 8)), PLANNED,

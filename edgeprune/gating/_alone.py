@@ -34,7 +34,7 @@ END, TARGETS = "end", "targets"
 """What is kept beside the gates' features: the model's own outputs, and the labels."""
 
 Seen = dict[str, Tensor]
-"""END (n, classes) and each gate's features (n, f) by its path, in half precision; TARGETS (n,)."""
+"""END (n, classes) and each gate's features (n, f, ...) by its path, in half precision; TARGETS (n,)."""
 
 
 def train_alone(

@@ -38,43 +38,72 @@ class Learner(Choice):
 
     @abstractmethod
     def look(self, seen: Tensor) -> Tensor:
-        """(n, ...) -> features (n, f)."""
+        """(n, ...) -> features (n, f, ...)."""
 
     @abstractmethod
     def answer(self, features: Tensor) -> Tensor:
-        """(n, f) -> (n, classes); in training the first batch sets the scale of the features."""
+        """(n, f, ...) -> (n, classes); in training the first batch sets the scale of the features."""
 
 
-class Standardised(nn.Linear):
-    """A linear layer of features as the first batch of its training spreads them: then all of them learn at one speed.
+class Spread(nn.Module):
+    """How the first batch of a training spreads the features that a layer reads: then all of them learn at one speed.
 
-    mean, scale: of that batch, (features,); folded into weight and bias as constants where the model is exported.
+    mean, scale: of that batch, (features,); folded into the layer's weight and bias, as constants once exported.
     """
 
     mean: Tensor
     scale: Tensor
     looked: Tensor
 
-    def __init__(self, features: int, out: int) -> None:
-        super().__init__(features, out)
+    def __init__(self, features: int) -> None:
+        super().__init__()
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         self.register_buffer("looked", torch.zeros((), dtype=torch.bool))
 
+    @torch.no_grad()
+    def look_at(self, input: Tensor) -> None:
+        """input: (n, features, ...); what comes later does not count."""
+        if not self.looked and len(input) > 1:
+            axes = [axis for axis in range(input.ndim) if axis != 1]
+            spread = input.std(axes)
+            self.mean.copy_(input.mean(axes))
+            self.scale.copy_(spread + LEAST_SPREAD * spread.mean() + LEAST_SPREAD)
+            self.looked.fill_(True)
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """weight: (out, features, ...). bias: (out,)."""
+        weight = weight / self.scale.view(-1, *[1] * (weight.ndim - 2))
+        return weight, bias - weight.flatten(2).sum(2) @ self.mean if weight.ndim > 2 else bias - weight @ self.mean
+
+
+class Standardised(nn.Linear):
+    """A linear layer of (n, features) as they are spread."""
+
+    def __init__(self, features: int, out: int) -> None:
+        super().__init__(features, out)
+        self.spread = Spread(features)
+
     def forward(self, input: Tensor) -> Tensor:
         """(n, features) -> (n, out)."""
         if self.training:
-            self._look_at(input)
-        weight = self.weight / self.scale
-        return functional.linear(input, weight, self.bias - weight @ self.mean)
+            self.spread.look_at(input)
+        return functional.linear(input, *self.spread.fold(self.weight, self.bias))
 
-    @torch.no_grad()
-    def _look_at(self, input: Tensor) -> None:
-        if not self.looked and len(input) > 1:
-            spread = input.std(0)
-            self.mean.copy_(input.mean(0))
-            self.scale.copy_(spread + LEAST_SPREAD * spread.mean() + LEAST_SPREAD)
-            self.looked.fill_(True)
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution of (n, features, h, w) as they are spread; around the image lies what was zero before."""
+
+    def __init__(self, features: int, out: int, kernel: int) -> None:
+        super().__init__(features, out, kernel, padding=kernel // 2)
+        self.spread = Spread(features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, features, h, w) -> (n, out, h, w)."""
+        if self.training:
+            self.spread.look_at(input)
+        assert self.bias is not None
+        return functional.conv2d(input, *self.spread.fold(self.weight, self.bias), padding=self.padding)
 
 
 def free_path(captured: fx.GraphModule, base: str) -> str:

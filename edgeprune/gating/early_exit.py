@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.gating import Batches, Choice, Gating, Measure
-from edgeprune.gating._choices import Learner, Standardised, count_macs, free_path
+from edgeprune.gating._choices import Learner, Standardised, StandardisedConv, count_macs, free_path
 from edgeprune.graphs.capture import module_path, writes_memory
 from edgeprune.objective import label_loss
 
@@ -35,7 +35,8 @@ def make(
     after:      paths of submodules instead, separated by spaces (`layer1 layer2`).
     rate:       in [0, 1): share of the calibration examples that leave early. 0: `tolerance` decides.
     tolerance:  >= 0, accuracy that leaving early may cost on the calibration examples.
-    hidden:     units of an exit's middle layer; 0: none. places: an exit sees means over places x places of the image.
+    hidden:     channels of an exit's own 3x3 convolution; 0: none. places: it sees means over places x places of the
+                image.
     strength:   > 0, of the exits' losses beside the model's.
     alone:      train the exits only, and leave the model as it is: what does not leave early is answered as before.
                 An epoch is then one look at the training data, and what was seen is learnt many times: exits come out
@@ -60,30 +61,32 @@ def make(
 
 
 class _Exit(Learner):
-    """What sees values (n, channels, ...) of a place in the model and may answer in its stead."""
+    """What sees values (n, channels, h, w) of a place in the model and may answer in its stead."""
 
     threshold: Tensor
 
-    def __init__(self, share: float, shape: tuple[int, ...], classes: int, hidden: int, places: int) -> None:
+    def __init__(self, share: float, shape: tuple[int, int, int], classes: int, hidden: int, places: int) -> None:
         super().__init__(share)
-        self.places = max(p for p in range(1, places + 1) if all(size % p == 0 for size in shape[1:]))
-        features = shape[0] * self.places ** len(shape[1:])
-        self.see = Standardised(features, hidden or classes)
-        self.classify = nn.Sequential(nn.ReLU(), nn.Linear(hidden, classes)) if hidden else nn.Identity()
+        channels, *sizes = shape
+        self.places = max(p for p in range(1, places + 1) if all(size % p == 0 for size in sizes))
+        everywhere = self.places**2
+        self.classify = (
+            nn.Sequential(
+                StandardisedConv(channels, hidden, 3 if self.places > 1 else 1), nn.ReLU(), nn.Flatten(),
+                nn.Linear(hidden * everywhere, classes),
+            )
+            if hidden
+            else nn.Sequential(nn.Flatten(), Standardised(channels * everywhere, classes))
+        )  # fmt: skip
         self.register_buffer("threshold", torch.tensor(NEVER))
 
     def look(self, seen: Tensor) -> Tensor:
-        """Means over places of the image: (n, channels, ...) -> (n, features)."""
-        if seen.ndim == 4 and self.places > 1:
-            window = [size // self.places for size in seen.shape[2:]]
-            seen = functional.avg_pool2d(seen, window)
-        elif seen.ndim == 4:
-            seen = seen.mean((2, 3))
-        return seen.flatten(1)
+        """Means over places of the image: (n, channels, h, w) -> (n, channels, places, places)."""
+        return functional.avg_pool2d(seen, [size // self.places for size in seen.shape[2:]])
 
     def answer(self, features: Tensor) -> Tensor:
-        """(n, features) -> (n, classes)."""
-        answer: Tensor = self.classify(self.see(features))
+        """(n, channels, places, places) -> (n, classes)."""
+        answer: Tensor = self.classify(features)
         return answer
 
     def forward(self, seen: Tensor, more: Tensor) -> Tensor:
@@ -127,8 +130,9 @@ class _EarlyExit(Gating):
         for share, following in reversed(list(pairwise(shares))):
             cut = chosen[share]
             path = free_path(captured, f"{module_path(cut)}.exit".lstrip("."))
-            shape, classes = tuple(map(int, cut.meta["val"].shape[1:])), int(end.meta["val"].shape[1])
-            exit_ = _Exit(following - share, shape, classes, self.hidden, self.places)
+            channels, height, width = map(int, cut.meta["val"].shape[1:])
+            classes = int(end.meta["val"].shape[1])
+            exit_ = _Exit(following - share, (channels, height, width), classes, self.hidden, self.places)
             captured.add_submodule(path, exit_)
             with captured.graph.inserting_before(output):
                 answer = captured.graph.call_module(path, (cut, answer))
