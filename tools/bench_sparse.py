@@ -2,7 +2,7 @@
 
     python tools/bench_sparse.py [--quick] [--data DIR] [--net wrn16_2|resnet20] [--speed-up 2] [--epochs 5]
                                  [--board embedded|icount|icount-a76] [--row n_m:n=2,m=4 ...] [--out DIR]
-                                 [--images 50000] [--dense-epochs N] [--no-pointwise]
+                                 [--images 50000] [--dense-epochs N] [--inputs 256] [--no-pointwise]
 
 A row is one net; all have the same training after they were made, which also distils from the dense net:
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of training (default 5, quick 1); 0: none")
     parser.add_argument("--dense-epochs", type=int, help="of the dense row: 0 beside exits that are trained alone")
     parser.add_argument("--images", type=int, help="to train on (default 50000, quick 2560)")
+    parser.add_argument("--inputs", type=int, default=256, help="test images that gated nets are timed on, up to 256")
     parser.add_argument("--quick", action="store_true", help="one epoch on 2 560 images, fewer measurements")
     parser.add_argument("--no-pointwise", action="store_true", help="without the second table")
     parser.add_argument("--out", type=Path, help="keep results here, and go on from them")
@@ -123,7 +124,7 @@ def main() -> None:
         kept = options.out or Path(temporary)
         kept.mkdir(parents=True, exist_ok=True)
         rows = make_rows(options, load_net(options.net, folder), data, target, kept)
-        measure_rows(rows, options.net, target, effort, kept, next(iter(data.test))[0])
+        measure_rows(rows, options.net, target, effort, kept, next(iter(data.test))[0][: options.inputs])
         print(f"\n{options.net} on {options.board}, {options.epochs} x {len(data.train.y)} images of training")
         print(describe(rows))
         for runtime in RUNTIMES:
