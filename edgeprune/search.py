@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.compact import Assembler
+from edgeprune.core.closed_loop import next_request
 from edgeprune.core.errors import DataError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
@@ -98,13 +99,15 @@ def search_curves(
     """
     if not importance.curves:
         raise DataError("a search needs loss curves; score with them, or do without ([search] trials = 0, no --data)")
+    # What the closed loop asks for first, so that the net that was judged best is the one that the board confirms.
+    asked = replace(budget, latency_s=next_request((), budget))
     fitting, judging = split_examples(batches)
     nets, wanted = Assembler(module, inputs, graph), outputs_of(module, judging)
 
     def choose(given: Importance) -> Plan:
         # Greedy beside the solver asked for, which may find nothing in so short a time.
         return choose_widths(
-            graph, profile, given, budget, solver=solver, compare=("greedy",), levels=levels,
+            graph, profile, given, asked, solver=solver, compare=("greedy",), levels=levels,
             time_limit_s=SOLVER_SECONDS,
         )  # fmt: skip
 
