@@ -1,4 +1,4 @@
-"""What training minimises and how a model is judged: by labels, or by the outputs of a dense model alone."""
+"""What training minimises, in which steps, and how a model is judged: by labels, or by the outputs of a dense one."""
 
 from __future__ import annotations
 
