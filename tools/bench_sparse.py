@@ -216,12 +216,11 @@ def make_row(name: str, models: Structured, stem: Path) -> Row:
     gating = chosen if is_gated(name) else None
     pattern = None if gating else chosen
     row, data = Row(name), models.data
-    alone = gating is not None and load_gating(gating).alone  # what it leaves as it is has to be trained before
-    trained = models.trained.get(base) if int8 or alone else None
-    if int8 and trained is not None:
-        model = trained
-    else:
-        model = models.start(name) if trained is None else copy.deepcopy(trained)
+    of_trained = bool(extra) and (int8 or (gating is not None and load_gating(gating).alone))
+    if of_trained and base not in models.trained:  # its row was kept by an earlier run
+        make_row(base, models, stem.with_name(file_stem(models.options.net, base)))
+    model = copy.deepcopy(models.trained[base]) if of_trained else models.start(name)
+    if not int8:
         if name.startswith(PIVOT):
             model, row.note = models.pivot(name)
         if pattern is not None:
