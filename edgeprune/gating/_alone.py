@@ -27,7 +27,7 @@ from edgeprune.gating._choices import Learner
 from edgeprune.objective import Batches, check_targets, device_of, inputs_on, length_of, rate_factor, seeded
 
 KEPT_BYTES = 2**30
-"""Most that is kept of what gates see. Of larger training data the first batches of each epoch count."""
+"""Most that is kept of what gates see, for a moment twice. Of larger data the first batches of each epoch count."""
 ROUNDS, BATCH = 10, 128
 """How often each example that is kept is learnt from, and with how many others at a time."""
 END, TARGETS = "end", "targets"

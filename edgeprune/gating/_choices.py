@@ -74,7 +74,7 @@ class Spread(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """weight: (out, features, ...). bias: (out,)."""
         weight = weight / self.scale.view(-1, *[1] * (weight.ndim - 2))
-        return weight, bias - weight.flatten(2).sum(2) @ self.mean if weight.ndim > 2 else bias - weight @ self.mean
+        return weight, bias - weight.reshape(*weight.shape[:2], -1).sum(2) @ self.mean
 
 
 class Standardised(nn.Linear):

@@ -39,8 +39,7 @@ def make(
                 image.
     strength:   > 0, of the exits' losses beside the model's.
     alone:      train the exits only, and leave the model as it is: what does not leave early is answered as before.
-                An epoch is then one look at the training data, and what was seen is learnt many times: exits come out
-                better in the same time, unless the model itself would gain from training.
+                An epoch is then one look at the training data, and what was seen is learnt many times.
     raises:     UsageError.
     source:     secs. III-B and III-C of the paper; ours: confidence is the largest probability, exits also learn from
                 the model's own end (self-distillation), and one threshold serves all exits. `alone` is the "IC-only
