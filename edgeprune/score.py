@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgeprune.compensation._rows import Layer, is_plain
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.compensation.obs import collect_gram, explain_removed
-from edgeprune.core.errors import DataError, UsageError
+from edgeprune.core.errors import DataError, NothingToScore, UsageError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Branch, FloatArray, Graph, Group, Importance, IntArray, LossCurve
@@ -37,7 +37,7 @@ def score_groups(
     graph: Graph,
     calibration: Batches | None,
     *,
-    criterion: str = "taylor",
+    criterion: str = "surgeon",
     options: str = "",
     curves: bool = True,
     levels: int = 4,
@@ -56,7 +56,8 @@ def score_groups(
     inputs:      example inputs; calibration inputs must have their shape behind the batch axis.
     calibration: (inputs, labels). Without curves, labels may be anything for a criterion that does
         not use them, and calibration None for one that reads nothing but weights.
-    criterion, options: a member of `criteria/` and its configuration (`p=1`).
+    criterion, options: a member of `criteria/` and its configuration (`p=1`). With curves, units of a group that it
+        cannot score are ordered by magnitude: the curve says what they cost.
     levels:      widths per curve besides the narrowest: even parts of the group, on its step.
     compensate:  refit consumers. examples: calibration examples for the curves (all for the scores).
     depth:       also measure the loss without each residual branch, so that a plan may drop it.
@@ -73,13 +74,14 @@ def score_groups(
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # what the user froze for training matters as well
     examples_ = None
+    other = load_member("criteria", "magnitude").score if curves else None
     if statistic is not None or curves:
         examples_ = _read_examples(calibration, inputs, labels=curves or (statistic is not None and statistic.LABELS))
     if statistic is None or examples_ is None:
-        scores = _average(score, model, graph, [lambda _: {}])
+        scores, unscored = _average(score, other, model, graph, [lambda _: {}])
     else:
         batches = _counted(examples_.batches(statistic.BATCH), progress)
-        scores = _average(score, model, graph, statistic.collect(model, graph, batches))
+        scores, unscored = _average(score, other, model, graph, statistic.collect(model, graph, batches))
     name = f"{criterion}:{options}" if options else criterion
     if not curves:
         return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores)
@@ -87,7 +89,9 @@ def score_groups(
     few = examples_.first(examples)
     bench = _Bench(model, few, damping if compensate else None)
     dense_loss = bench.loss()
-    importance = Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores, dense_loss=dense_loss)
+    importance = Importance(
+        criterion=name, graph_sha256=graph.model_sha256, scores=scores, dense_loss=dense_loss, by_magnitude=unscored
+    )
     finished = _finished(checkpoint, importance)
 
     def keep(of: str, curve: LossCurve) -> None:
@@ -190,23 +194,32 @@ def _counted(batches: Sequence[Batch], progress: Progress) -> Iterator[Batch]:
 # --- scores --------------------------------------------------------------------------------------
 
 
+Score = Callable[[Sequence[GroupView]], Tensor]
+
+
 def _average(
-    score: Callable[[Sequence[GroupView]], Tensor], model: nn.Module, graph: Graph, collected: Iterable[Fill]
-) -> dict[str, FloatArray]:
-    """Mean of each group's scores over what a statistic has collected."""
+    score: Score, other: Score | None, model: nn.Module, graph: Graph, collected: Iterable[Fill]
+) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
+    """Mean of each group's scores over what a statistic has collected, and the groups that `other` scored."""
     totals: dict[str, Tensor] = {}
+    unscored: dict[str, None] = {}
     tensors, count = dict(model.named_parameters()), 0
     for fill in collected:
         count += 1
         for group in graph.prunable:
             views = group_views(group, graph, tensors, fill)
             with torch.no_grad():
-                value = score(views).double() if views else torch.zeros(group.units, dtype=torch.float64)
+                try:
+                    value = score(views).double() if views else torch.zeros(group.units, dtype=torch.float64)
+                except NothingToScore:
+                    if other is None:  # scores are all that there is to compare groups by
+                        raise
+                    value, unscored[group.name] = other(views).double(), None
             totals[group.name] = totals.get(group.name, 0) + value
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise DataError(f"the scores of group '{name}' are not finite; check weights and calibration data")
-    return {name: (total / count).numpy() for name, total in totals.items()}
+    return {name: (total / count).numpy() for name, total in totals.items()}, tuple(unscored)
 
 
 def group_views(group: Group, graph: Graph, tensors: Mapping[str, Tensor], fill: Fill) -> list[GroupView]:

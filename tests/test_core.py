@@ -184,7 +184,7 @@ def test_run_file_and_its_defaults(tmp_path: Path) -> None:
     path.write_text(RUN_FILE)
     run = read_run_file(path)
     assert run.spec.inputs == ((1, 3, 32, 32),)
-    assert run.prune.criterion == "taylor"
+    assert run.prune.criterion == "surgeon"
     assert run.target.threads == 1
 
 

@@ -555,7 +555,49 @@ def test_reconstruction_spares_nothing_that_another_unit_repeats() -> None:
     assert scores.min() < 1e-6 and scores[[0, 3]].max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "dampings"), [("reconstruction", 1), ("kron_obs", 1), ("c_obs", 2)])
+def test_surgeon_weighs_what_a_refit_leaves_by_the_outputs_factor() -> None:
+    """Greedily, and its sums are the loss of removing units together: half of tr(F_o D F_i Dᵀ) of the best refit."""
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    moments, outputs = random_moments(8, 4), random_moments(5, 6)
+    positions = torch.tensor([[0, 1], [2, 3], [4, 5], [7, 6]])
+    layer = LayerView(weight=weight[None], inputs=moments[None], outputs=outputs[None], positions=positions)
+
+    def lost(gone: list[int], factor: Tensor) -> float:
+        kept = [j for j in range(8) if j not in gone]
+        change = -weight.clone()
+        change[:, kept] = torch.linalg.solve(moments[kept][:, kept], moments[kept][:, gone] @ weight[:, gone].T).T
+        return 0.5 * float((factor * (change @ moments @ change.T)).sum())
+
+    for even in (0.0, 0.3, 1.0):
+        factor = (1 - even) * outputs + even * outputs.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+        given = [view(torch.zeros(4, 1), role="in", layer=layer)]
+        scores = score_of("surgeon")(given, damping=1e-13, even=even)
+        order = scores.argsort().tolist()
+        gone: list[int] = []
+        for removed in range(4):
+            rest = {u: lost(gone + positions[u].tolist(), factor) for u in order[removed:]}
+            assert min(rest, key=lambda u: rest[u]) == order[removed]
+            gone += positions[order[removed]].tolist()
+            if bool((scores.sort().values[: removed + 1].diff() > 1e-5).all()):
+                total = float(scores.sort().values[: removed + 1].sum())
+                assert total == pytest.approx(rest[order[removed]], rel=1e-4)
+        assert gone
+
+
+def test_surgeon_reads_the_layers_behind_a_group_alone() -> None:
+    """What a unit's own layer computes is gone with it."""
+    layer = LayerView(
+        weight=torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        inputs=random_moments(4, 1)[None], outputs=random_moments(3, 2)[None], positions=torch.arange(4)[:, None],
+    )  # fmt: skip
+    reader = view(torch.zeros(4, 1), role="in", layer=layer)
+    own = view(torch.zeros(4, 1), role="out", layer=replace(layer, weight=10 * layer.weight))
+    assert torch.equal(score_of("surgeon")([own, reader]), score_of("surgeon")([reader]))
+    with pytest.raises(DataError, match="use another criterion"):
+        score_of("surgeon")([own])
+
+
+@pytest.mark.parametrize(("name", "dampings"), [("reconstruction", 1), ("surgeon", 1), ("kron_obs", 1), ("c_obs", 2)])
 def test_fewer_examples_than_channels_need_the_damping(name: str, dampings: int) -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low = (x.T @ x)[None]
@@ -587,6 +629,19 @@ def test_a_group_that_no_watched_layer_reads_is_named() -> None:
     with pytest.raises(DataError, match=r"'stem\.weight'.*use another criterion"):
         score_groups(model, INPUTS, graph, [examples(4)], criterion="reconstruction", curves=False)
     score_groups(model, INPUTS, graph, [examples(4)], criterion="fisher", curves=False)
+
+
+def test_with_curves_a_group_that_no_watched_layer_reads_is_ordered_by_magnitude() -> None:
+    torch.manual_seed(0)
+    model = NETS["transposed"]().eval()
+    graph = trace_graph(model, INPUTS)
+    found = score_groups(model, INPUTS, graph, [examples(4)], criterion="surgeon")
+    assert found.by_magnitude and set(found.by_magnitude) < set(found.scores)
+    magnitudes = score_groups(model, INPUTS, graph, None, criterion="magnitude", curves=False)
+    for name in found.scores:
+        assert np.array_equal(found.scores[name], magnitudes.scores[name]) == (name in found.by_magnitude)
+    assert found.curves.keys() == found.scores.keys()
+    assert not score_groups(model, INPUTS, graph, [examples(4)], criterion="fisher").by_magnitude
 
 
 @pytest.mark.parametrize("name", list_members("statistics"))

@@ -126,7 +126,7 @@ def test_compensation_lowers_the_curves(net: nn.Module, graph: Graph, digits: Di
 
 
 def test_taylor_is_the_mean_over_batches_of_the_squared_change(net: nn.Module, graph: Graph, digits: Digits) -> None:
-    importance = score_groups(net, INPUTS, graph, digits.calibration, curves=False)
+    importance = score_groups(net, INPUTS, graph, digits.calibration, criterion="taylor", curves=False)
     x = torch.cat([x for x, _ in digits.calibration])
     y = torch.cat([y for _, y in digits.calibration])
     model, squares = copy.deepcopy(net), []
@@ -194,7 +194,7 @@ def test_a_killed_scoring_resumes_where_it_stopped(
         ([(torch.zeros(4, 1, 8, 8), torch.zeros(4))], "the targets are torch.float32"),
         ([(torch.zeros(4, 1, 9, 8), torch.zeros(4, dtype=torch.int64))], r"\[\[1, 9, 8\]\].*\[\[1, 8, 8\]\]"),
         ([(torch.zeros(4, 1, 8, 8), torch.full((4,), 10))], "label 10, the model only 10 classes"),
-        ([(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))], "loss is nan"),
+        ([(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))], "outputs on the calibration data are not finite"),
     ],
 )
 def test_data_that_cannot_score_says_why(net: nn.Module, graph: Graph, calibration: Any, message: str) -> None:

@@ -131,7 +131,7 @@ def choose_precision(
 def score(
     model: Model, data: Source, out: Out, weights: Weights = None, shapes: Shapes = None,
     allow_inexact: Inexact = False, scope: Scope = None,
-    criterion: Annotated[str, typer.Option(help="a name, or name:option=value,...")] = "taylor",
+    criterion: Annotated[str, typer.Option(help="a name, or name:option=value,...")] = "surgeon",
     curves: Annotated[bool, typer.Option(help="measure the loss of each group at a few widths")] = True,
     depth: Annotated[bool, typer.Option(help="and without each residual branch, so that a plan may drop it")] = False,
 ) -> None:  # fmt: skip
@@ -146,7 +146,8 @@ def score(
             progress=progress,
         )  # fmt: skip
     edgeprune.write_record(out, importance)
-    print(f"{len(importance.scores)} groups scored by {criterion}: {out}")
+    others = f" ({len(importance.by_magnitude)} of them by magnitude)" if importance.by_magnitude else ""
+    print(f"{len(importance.scores)} groups scored by {criterion}{others}: {out}")
 
 
 def plan(

@@ -11,6 +11,7 @@ EdgepruneError
 ├── InputError          exit 4: a model, data set or record that cannot be used
 │   ├── ModelError          factory, weights or torch.export
 │   ├── DataError           data source, labels, NaN
+│   │   └── NothingToScore      a criterion was given nothing of a group
 │   └── RecordError         truncated, altered, of another schema, or made from something else
 └── Unmet               exit 1: the work was done and the answer is no
     └── InfeasibleBudget    names the binding budget and the best reachable cost
@@ -72,6 +73,10 @@ class ModelError(InputError):
 
 class DataError(InputError):
     """A data source, its labels or its values."""
+
+
+class NothingToScore(DataError):
+    """Nothing was collected of a group that its criterion could score it by."""
 
 
 class RecordError(InputError):

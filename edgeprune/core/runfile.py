@@ -75,7 +75,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     """
 
     transform: str | None = None
-    criterion: str = "taylor"
+    criterion: str = "surgeon"
     solver: str = "milp"
     levels: int = 16
     curves: bool = True

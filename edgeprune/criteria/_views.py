@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edgeprune.core.errors import DataError
+from edgeprune.core.errors import NothingToScore
 from edgeprune.criteria import GroupView, LayerView
 
 
 def layers_of(views: Sequence[GroupView]) -> list[tuple[GroupView, LayerView]]:
-    """The views whose layer was watched. raises: DataError when none was."""
+    """The views whose layer was watched. raises: NothingToScore when none was."""
     found = [(view, view.layer) for view in views if view.layer is not None]
     if not found:
         raise missing(views, "second moments of a convolution or linear layer")
     return found
 
 
-def missing(views: Sequence[GroupView], what: str) -> DataError:
+def missing(views: Sequence[GroupView], what: str) -> NothingToScore:
     """What to raise for a group of which nothing was collected."""
-    return DataError(
+    return NothingToScore(
         f"there are no {what} for the group of '{views[0].parameter}': it needs calibration data, and a layer of the "
         "group that is an nn module of a kind that can be watched; use another criterion, such as taylor"
     )

@@ -15,7 +15,10 @@ def run_classifier(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Logits (n, classes). raises: DataError when the output is anything else."""
     logits = model(*inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise DataError("scoring needs a classifier with outputs (n, classes)")
+        raise DataError(
+            "this criterion, and loss curves, need a classifier with outputs (n, classes); for other outputs use "
+            "criterion reconstruction without loss curves"
+        )
     return logits
 
 

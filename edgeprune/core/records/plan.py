@@ -22,6 +22,7 @@ class Importance:
     """How much each unit matters: larger = keep.
 
     curves: measured, per group, where asked for; of a branch at widths 0, without it, and 1.
+    by_magnitude: groups that the criterion cannot score; the order of their units is another one.
     """
 
     criterion: str
@@ -29,6 +30,7 @@ class Importance:
     scores: dict[str, FloatArray]
     dense_loss: float | None = None
     curves: dict[str, LossCurve] = field(default_factory=dict)
+    by_magnitude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
