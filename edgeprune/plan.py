@@ -6,9 +6,10 @@ live activations become unary and pairwise terms of the levels; a solver does th
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from math import gcd, inf, lcm
+from types import MappingProxyType
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -42,6 +43,7 @@ from edgeprune.core.problem import (
     energy_terms,
     is_feasible,
     latency_terms,
+    losses_of,
     polynomial_terms,
     volume_terms,
 )
@@ -84,6 +86,8 @@ def choose_widths(
     levels: int = 16,
     time_limit_s: float = 20.0,
     min_keep: float = 1 / 16,
+    near: Mapping[str, int] | None = None,
+    reach: int = 2,
     progress: Progress = silent,
 ) -> Plan:
     """The widths of least predicted loss that meet every budget at once.
@@ -91,15 +95,22 @@ def choose_widths(
     solver, compare: members of `solvers`; what the compared ones would reach is in the plan.
     levels: most widths to consider per group. time_limit_s: for each solver.
     min_keep: least share of a group's units to keep, in (0, 1].
+    near: no group further than `reach` of its levels from these widths, where they name it.
     raises: RecordError, DataError, UsageError for what cannot be planned from; InfeasibleBudget.
     """
     check_inputs(graph, profile, importance, budget)
     if levels < 2 or not 0 < min_keep <= 1:
         raise UsageError(f"levels={levels} must be at least 2 and min_keep={min_keep} in (0, 1]")
     names = list(dict.fromkeys([solver, *compare]))
-    asked = budget
+    asked, plain = budget, replace(importance, found={})
+
+    def pose(given: Importance) -> Problem:
+        return build_problem(
+            graph, profile, given, asked, levels=levels, min_keep=min_keep, near=near or {}, reach=reach
+        )  # fmt: skip
+
     for _ in range(MEMORY_PASSES):
-        problem = build_problem(graph, profile, importance, asked, levels=levels, min_keep=min_keep)
+        problem = pose(importance)
         solutions = _solve(problem, names, time_limit_s, progress)
         found_by, chosen = _best_found(solutions, solver)
         if chosen.levels is None:
@@ -112,12 +123,13 @@ def choose_widths(
         asked = replace(asked, peak_memory_bytes=peak_of_live(profile, MEMORY_AIM * live_bytes(graph, widths) / excess))
     else:
         raise Unmet("no widths were found whose peak memory, as the runtime allocates it, is within budget; allow more")
+    priced = pose(plain) if importance.found else problem  # what keeps to the found widths is no loss
     results = tuple(
         SolverResult(
             solver=name,
             status=solution.status,
             widths=_widths(problem, solution.levels),
-            loss=solution.loss,
+            loss=float(losses_of(priced, solution.levels)),
             cost=predict_cost(graph, _widths(problem, solution.levels), profile),
             gap=solution.gap,
             seconds=solution.seconds,
@@ -134,7 +146,7 @@ def choose_widths(
         solver=found_by,
         status=chosen.status,
         gap=chosen.gap,
-        loss=chosen.loss,
+        loss=float(losses_of(priced, chosen.levels)),
         alternatives=results,
         precision=profile.precision,
         finer_step=_next_step(problem, chosen.levels),
@@ -210,6 +222,8 @@ def build_problem(
     *,
     levels: int = 16,
     min_keep: float = 1 / 16,
+    near: Mapping[str, int] = MappingProxyType({}),
+    reach: int = 2,
 ) -> Problem:
     """Levels, losses and cost terms; arguments as in `choose_widths`."""
     tiles, summed = _tiles(graph, profile), _summed(profile)
@@ -220,9 +234,18 @@ def build_problem(
         tile = lcm(*(tiles.get(group.name, 1) for group in tie))
         parts = any(group.name in summed for group in tie)
         for group in tie:
-            widths[group.name] = candidate_widths(group, tile, levels, min_keep, fine, summed=parts)
+            offered = candidate_widths(group, tile, levels, min_keep, fine, summed=parts)
+            if (middle := near.get(tie[0].name)) is not None:
+                at = int(np.searchsorted(offered, middle))
+                offered = offered[max(at - reach, 0) : at + reach + 1]
+            widths[group.name] = offered
     losses = level_losses(importance, widths)
     switches = branch_losses(graph, importance, losses)
+    if importance.found:
+        # To leave what a search has found costs more than all that others could gain by it.
+        step = sum(float(loss[0]) for loss in losses.values()) + sum(switches.values())
+        losses = {name: loss + step * (widths[name] < importance.found.get(name, 0)) for name, loss in losses.items()}
+        switches = {name: loss if importance.found.get(name) == 0 else loss + step for name, loss in switches.items()}
     choices = (
         *(
             Choice(

@@ -5,7 +5,8 @@ curves that are judged by the assembled net are SPDY's (Frantar and Alistarh, IC
 which draws them at random around the best. Ours: besides the measured curves there are other *views* of what a width
 loses, such as the summed magnitudes of the units that go, or the same of every group; the true loss is modelled as
 linear in all of them, and the model's uncertainty says where to look next (Thompson sampling). So the search starts
-from the plan of each view, and ends with a mixture of them.
+from the plan of each view, goes on with plans of mixtures, and ends near the best of those: what a linear model says of
+small changes to a net holds better than what it says of another net.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ LEAST_VIEW = 0.05
 """Weight of a view, of all, that is always left."""
 GRID = 16
 """Widths of a group at which the views are tabulated, besides those of its curve."""
+FAR = 0.4
+"""Share of the nets that are looked for among all widths; the others near the best."""
 DRAWS = 4
 """Draws of weights per net at most: many lead to widths that were seen before."""
 FITTING_EXAMPLES, JUDGING_EXAMPLES = 128, 1024
@@ -68,6 +71,7 @@ SOLVER_SECONDS = 5.0
 """Time limit of the solver for a plan that only the search sees."""
 
 Batches = Iterable[tuple[Any, Tensor]]
+Widths = Mapping[str, int]
 
 
 def search_curves(
@@ -88,7 +92,7 @@ def search_curves(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Importance:
-    """The importance with curves of which the plan within the budget loses least, as whole nets have shown.
+    """The importance with curves and widths of which the plan within the budget loses least, as whole nets have shown.
 
     inputs: example tensors, as for `trace_graph`. importance: with loss curves. budget: the tables' word counts, no
         board is asked.
@@ -104,10 +108,10 @@ def search_curves(
     fitting, judging = split_examples(batches)
     nets, wanted = Assembler(module, inputs, graph), outputs_of(module, judging)
 
-    def choose(given: Importance) -> Plan:
+    def choose(given: Importance, near: Widths | None) -> Plan:
         # Greedy beside the solver asked for, which may find nothing in so short a time.
         return choose_widths(
-            graph, profile, given, asked, solver=solver, compare=("greedy",), levels=levels,
+            graph, profile, given, asked, solver=solver, compare=("greedy",), levels=levels, near=near,
             time_limit_s=SOLVER_SECONDS,
         )  # fmt: skip
 
@@ -130,7 +134,7 @@ def search_curves(
 
 def weigh_curves(
     importance: Importance,
-    choose: Callable[[Importance], Plan],
+    choose: Callable[[Importance, Widths | None], Plan],
     judge: Callable[[Plan], float],
     *,
     beside: Sequence[Importance] = (),
@@ -141,9 +145,10 @@ def weigh_curves(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Importance:
-    """The importance with curves such that the plan made of it loses least in truth.
+    """The importance with curves, and the widths found, such that the plan made of it loses least in truth.
 
-    choose: widths for an importance, within the budget. judge: what the net of a plan loses beside the dense one, > 0.
+    choose: widths for an importance, within the budget, near given ones or anywhere.
+    judge: what the net of a plan loses beside the dense one, > 0.
     beside: importances of other criteria, whose summed scores are views besides the curves.
     trials, seconds: nets to judge at most, the one of the unweighed curves first, and for how long.
     judged_with: what else decides a net's loss, in plain values.
@@ -167,8 +172,10 @@ def weigh_curves(
         else:
             losses = np.array([trial.loss for trial in seen])
             weights = _draw_weights(np.stack(explained), losses, boldness, rng)
+        far = len(seen) < max(len(views.rises), FAR * trials)
+        near = None if far else min(seen, key=lambda trial: trial.loss).widths
         # The curves alone are planned with as they were measured, not as tabulated.
-        plan = choose(importance if tried == 0 else views.mix(weights))
+        plan = choose(importance if tried == 0 else views.mix(weights), near)
         tried += 1
         if any(trial.widths == plan.widths for trial in seen):
             boldness *= BOLDER
@@ -185,7 +192,9 @@ def weigh_curves(
         seen.append(found)
         explained.append(views.explain(plan.widths))
     best = min(seen, key=lambda trial: trial.loss)
-    return importance if best.loss >= (1 - SAME) * seen[0].loss else views.mix(np.array(best.weights))
+    if best.loss >= (1 - SAME) * seen[0].loss:
+        return importance
+    return replace(views.mix(np.array(best.weights)), found=best.widths)
 
 
 @dataclass(frozen=True)
@@ -277,7 +286,7 @@ def scatter_weights(importance: Importance, seed: int) -> Importance:
     for name in sorted(importance.curves):
         curve, weight = importance.curves[name], float(np.exp(rng.normal(0, SPREAD)))
         curves[name] = replace(curve, loss=curve.loss[-1] + weight * (curve.loss - curve.loss[-1]))
-    return replace(importance, curves=curves)
+    return replace(importance, curves=curves, found={})
 
 
 def _draw_weights(rise: FloatArray, loss: FloatArray, boldness: float, rng: np.random.Generator) -> FloatArray:

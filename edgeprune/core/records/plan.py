@@ -23,6 +23,7 @@ class Importance:
 
     curves: measured, per group, where asked for; of a branch at widths 0, without it, and 1.
     by_magnitude: groups that the criterion cannot score; the order of their units is another one.
+    found: widths that a search judged best; a plan is narrower only where its budget asks for it.
     """
 
     criterion: str
@@ -31,6 +32,7 @@ class Importance:
     dense_loss: float | None = None
     curves: dict[str, LossCurve] = field(default_factory=dict)
     by_magnitude: tuple[str, ...] = ()
+    found: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
