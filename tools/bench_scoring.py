@@ -55,7 +55,7 @@ def main() -> None:
     batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, examples, 16)]
     print(f"{name}, {examples} images\n{'stage':>24} {'s':>8} {'peak GiB':>9}\n{'loaded':>24} {'':8} {peak_gib():9.2f}")
     graph = stage("trace", lambda: trace_graph(net, (x[:1],)))
-    for criterion in ("magnitude", "taylor"):
+    for criterion in ("magnitude", "taylor", "surgeon"):
         scored = stage(
             f"score by {criterion}",
             lambda criterion=criterion: score_groups(net, (x[:1],), graph, batches, criterion=criterion, curves=False),

@@ -33,7 +33,7 @@ def collect_gram(layer: Layer, x: Tensor) -> Tensor | None:
         rows = rows[:, torch.arange(0, positions, stride | 1)]
         if layer.bias is not None:
             rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-        gram += (rows.transpose(1, 2) @ rows).double() * (positions / rows.shape[1])
+        gram.add_(rows.transpose(1, 2) @ rows, alpha=positions / rows.shape[1])
     return gram
 
 

@@ -48,7 +48,10 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
         raise DataError("second moments of a layer are not finite; check weights and calibration data")
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     strength = damping * diagonal.mean(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(strength.expand_as(diagonal)))
+    damped = matrix.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(strength)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # these are the largest tensors there are
     if bool(failed.any()):
         raise UsageError(f"a layer's second moments are singular with damping={damping}; use a larger one")
     return torch.cholesky_inverse(factor)

@@ -25,21 +25,24 @@ from edgeprune.statistics._layers import attached, layer_name, product_layers, u
 from edgeprune.statistics._losses import sampled_loss
 
 LABELS = False
-BATCH = 16
+BATCH = 4
+"""What is kept for the backward pass grows with it, beside the factors of all layers."""
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
     """layer: LayerView, of members whose layer is a matrix product and ran; once."""
     layers = product_layers(model, graph, ("out", "in"))
     factors, examples = sum_factors(model, layers, batches)
+    for sums in factors.values():  # where they lie, since of wide layers they are large
+        sums.inputs.div_(examples)
+        sums.outputs.div_(max(sums.positions, 1))
 
     def fill(member: Member) -> dict[str, LayerView]:
         name = layer_name(member)
         if name not in factors or not factors[name].positions:
             return {}
         layer, sums = layers[name], factors[name]
-        return {"layer": LayerView(weight=weight_matrix(layer), inputs=sums.inputs / examples,
-                                   outputs=sums.outputs / sums.positions,
+        return {"layer": LayerView(weight=weight_matrix(layer), inputs=sums.inputs, outputs=sums.outputs,
                                    positions=unit_positions(layer, member))}  # fmt: skip
 
     yield fill
@@ -77,7 +80,7 @@ def sum_factors(
             x = arguments[0].detach()
             gram = moments(layer, x)
             assert gram is not None
-            sums.inputs = sums.inputs + gram
+            sums.inputs = gram if sums.inputs.ndim == 0 else sums.inputs.add_(gram)
             sums.positions += count_positions(layer, x)
             output.register_hook(lambda gradient: sums.add_outputs(by_group(layer, gradient)))
 
