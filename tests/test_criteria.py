@@ -20,7 +20,7 @@ from torch.nn import functional
 from edgeprune.core.errors import DataError, ModelError, UnknownMember, UsageError
 from edgeprune.core.family import configure, list_members, load_member
 from edgeprune.core.records import Graph, Group, Member
-from edgeprune.criteria import GroupView, LayerView
+from edgeprune.criteria import GroupView, LayerView, _readers
 from edgeprune.graphs.slice import mask_model
 from edgeprune.score import group_views, score_groups
 from edgeprune.statistics import Batch, curvature
@@ -582,6 +582,27 @@ def test_surgeon_weighs_what_a_refit_leaves_by_the_outputs_factor() -> None:
                 total = float(scores.sort().values[: removed + 1].sum())
                 assert total == pytest.approx(rest[order[removed]], rel=1e-4)
         assert gone
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "surgeon"])
+def test_removals_that_are_carried_out_together_score_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grouped convolution with a bias, whose column is no unit's, and another reader."""
+    weight = torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grouped = LayerView(
+        weight=weight, inputs=torch.stack([random_moments(13, seed) for seed in (1, 2)]),
+        outputs=torch.stack([random_moments(3, seed) for seed in (3, 4)]), positions=torch.arange(12).flip(0).reshape(6, 2),
+    )  # fmt: skip
+    plain = LayerView(
+        weight=weight[:1, :, :6], inputs=random_moments(6, 5)[None], outputs=random_moments(3, 6)[None],
+        positions=torch.arange(6)[:, None],
+    )  # fmt: skip
+    given = [view(torch.zeros(6, 1), role="in", layer=layer) for layer in (grouped, plain)]
+    found = []
+    for columns in (1, 3, 1000):
+        monkeypatch.setattr(_readers, "HELD_BACK", columns)
+        found.append(score_of(name)(given))
+    assert len(found[0].unique()) == 6
+    assert torch.allclose(found[0], found[1], rtol=1e-9) and torch.allclose(found[0], found[2], rtol=1e-9)
 
 
 def test_surgeon_reads_the_layers_behind_a_group_alone() -> None:

@@ -1,9 +1,10 @@
 """Layers that read a group's units, refitted after every removal: structured optimal brain surgeon over their inputs.
 
 The step of ZipLM (Kurtić et al., NeurIPS 2023, arXiv:2302.04089), columns in blocks, with H = XᵀX as in optimal brain
-compression (Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580). Ours: several readers of one group, and that of H⁻¹
-and the refitted weight's WᵀW every step updates the units' own blocks only. What else a step changes is kept as factors
-of low rank, and carried out for many steps at once: whole matrices in every step take minutes for a wide layer.
+compression (Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580). Ours: several readers of one group, and how much a
+step does at once: of H⁻¹ and of the refitted weight's WᵀW it changes the units' own blocks; what it changes of the rest
+is kept as factors of low rank, and carried out for many steps together. Whole matrices in every step take minutes for a
+wide layer.
 """
 
 from __future__ import annotations
