@@ -590,7 +590,8 @@ def test_removals_that_are_carried_out_together_score_as_one_by_one(name: str, m
     weight = torch.randn(2, 3, 13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grouped = LayerView(
         weight=weight, inputs=torch.stack([random_moments(13, seed) for seed in (1, 2)]),
-        outputs=torch.stack([random_moments(3, seed) for seed in (3, 4)]), positions=torch.arange(12).flip(0).reshape(6, 2),
+        outputs=torch.stack([random_moments(3, seed) for seed in (3, 4)]),
+        positions=torch.arange(12).flip(0).reshape(6, 2),
     )  # fmt: skip
     plain = LayerView(
         weight=weight[:1, :, :6], inputs=random_moments(6, 5)[None], outputs=random_moments(3, 6)[None],
