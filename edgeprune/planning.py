@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import budget_between, make_budget
+from edgeprune.core.closed_loop import taken_round
 from edgeprune.core.errors import DataError, InfeasibleBudget, Unmet, UsageError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.records import (
@@ -30,7 +31,6 @@ from edgeprune.core.records import (
     Graph,
     Importance,
     Plan,
-    PlanRound,
     Precision,
     PrecisionChoice,
     Profile,
@@ -406,11 +406,6 @@ def check_contenders(names: Iterable[str]) -> None:
                 raise UsageError(
                     f"[search] contenders: '{name}' is not {CURVES}, {UNIFORM}, near-1 and on, or a criterion ({error})"
                 ) from error
-
-
-def taken_round(plan: Plan) -> PlanRound | None:
-    """The turn of the closed loop that a plan came from; None when there was none."""
-    return next((turn for turn in reversed(plan.rounds) if turn.widths == plan.widths), None)
 
 
 def _weighed_file(precision: Precision) -> str:

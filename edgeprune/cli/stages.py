@@ -36,7 +36,7 @@ from edgeprune.cli.common import (
     show,
 )
 from edgeprune.core.effort import Effort, find_effort
-from edgeprune.core.errors import UsageError
+from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def score(
 def plan(
     model: Model, profile: Annotated[Path, typer.Option(help="from `edgeprune profile`")],
     importance: Annotated[Path, typer.Option(help="from `edgeprune score`")], out: Out, weights: Weights = None,
-    shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None, latency: Limit = None,
+    shapes: Shapes = None, allow_inexact: Inexact = False, scope: Scope = None,
+    latency: Annotated[str | None, typer.Option(help="12ms, or 0.5x of the dense model; 0.8x,0.5x: two plans")] = None,
     memory: Limit = None, size: Limit = None, energy: Limit = None,
     power_model: Annotated[str | None, typer.Option(help='"idle=2.1W,active=4.8W", where no meter can tell')] = None,
     target: Annotated[str | None, typer.Option(help="close the loop: measure the plan on this board")] = None,
@@ -165,37 +166,63 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
-    from edgeprune.core.records import Importance
+    from edgeprune.core.records import Importance, Plan
 
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
-    budget = make_budget(
-        edgeprune.dense_cost(graph, tables), latency=latency, memory=memory, size=size, energy=energy,
-        power_model=power_model,
-    )  # fmt: skip
+    dense = edgeprune.dense_cost(graph, tables)
+    limits = [limit.strip() for limit in latency.split(",")] if latency else [None]
+    budgets = {
+        out if len(limits) == 1 else out.with_name(f"{out.stem}-{limit}{out.suffix}"): make_budget(
+            dense, latency=limit, memory=memory, size=size, energy=energy, power_model=power_model
+        )
+        for limit in limits
+    }
+    calibration = load_calibration(data, module, model, weights, shapes, scope) if data is not None else None
     checkpoint = out.with_name(f"{out.stem}.search.jsonl")
-    with bars() as progress:
-        if data is not None:
-            scores = edgeprune.search_curves(
-                module, inputs, graph, tables, scores, budget,
-                load_calibration(data, module, model, weights, shapes, scope), trials=trials, solver=solver,
-                levels=levels, checkpoint=checkpoint, progress=progress,
-            )  # fmt: skip
-        if target is None:
-            chosen = edgeprune.choose_widths(
-                graph, tables, scores, budget, solver=solver, levels=levels, progress=progress
-            )
-        else:
+    plans: dict[str, Plan] = {}
+    missed: list[str] = []
+    with ExitStack() as stack:
+        progress = stack.enter_context(bars())
+        session = None
+        if target is not None:
             runtime = runtime or tables.conditions.runtime
-            with edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress) as session:
-                chosen = edgeprune.plan_on_board(
-                    module, inputs, graph, tables, scores, budget, session, profile, solver=solver, levels=levels,
-                    effort=find_effort(effort), progress=progress,
-                )  # fmt: skip
-    edgeprune.write_record(out, chosen)
+            session = stack.enter_context(
+                edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress)
+            )
+        for file, budget in budgets.items():
+            try:
+                weighed = scores
+                if calibration is not None:
+                    weighed = edgeprune.search_curves(
+                        module, inputs, graph, tables, scores, budget, calibration, trials=trials, solver=solver,
+                        levels=levels, checkpoint=checkpoint, progress=progress,
+                    )  # fmt: skip
+                if session is None:
+                    chosen = edgeprune.choose_widths(
+                        graph, tables, weighed, budget, solver=solver, levels=levels, progress=progress
+                    )
+                else:
+                    chosen = edgeprune.plan_on_board(
+                        module, inputs, graph, tables, weighed, budget, session, profile, solver=solver, levels=levels,
+                        effort=find_effort(effort), progress=progress,
+                    )  # fmt: skip
+                    tables = edgeprune.read_profile(profile, graph)  # with what was measured for this one
+            except Unmet as error:
+                if len(budgets) == 1:
+                    raise
+                missed.append(f"{file.name}: {error}")
+                continue
+            edgeprune.write_record(file, chosen)
+            plans[str(file)] = chosen
     checkpoint.unlink(missing_ok=True)
-    show(chosen, as_json, "describe_plan", graph)
+    if len(budgets) == 1:
+        show(chosen, as_json, "describe_plan", graph)
+    else:
+        show(plans, as_json, "describe_plans", graph)
+    if missed:
+        raise Unmet("no plan for " + "; ".join(missed))
 
 
 def compact(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import inf
 
 from edgeprune.core.budget import format_seconds
-from edgeprune.core.records import Budget, PlanRound
+from edgeprune.core.records import Budget, Plan, PlanRound
 from edgeprune.core.stats import median
 
 LOWEST_SHARE = 0.97
@@ -144,3 +144,8 @@ def _bracket(rounds: Sequence[PlanRound], limit: float) -> tuple[float, float]:
         return low, high
     last = rounds[-1]
     return (last.asked_s or 0.0, inf) if last.measured.median <= limit else (0.0, last.predicted_s)
+
+
+def taken_round(plan: Plan) -> PlanRound | None:
+    """The turn of the closed loop that a plan came from; None when there was none."""
+    return next((turn for turn in reversed(plan.rounds) if turn.widths == plan.widths), None)

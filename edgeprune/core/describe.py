@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune.core.branches import dropped_branches
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
+from edgeprune.core.closed_loop import taken_round
 from edgeprune.core.cost import mac_polynomial, parameter_polynomial
 from edgeprune.core.records import (
     Advice,
@@ -206,6 +207,26 @@ def describe_plan(graph: Graph, plan: Plan) -> str:
     if plan.finer_step:
         parts.append(plan.finer_step)
     return "\n\n".join(parts)
+
+
+def describe_plans(graph: Graph, plans: Mapping[str, Plan]) -> str:
+    """Plans of one model within several budgets, a line each: what is lost for what."""
+    units = graph.units
+    total = sum(units[group.name] for group in graph.prunable)
+    rows = []
+    for name, plan in plans.items():
+        turn = taken_round(plan)
+        kept = sum(plan.widths.get(group.name, group.units) for group in graph.prunable)
+        rows.append((
+            name,
+            UNKNOWN if plan.budget.latency_s is None else format_seconds(plan.budget.latency_s),
+            interval(plan.predicted.latency_s),
+            UNKNOWN if turn is None else interval(turn.measured),
+            f"{kept / total:.0%}",
+            UNKNOWN if plan.predicted.parameters is None else f"{plan.predicted.parameters:,}",
+            f"{plan.loss:.4g}",
+        ))  # fmt: skip
+    return table(("plan", "limit", "predicted", "measured", "units", "parameters", "predicted loss"), rows)
 
 
 def describe_targets(targets: Sequence[Target]) -> str:
