@@ -205,7 +205,8 @@ def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(done.stdout)["plan-0.9x.json"]["widths"] == wide.widths
     assert read_record(Plan, project / "plan-0.9x.json").widths == wide.widths
     assert not (project / "plan-0.001x.json").exists()
-    assert edgeprune(*several, "0.9x,fast", cwd=project).returncode == 2
+    for wrong in ("0.9x,fast", "0.9x,", "0.9x/../a,0.5x"):
+        assert edgeprune(*several, wrong, cwd=project).returncode == 2, wrong
     validated = edgeprune(
         "validate", "model.onnx", *board, "--model", "trained/recovered.pt2", "--dense", "dense.onnx", "--plan",
         "plan.json", *data, "--sparsity", "sparse/sparsity.json", "-o", "report.json", "--json",

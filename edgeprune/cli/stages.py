@@ -172,13 +172,15 @@ def plan(
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
     dense = edgeprune.dense_cost(graph, tables)
-    limits = [limit.strip() for limit in latency.split(",")] if latency else [None]
-    budgets = {
-        out if len(limits) == 1 else out.with_name(f"{out.stem}-{limit}{out.suffix}"): make_budget(
-            dense, latency=limit, memory=memory, size=size, energy=energy, power_model=power_model
-        )
+    limits = [limit.replace(" ", "") for limit in latency.split(",")] if latency else [None]
+    if "" in limits:
+        raise UsageError(f"--latency {latency} names an empty limit; give them as 0.8x,0.5x")
+    asked = [
+        make_budget(dense, latency=limit, memory=memory, size=size, energy=energy, power_model=power_model)
         for limit in limits
-    }
+    ]
+    names = [out] if len(limits) == 1 else [out.with_name(f"{out.stem}-{limit}{out.suffix}") for limit in limits]
+    budgets = dict(zip(names, asked, strict=True))
     calibration = load_calibration(data, module, model, weights, shapes, scope) if data is not None else None
     checkpoint = out.with_name(f"{out.stem}.search.jsonl")
     plans: dict[str, Plan] = {}
