@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -368,15 +368,17 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
     budget = make_budget(predict_cost(graph, {}, profile), latency="0.6x")
     views = Views.of(importance)
 
-    def choose(weighed: Importance) -> Plan:
-        return choose_widths(graph, profile, weighed, budget, compare=(), levels=4)
+    def choose(weighed: Importance, near: Mapping[str, int] | None = None) -> Plan:
+        return choose_widths(graph, profile, weighed, budget, compare=(), levels=4, near=near)
 
     def judge(plan: Plan) -> float:
         by_curves = views.explain(plan.widths)[0]
         return 0.01 + float(sum(by_curves)) + 7 * float(by_curves[views.names.index("first")])
 
-    before, after = choose(importance), choose(weigh_curves(importance, choose, judge, trials=12))
+    weighed = weigh_curves(importance, choose, judge, trials=12)
+    before, after = choose(importance), choose(weighed)
     assert "first" in before.widths and "first" not in after.widths
+    assert after.widths == weighed.found, "branches that stay, too"
     assert judge(after) < judge(before)
 
 
