@@ -488,7 +488,8 @@ def test_layers_that_are_not_split_cannot_be_restored() -> None:
 def run_file(**sections: Any) -> RunFile:
     parts: dict[str, Any] = {
         "model": {"factory": "nets.py:net"}, "data": {"source": "nets.py:source"}, "target": {"name": "embedded"},
-        "budget": {"size": "0.6x"}, "output": {"dir": "run"}, "prune": {"transform": "kfe", "curves": False},
+        "budget": {"size": "0.6x"}, "output": {"dir": "run"},
+        "prune": {"transform": "kfe", "criterion": "taylor", "curves": False},
     }  # fmt: skip
     return msgspec.convert({**parts, **sections}, RunFile)
 
