@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from math import gcd, inf, lcm
-from types import MappingProxyType
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -106,7 +105,7 @@ def choose_widths(
 
     def pose(given: Importance) -> Problem:
         return build_problem(
-            graph, profile, given, asked, levels=levels, min_keep=min_keep, near=near or {}, reach=reach
+            graph, profile, given, asked, levels=levels, min_keep=min_keep, near=near, reach=reach
         )  # fmt: skip
 
     for _ in range(MEMORY_PASSES):
@@ -222,7 +221,7 @@ def build_problem(
     *,
     levels: int = 16,
     min_keep: float = 1 / 16,
-    near: Mapping[str, int] = MappingProxyType({}),
+    near: Mapping[str, int] | None = None,
     reach: int = 2,
 ) -> Problem:
     """Levels, losses and cost terms; arguments as in `choose_widths`."""
@@ -235,7 +234,7 @@ def build_problem(
         parts = any(group.name in summed for group in tie)
         for group in tie:
             offered = candidate_widths(group, tile, levels, min_keep, fine, summed=parts)
-            if (middle := near.get(tie[0].name)) is not None:
+            if near is not None and (middle := near.get(tie[0].name)) is not None:
                 at = int(np.searchsorted(offered, middle))
                 offered = offered[max(at - reach, 0) : at + reach + 1]
             widths[group.name] = offered

@@ -193,18 +193,21 @@ def test_stage_by_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         done = edgeprune(*arguments, cwd=project)
         assert done.returncode == 0, (arguments, done.stderr)
-    several = ("plan", *net, *tables, *scores, "-o", "plan.json", "--latency")
-    done = edgeprune(*several, "0.9x, 0.7x", cwd=project)
-    assert done.returncode == 0, done.stderr
-    assert "plan-0.9x.json" in done.stdout and "plan-0.7x.json" in done.stdout
-    wide, narrow = (read_record(Plan, project / f"plan-{limit}.json") for limit in ("0.9x", "0.7x"))
-    assert wide.loss < narrow.loss and wide.predicted.latency_s.median > narrow.predicted.latency_s.median  # type: ignore[union-attr]
-    (project / "plan-0.9x.json").unlink()
+    several = ("plan", *net, *tables, *scores, "-o", "several.json", "--latency")
+    for loop in ((*data, "--trials", "2", *board), ()):
+        done = edgeprune(*several, "0.9x, 0.7x", *loop, cwd=project)
+        assert done.returncode == 0, done.stderr
+        assert "several-0.9x.json" in done.stdout and "several-0.7x.json" in done.stdout
+        wide, narrow = (read_record(Plan, project / f"several-{limit}.json") for limit in ("0.9x", "0.7x"))
+        assert wide.predicted.latency_s.median > narrow.predicted.latency_s.median  # type: ignore[union-attr]
+        assert bool(wide.rounds) == bool(narrow.rounds) == bool(loop), "the board is asked for each, or for none"
+    assert wide.loss < narrow.loss
+    (project / "several-0.9x.json").unlink()
     done = edgeprune(*several, "0.9x,0.001x", "--json", cwd=project)
-    assert done.returncode == 1 and "plan-0.001x.json" in done.stderr
-    assert json.loads(done.stdout)["plan-0.9x.json"]["widths"] == wide.widths
-    assert read_record(Plan, project / "plan-0.9x.json").widths == wide.widths
-    assert not (project / "plan-0.001x.json").exists()
+    assert done.returncode == 1 and "several-0.001x.json" in done.stderr
+    assert json.loads(done.stdout)["several-0.9x.json"]["widths"] == wide.widths
+    assert read_record(Plan, project / "several-0.9x.json").widths == wide.widths
+    assert not (project / "several-0.001x.json").exists()
     for wrong in ("0.9x,fast", "0.9x,", "0.9x/../a,0.5x"):
         assert edgeprune(*several, wrong, cwd=project).returncode == 2, wrong
     validated = edgeprune(

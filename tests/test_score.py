@@ -196,13 +196,19 @@ def test_a_killed_scoring_resumes_where_it_stopped(
         ([(torch.zeros(4, 1, 8, 8), torch.full((4,), 10))], "label 10, the model only 10 classes"),
         (
             [(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))],
-            "outputs on the calibration data are not",
+            "outputs on the calibration data are not finite",
         ),
     ],
 )
 def test_data_that_cannot_score_says_why(net: nn.Module, graph: Graph, calibration: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         score_groups(net, INPUTS, graph, calibration)
+
+
+def test_a_loss_that_is_not_finite_is_named(net: nn.Module, graph: Graph) -> None:
+    calibration = [(torch.full((4, 1, 8, 8), float("nan")), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(DataError, match="loss is nan"):
+        score_groups(net, INPUTS, graph, calibration, criterion="taylor")
 
 
 def test_one_class_only_still_scores(net: nn.Module, graph: Graph, digits: Digits) -> None:

@@ -194,6 +194,8 @@ def plan(
                 edgeprune.connect(target, threads=threads, runtime=runtime, meter=meter, progress=progress)
             )
         for file, budget in budgets.items():
+            if session is not None and plans:
+                tables = edgeprune.read_profile(profile, graph)  # with what was measured for the plans before
             try:
                 weighed = scores
                 if calibration is not None:
@@ -210,7 +212,6 @@ def plan(
                         module, inputs, graph, tables, weighed, budget, session, profile, solver=solver, levels=levels,
                         effort=find_effort(effort), progress=progress,
                     )  # fmt: skip
-                    tables = edgeprune.read_profile(profile, graph)  # with what was measured for this one
             except Unmet as error:
                 if len(budgets) == 1:
                     raise
