@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgeprune.compact import compact_and_compensate as compact_and_compensate
     from edgeprune.compact import compact_model as compact_model
     from edgeprune.compact import save_compact as save_compact
+    from edgeprune.compare import compare_recipes as compare_recipes
     from edgeprune.core.store import read_record as read_record
     from edgeprune.core.store import write_record as write_record
     from edgeprune.device.session import open_session as open_session
@@ -72,6 +73,7 @@ _PLACES = {
     "advise": ("advise_pruning",),
     "bundle": ("try_bundle", "verify_bundle", "write_bundle"),
     "compact": ("compact_and_compensate", "compact_model", "save_compact"),
+    "compare": ("compare_recipes",),
     "core.store": ("read_record", "write_record"),
     "device.session": ("open_session",),
     "device.targets": ("check_target", "list_targets", "load_target", "setup_target"),

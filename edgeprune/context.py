@@ -26,7 +26,7 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
-from edgeprune.core.store import read_record
+from edgeprune.core.store import digest, read_record
 from edgeprune.core.tensors import Calibration
 from edgeprune.device.session import Session
 from edgeprune.device.targets import runtime_format
@@ -127,7 +127,13 @@ class Context:
     def _planning(self) -> list[Any]:
         """What decides the widths besides scores, tables and budget."""
         prune, search = self.run.prune, self.run.search
-        return [prune.solver, prune.levels, prune.compensate, search.trials, search.seconds, self.run.seed]
+        settings = [prune.solver, prune.levels, prune.compensate, search.trials, search.seconds, self.run.seed]
+        return settings if self._other is None else [*settings, digest(self._other.widths)]
+
+    @cached_property
+    def _other(self) -> Plan | None:
+        """The plan whose widths this run scales. raises: RecordError, UsageError."""
+        return None if self.run.prune.like is None else read_record(Plan, self.base / self.run.prune.like)
 
     @property
     def _calibration(self) -> Calibration:

@@ -7,7 +7,7 @@ and writes its own record there, so that a run that was killed goes on at the st
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -61,14 +61,18 @@ from edgeprune.transform import check_run, restore_layers, settle_plan, transfor
 from edgeprune.validate import check_branches, collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
+SCALED = "scaled"
+"""The solver that scales another plan's widths."""
 KEPT_ZEROS = "zeros"
 """The pattern of further training: what is zero stays zero."""
 
 
-def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Report:
+def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, beside: Sequence[Path] = ()) -> Report:
     """From a trained model to a validated bundle.
 
     run: what to do. base: the folder that relative paths in it start from.
+    beside: folders of other runs of the same model on the same board, whose stages and measurements are taken over
+        where they hold for this run too.
     returns: the report; a budget that is not met is a failed check in it.
     raises: EdgepruneError with what was wrong; what was finished stays in the run's folder.
     """
@@ -77,7 +81,9 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent) -> Repor
         load_pattern(run.prune.pattern)
     if run.prune.gating is not None:
         check_gating(run)
-    folder = RunFolder(base / run.output.dir)
+    if (run.prune.like is None) != (run.prune.solver != SCALED):
+        raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
+    folder = RunFolder(base / run.output.dir, beside)
     with folder.locked():
         model = load_model(run.spec, base)
         inputs, data = example_inputs(run.spec, model), load_data(run.data.source, base, get_ports(model).inputs)

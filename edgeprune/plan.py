@@ -252,10 +252,14 @@ def build_problem(
                 widths=widths[group.name],
                 loss=np.sum([losses[each.name] for each in (group, *rest)], axis=0),
                 also=tuple(each.name for each in rest),
+                found=importance.found.get(group.name),
             )
             for group, *rest in ties
         ),
-        *(Choice(name=name, widths=np.arange(2), loss=np.array([loss, 0.0])) for name, loss in switches.items()),
+        *(
+            Choice(name=name, widths=np.arange(2), loss=np.array([loss, 0.0]), found=importance.found.get(name))
+            for name, loss in switches.items()
+        ),
     )
     axes = Axes(choices, graph.units, *_inside(graph, switches))
     rows: list[Row] = []

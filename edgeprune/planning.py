@@ -235,6 +235,7 @@ class Planning(Context):
         run, path = self.run, self.folder / f"profile-{precision.name}.jsonl"
 
         def make() -> Plan:
+            self.folder.borrow(path.name, ["graph.json", Path(dense.path).name])
             with self._board() as session:
                 profile = self._profile(graph, session, precision)
             budget = make_budget(dense_cost(graph, profile, dense.bytes), **msgspec.to_builtins(run.budget))
@@ -270,6 +271,8 @@ class Planning(Context):
     def _weigh(self, graph: Graph, importance: Importance, profile: Profile, budget: Budget) -> Importance:
         """Loss curves that know what groups lose together."""
         run, settings = self.run, self.run.search
+        if (other := self._other) is not None:
+            return replace(importance, found=other.widths)
         if not importance.curves or settings.trials < 2:
             return importance
         return search_curves(

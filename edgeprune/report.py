@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from edgeprune.core.budget import format_amount, format_bytes, format_energy, format_seconds
-from edgeprune.core.describe import interval
+from edgeprune.core.describe import comparison_rows, interval
 from edgeprune.core.family import list_members, load_member
-from edgeprune.core.records import Advice, Bracket, Budget, Check, Cost, Graph, Importance, Plan, Profile, Report
+from edgeprune.core.records import (
+    Advice,
+    Bracket,
+    Budget,
+    Check,
+    Comparison,
+    Cost,
+    Graph,
+    Importance,
+    Outcome,
+    Plan,
+    Profile,
+    Report,
+)
 from edgeprune.core.store import to_builtins, write_atomic
-from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
+from edgeprune.figures import DENSE, LIMIT, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
 
 UNKNOWN = "–"
 AMOUNTS = {"s": "latency_s", "bytes": "artifact_bytes", "J": "energy_j"}
@@ -53,15 +65,9 @@ def render_report(
     bracket: of the tournament that the plan came from, where there was one.
     """
     run = Run(report=report, plan=plan, graph=graph, profile=profile, importance=importance)
-    environment = Environment(
-        loader=DictLoader({"page": files("edgeprune").joinpath("templates", "report.html.j2").read_text("utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page").render(
-        headline=headline(report),
+    return _render(
+        "report",
+        headline(report),
         report=report,
         plan=plan,
         graph=graph,
@@ -75,8 +81,89 @@ def render_report(
         frozen=tabulate_frozen(graph),
         conditions=_facts(to_builtins(report.conditions)),
         provenance=_facts({"artifact_sha256": report.artifact_sha256, **report.provenance}),
+    )
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """The page of a comparison. raises: UsageError when it cannot be written."""
+    first = comparison.outcomes[0]
+    header, rows = comparison_rows(comparison)
+    finished = [one for one in comparison.outcomes if one.latency_s is not None]
+    page = _render(
+        "compare",
+        f"{len(comparison.outcomes)} ways to be fast on {first.target}",
+        comparison=comparison,
+        conditions=comparison.conditions,
+        outcomes=Table(header=header, rows=rows, marked=frozenset(_best_places(comparison))),
+        figure=draw_comparison(comparison),
+        pages=[(one.recipe, f"{Path(one.directory).relative_to(first.directory)}/report.html") for one in finished],
+        facts_of_run=_facts(to_builtins(comparison.conditions)),
+    )
+    write_atomic(path, page.encode())
+
+
+def _best_places(comparison: Comparison) -> list[int]:
+    """Rows of the most accurate outcome at each latency; the first row is the dense model's."""
+    best: dict[str, int] = {}
+    for place, outcome in enumerate(comparison.outcomes):
+        if outcome.accuracy is not None and outcome.met:
+            known = best.get(outcome.asked)
+            if known is None or outcome.accuracy > (comparison.outcomes[known].accuracy or 0.0):
+                best[outcome.asked] = place
+    return [place + 1 for place in best.values()]
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """Accuracy over the measured latency of every outcome, and before training where that differs."""
+    known = [(one, one.latency_share) for one in comparison.outcomes if one.latency_share is not None]
+
+    def trace(name: str, colour: str, points: Sequence[tuple[Outcome, float, float]], symbol: str) -> dict[str, Any]:
+        return {
+            "type": "scatter", "mode": "markers+text" if symbol == "circle" else "markers", "name": name,
+            "x": [share for _, share, _ in points], "y": [100 * accuracy for *_, accuracy in points],
+            "text": [f"  {one.recipe}" for one, *_ in points], "textposition": "middle right", "cliponaxis": False,
+            "marker": {"color": colour, "size": 12 if symbol == "circle" else 9, "symbol": symbol},
+        }  # fmt: skip
+
+    trained = [(one, share, one.accuracy) for one, share in known if one.accuracy is not None]
+    before = [
+        (one, share, one.before_recovery)
+        for one, share in known
+        if one.before_recovery is not None and one.before_recovery != one.accuracy
+    ]
+    met, missed = [t for t in trained if t[0].met], [t for t in trained if not t[0].met]
+    named = (("as exported", PRUNED, met, "circle"), ("limits not met", LIMIT, missed, "circle"),
+             ("before training", STAGE, before, "circle-open"))  # fmt: skip
+    traces: list[dict[str, Any]] = [trace(*each) for each in named if each[2]]
+    traces.append({
+        "type": "scatter", "mode": "markers", "name": "dense", "x": [1.0], "y": [100 * comparison.dense_accuracy],
+        "marker": {"color": DENSE, "size": 12},
+    })  # fmt: skip
+    header, rows = comparison_rows(comparison)
+    return Figure(
+        name="accuracy",
+        title="Accuracy against latency",
+        says="Further left is faster, further up more accurate. A recipe below and to the right of another is no use.",
+        traces=traces,
+        layout={
+            "height": 460, "xaxis": axis("latency on the board, of the dense model's", range=[0, 1.15]),
+            "yaxis": axis("top-1 (%)"),
+        },
+        table=Table(header=header, rows=rows),
+    )  # fmt: skip
+
+
+def _render(name: str, title: str, **values: Any) -> str:
+    """A page of the templates: whole in itself."""
+    environment = Environment(
+        loader=PackageLoader("edgeprune", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(f"{name}.html.j2").render(
+        title=title,
         colours={"dense": DENSE, "pruned": PRUNED},
         plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
+        **values,
     )
 
 
@@ -111,16 +198,15 @@ def write_advice(path: Path, advice: Advice, most: int = 25) -> None:
         "height": 420, "xaxis": axis("units taken off every group"),
         "yaxis": axis("share of the kernel's time left", rangemode="tozero"),
     }  # fmt: skip
-    text = files("edgeprune").joinpath("templates", "advice.html.j2").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(text).render(
+    page = _render(
+        "advice",
+        f"Is pruning worth it on {advice.target}?",
         advice=advice,
         latency=interval(advice.latency_s),
         outside=format_seconds(advice.outside_s),
         seconds=format_seconds,
         threads=[(count, interval(time)) for count, time in advice.threads],
         plots=[("kernels", bars, bar_layout), *([("stairs", stairs, stair_layout)] if stairs else [])],
-        plotly=Markup(get_plotlyjs()),  # noqa: S704  the library's own text, not data
     )
     write_atomic(path, page.encode())
 

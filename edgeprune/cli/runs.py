@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 import edgeprune
 from edgeprune.cli.common import AsJson, Limit, Out, bars, raise_unmet, show
+from edgeprune.core.errors import Unmet
 
 
 def demo(out: Out = Path("runs/demo"), latency: Limit = "0.5x") -> None:
@@ -36,4 +38,26 @@ def run(
     raise_unmet(report)
 
 
-COMMANDS = (demo, run)
+def compare(
+    file: Annotated[Path, typer.Argument(help="the run file")] = Path("edgeprune.toml"),
+    executor: Annotated[str, typer.Option(help="where recipes are carried out: here, processes, ray")] = "here",
+    targets: Annotated[str | None, typer.Option(help="boards of a kind that share them, such as pi4-a,pi4-b")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The run and its recipes to one measured latency: which is best, and did pruning pay?"""
+    from edgeprune.core.runfile import read_run_file
+
+    settings = read_run_file(file)
+    boards = [name for name in (targets or "").split(",") if name]
+    with bars() as progress:
+        comparison = edgeprune.compare_recipes(
+            settings, file.parent, executor=executor, targets=boards, progress=progress
+        )
+    show(comparison, as_json, "describe_comparison")
+    page = file.parent / settings.output.dir / "compare.html"
+    print(f"\n{page}", file=sys.stderr)
+    if missed := [one for one in comparison.outcomes if not one.met]:
+        raise Unmet("not met: " + "; ".join(f"{one.recipe}: {one.note}" for one in missed))
+
+
+COMMANDS = (demo, run, compare)

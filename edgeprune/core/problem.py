@@ -34,13 +34,14 @@ MOST_SUM_SIZES = 64
 class Choice:
     """The widths one group may have: widths (n,) ascending, loss (n,) of each. Of a branch they are 0 and 1.
 
-    also: other groups that have the same width; the loss is of all.
+    also: other groups that have the same width; the loss is of all. found: its width in a plan that was found before.
     """
 
     name: str
     widths: IntArray
     loss: FloatArray
     also: tuple[str, ...] = ()
+    found: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -70,6 +70,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
     gating: of work that is decided per input, trained `gating_epochs` long after recovery.
+    like: a plan whose widths solver "scaled" scales.
     pivot: numbers of diagonal blocks that layers may run in, before widths are planned; pivot_latency: what that is to
     reach, by default the budget's.
     """
@@ -77,6 +78,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     transform: str | None = None
     criterion: str = "surgeon"
     solver: str = "milp"
+    like: str | None = None
     levels: int = 16
     curves: bool = True
     compensate: bool = True
@@ -147,6 +149,24 @@ class BundleSection(_Section, frozen=True, kw_only=True):
     key: str | None = None
 
 
+class CompareSection(_Section, frozen=True, kw_only=True):
+    """What `edgeprune compare` carries out beside the run itself, all to the same latency.
+
+    criteria, solvers, recoveries: every combination of them; one that is not given is as in the run. baselines: see
+    `compare.BASELINES`. latencies: further limits; everything is carried out for each.
+    scratch_epochs: of what is trained from nothing; 0: as many as recovery has.
+    recipes: further ones by name, each some keys of the run file's tables that are other than in the run.
+    """
+
+    criteria: tuple[str, ...] = ()
+    solvers: tuple[str, ...] = ()
+    recoveries: tuple[Literal["distil", "fine_tune", "scratch"], ...] = ()
+    baselines: tuple[Literal["uniform", "scratch", "reduced", "copycat"], ...] = ("uniform", "scratch", "reduced")
+    latencies: tuple[str, ...] = ()
+    scratch_epochs: int = 0
+    recipes: dict[str, dict[str, dict[str, Any]]] = {}
+
+
 class OutputSection(_Section, frozen=True, kw_only=True):
     """Where everything is written."""
 
@@ -167,6 +187,7 @@ class RunFile(_Section, frozen=True, kw_only=True):
     recover: RecoverSection = RecoverSection()
     export: ExportSection = ExportSection()
     bundle: BundleSection = BundleSection()
+    compare: CompareSection = CompareSection()
     seed: int = 0
 
     @property

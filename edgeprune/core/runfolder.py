@@ -25,11 +25,14 @@ R = TypeVar("R")
 class RunFolder:
     """Stages that are skipped when their inputs and outputs are what they were.
 
-    path: the folder; made when it does not exist.
+    path: the folder; made when it does not exist. beside: folders of other runs: what was made there from the same
+    things is taken over instead of made again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, beside: Sequence[Path] = ()) -> None:
+        self.path, self.beside = path, tuple(beside)
+        self._within: list[str] = []  # stages that were done within the one that is being made
+        self._within_s = 0.0  # and for how long
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -71,18 +74,68 @@ class RunFolder:
         made_from: plain values that decide the result. files: what it writes, relative to the folder.
         """
         key = sha256_bytes(json.dumps(list(made_from), sort_keys=True, default=str).encode())
-        ledger = self._read_ledger()
-        entry = ledger.get(name, {})
+        entry = self._read_ledger().get(name, {})
+        self._within.append(name)
         if entry.get("made_from") == key and self._unaltered(entry.get("files", {}), files):
             self.log(f"{name}: already done")
             return
-        started = time.monotonic()
+        if self._take_over(name, key, files):
+            return
+        started, outer, outer_s = time.monotonic(), self._within, self._within_s
+        self._within, self._within_s = [], 0.0
         self.log(f"{name}: started")
         make()
-        self.log(f"{name}: done in {time.monotonic() - started:.1f} s")
-        ledger = self._read_ledger()
-        ledger[name] = {"made_from": key, "files": {file: sha256_file(self.path / file) for file in files}}
-        write_atomic(self.path / LEDGER, json.dumps(ledger, indent=1).encode())
+        took = time.monotonic() - started
+        self.log(f"{name}: done in {took:.1f} s")
+        made = {"made_from": key, "seconds": took - self._within_s, "within": self._within}
+        self._enter({name: {**made, "files": {file: sha256_file(self.path / file) for file in files}}})
+        self._within, self._within_s = outer, outer_s + took
+
+    def _enter(self, entries: dict[str, Any]) -> None:
+        write_atomic(self.path / LEDGER, json.dumps({**self._read_ledger(), **entries}, indent=1).encode())
+
+    def _take_over(self, name: str, key: str, files: Sequence[str]) -> bool:
+        """The stage, and what was done within it, from a folder beside this one where it was made from the same."""
+        for other in map(RunFolder, self.beside):
+            ledger = other._read_ledger()
+            entry = ledger.get(name, {})
+            if entry.get("made_from") != key or entry["files"].keys() != set(files) or "within" not in entry:
+                continue  # the last: of a version that did not tell
+            taken = {name: entry}
+            for each in (waiting := list(entry["within"])):
+                taken[each] = ledger[each]
+                waiting += ledger[each]["within"]
+            if not all(other._unaltered(each["files"], list(each["files"])) for each in taken.values()):
+                continue
+            for file in {file for each in taken.values() for file in each["files"]}:
+                write_atomic(self.path / file, (other / file).read_bytes())
+            if all(self._unaltered(each["files"], list(each["files"])) for each in taken.values()):
+                self.log(f"{name}: taken from {other.path}")
+                self._enter(taken)
+                return True
+        return False
+
+    def borrow(self, file: str, made_for: Sequence[str]) -> None:
+        """Begin a file that grows while work goes on with what it holds in a folder beside this one.
+
+        made_for: files that have to be the same there. Does nothing where the file is here.
+        """
+        if (self.path / file).is_file():
+            return
+        wanted = [sha256_file(self.path / name) for name in made_for]
+        for other in self.beside:
+            theirs = [other / name for name in made_for]
+            if not (other / file).is_file() or not all(path.is_file() for path in theirs):
+                continue
+            if [sha256_file(path) for path in theirs] == wanted:
+                write_atomic(self.path / file, (other / file).read_bytes())
+                self.log(f"{file}: begun with that of {other}")
+                return
+
+    @property
+    def seconds(self) -> float:
+        """What its stages took together, those that were taken from folders beside it as long as they took there."""
+        return float(sum(entry.get("seconds", 0.0) for entry in self._read_ledger().values()))
 
     def record(
         self, kind: type[R], file: str, made_from: Sequence[Any], make: Callable[[], R], also: Sequence[str] = ()

@@ -22,6 +22,8 @@ from edgeprune.core.records.board import Samples as Samples
 from edgeprune.core.records.board import Step as Step
 from edgeprune.core.records.board import StepResult as StepResult
 from edgeprune.core.records.board import Target as Target
+from edgeprune.core.records.comparison import Comparison as Comparison
+from edgeprune.core.records.comparison import Outcome as Outcome
 from edgeprune.core.records.costs import Budget as Budget
 from edgeprune.core.records.costs import Cost as Cost
 from edgeprune.core.records.costs import EnergyModel as EnergyModel

@@ -1,0 +1,333 @@
+"""Several recipes to the same measured latency, and whether pruning was worth it beside a smaller network.
+
+A recipe is the run file with some of its keys changed, carried out as a run of its own. What two of them share
+(tables, scores, plans) is made once: a run takes over from the folders beside it what was made from the same things.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeprune.core.budget import parse_limit
+from edgeprune.core.errors import InputError, Unmet, UsageError
+from edgeprune.core.progress import Progress, silent
+from edgeprune.core.records import Accuracy, Comparison, Outcome, Report
+from edgeprune.core.runfile import RunFile
+from edgeprune.core.runfolder import RunFolder
+from edgeprune.core.store import read_record, write_record
+from edgeprune.executors import load_executor
+from edgeprune.graphs.ports import get_ports
+from edgeprune.load import load_data, load_model
+from edgeprune.pipeline import SCALED, run_pipeline
+from edgeprune.report import write_comparison
+
+RUN = "run"
+"""The recipe that is the run file as it stands."""
+FOLDER = "compare"
+"""Below the run's own: a folder for each other recipe."""
+CHANGEABLE = ("prune", "search", "recover", "export")
+"""Tables of the run file that a recipe may change."""
+COPYCAT = "copycat"
+PLAIN = {"steps": 1, "regularizer": None, "depth": False}
+ONE_PLAN = {"trials": 0, "contenders": []}
+BASELINES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "uniform": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN},
+    "scratch": {"recover": {"start": "scratch"}},
+    "reduced": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN, "recover": {"start": "scratch"}},
+    COPYCAT: {"prune": {**PLAIN, "solver": SCALED}, "search": ONE_PLAN, "recover": {"start": "scratch"}},
+}
+"""What pruning is held against.
+
+uniform: the same share of every width. scratch: the run's own widths, trained from nothing (Liu et al., ICLR 2019,
+arXiv:1810.05270). reduced: both, a smaller network as one would draw it up without pruning. copycat: at further
+latencies, the run's own widths scaled, trained from nothing (Crowley et al., 2018, arXiv:1810.04622).
+"""
+RECOVERIES: Mapping[str, Mapping[str, Any]] = {
+    "distil": {"start": "pruned", "distil": True},
+    "fine_tune": {"start": "pruned", "distil": False},
+    "scratch": {"start": "scratch"},
+}
+CONFIDENCE = 1.96
+"""Standard errors within which two accuracies are not told apart: 95 %."""
+FASTER = 0.03
+"""A latency that is lower by more than this share is said to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One way to a latency. run: what to do, with a folder of its own. asked: the latency limit, as text."""
+
+    name: str
+    asked: str
+    run: RunFile
+
+
+def compare_recipes(
+    run: RunFile,
+    base: Path,
+    *,
+    executor: str = "here",
+    targets: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Comparison:
+    """Carry out a run and its recipes, and say which is best.
+
+    run: with what to compare in its `compare`. base: the folder that relative paths in it start from.
+    executor: where recipes are carried out, several at a time. targets: boards of a kind that share them; by default
+        the run's own.
+    returns: the comparison, also written as compare.json and compare.html into the run's folder. A recipe that cannot
+        be carried out is in it with the reason.
+    raises: EdgepruneError when the run itself cannot, or a board fails; UsageError for recipes that cannot be right,
+        and for data without labels.
+    """
+    boards = tuple(targets) or (run.target.name,)
+    recipes = list_recipes(run)
+    start = load_executor(executor)
+    model = load_model(run.spec, base)
+    data = load_data(run.data.source, base, get_ports(model).inputs)
+    if not data.labelled or run.model.scope is not None or data.test is None:
+        raise UsageError("a comparison is by accuracy: the data need labels and test batches, and the model no scope")
+    examples = sum(len(labels) for _, labels in data.require("test"))
+    bars = progress if executor.partition(":")[0] == "here" else silent  # those of other processes do not arrive
+    done: dict[str, Outcome] = {}
+    with start(_prepare, (str(base), bars)) as pool:
+        for wave in _waves(recipes, boards):
+            beside = [str(base / recipe.run.output.dir) for recipe in recipes if recipe.name in done]
+            for place, outcome in pool.run([(recipe, beside) for recipe in wave]):
+                done[wave[place].name] = outcome
+                progress("compare: recipes done", len(done), len(recipes))
+    folder = base / run.output.dir
+    report = read_record(Report, folder / "report.json")
+    outcomes = tuple(done[recipe.name] for recipe in recipes)
+    scratch = run.compare.scratch_epochs or run.recover.epochs
+    comparison = Comparison(
+        conditions=report.conditions,
+        dense=report.dense,
+        dense_accuracy=report.accuracy.dense or 0.0,
+        test_examples=examples,
+        epochs=run.recover.epochs,
+        scratch_epochs=scratch,
+        outcomes=outcomes,
+        verdict=tuple(judge(outcomes, asked, examples, scratch) for asked in dict.fromkeys(r.asked for r in recipes)),
+    )
+    write_record(folder / "compare.json", comparison)
+    write_comparison(folder / "compare.html", comparison)
+    return comparison
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def list_recipes(run: RunFile) -> list[Recipe]:
+    """The run itself and what its `compare` asks for beside it, each with a folder of its own; none twice.
+
+    raises: UsageError for a recipe that is no run file, two folders of one name, and latencies that cannot be read.
+    """
+    settings = run.compare
+    wanted = [name for name in settings.baselines if run.recover.epochs or name == "uniform"]
+    changes: dict[str, Mapping[str, Any]] = {RUN: {}}
+    for criterion, solver, recovery in itertools.product(
+        settings.criteria or ("",), settings.solvers or ("",), settings.recoveries or ("",)
+    ):
+        prune = {key: value for key, value in (("criterion", criterion), ("solver", solver)) if value}
+        name = " ".join(filter(None, (criterion, solver, recovery)))
+        if name:
+            # Of plans that came about in other ways the tournament would take the same for several criteria.
+            changes[name] = {
+                "prune": prune,
+                **({"search": {"contenders": []}} if prune else {}),
+                **({"recover": RECOVERIES[recovery]} if recovery else {}),
+            }
+    changes |= {name: BASELINES[name] for name in wanted if name != COPYCAT}
+    for name, own in settings.recipes.items():
+        if name in changes or name in BASELINES:
+            raise UsageError(f"[compare] has two recipes called '{name}'")
+        changes[name] = own
+    recipes = [_make_recipe(run, name, change, run.budget.latency) for name, change in changes.items()]
+    if COPYCAT in wanted:  # at the run's own latency it is `scratch`
+        base = BASELINES[COPYCAT]
+        changes[COPYCAT] = {**base, "prune": {**base["prune"], "like": f"{run.output.dir}/plan.json"}}
+    further = [latency for latency in dict.fromkeys(settings.latencies) if latency != run.budget.latency]
+    recipes += [_make_recipe(run, name, change, latency) for latency in further for name, change in changes.items()]
+    known: dict[bytes, Recipe] = {}
+    for recipe in recipes:
+        known.setdefault(_identify(recipe.run), recipe)
+    found = list(known.values())
+    if len({recipe.run.output.dir for recipe in found}) < len(found):
+        raise UsageError("two recipes would have the same folder; give them names that differ in letters or digits")
+    return found
+
+
+def _make_recipe(run: RunFile, name: str, changes: Mapping[str, Any], latency: str | None) -> Recipe:
+    """raises: UsageError."""
+    plain = msgspec.to_builtins(run)
+    for table, keys in changes.items():
+        if table not in CHANGEABLE or not isinstance(keys, Mapping):
+            raise UsageError(f"[compare] recipe '{name}' changes '{table}'; it may change {', '.join(CHANGEABLE)}")
+        plain[table] |= keys
+    if plain["recover"].get("start") == "scratch" and run.compare.scratch_epochs:
+        plain["recover"]["epochs"] = run.compare.scratch_epochs
+    if latency is not None:
+        parse_limit(latency, "time")
+        plain["budget"]["latency"] = latency
+    plain["compare"] = {}
+    shown = name if latency == run.budget.latency else f"{name} at {latency}"
+    if shown != RUN:
+        plain["output"]["dir"] += f"/{FOLDER}/{re.sub(r'[^A-Za-z0-9.]+', '-', shown).strip('-')}"
+    try:
+        return Recipe(shown, latency or "", msgspec.convert(plain, RunFile))
+    except msgspec.ValidationError as error:
+        raise UsageError(f"[compare] recipe '{name}': {error}") from error
+
+
+def _identify(run: RunFile) -> bytes:
+    """What makes a run another one: all of it but its folder."""
+    return msgspec.json.encode({**msgspec.to_builtins(run), "output": None})
+
+
+def _waves(recipes: Sequence[Recipe], boards: Sequence[str]) -> list[list[Recipe]]:
+    """Recipes that can be carried out at once: the run, one of each way to plan, then those that only train otherwise.
+
+    So whatever two share is there before the second begins. Recipes that share a plan have the same board.
+    """
+    waves: list[list[Recipe]] = [[], [], []]
+    places: dict[bytes, str] = {}
+    for recipe in recipes:
+        planning = msgspec.json.encode({**msgspec.to_builtins(recipe.run), "output": None, "recover": None})
+        new = planning not in places
+        board = places.setdefault(planning, boards[len(places) % len(boards)])
+        target = msgspec.structs.replace(recipe.run.target, name=board)
+        placed = Recipe(recipe.name, recipe.asked, msgspec.structs.replace(recipe.run, target=target))
+        waves[0 if recipe.name == RUN else 1 if new else 2].append(placed)
+    return [wave for wave in waves if wave]
+
+
+def _prepare(shared: tuple[str, Progress]) -> Callable[[tuple[Recipe, list[str]]], Outcome]:
+    """What an executor's worker does with a recipe and the folders that are done."""
+    base, progress = Path(shared[0]), shared[1]
+
+    def carry_out(item: tuple[Recipe, list[str]]) -> Outcome:
+        recipe, beside = item
+        own = Path(recipe.run.output.dir)
+        try:
+            report = run_pipeline(recipe.run, base, progress, beside=[Path(each) for each in beside])
+        except (InputError, Unmet, UsageError) as error:
+            if recipe.name == RUN:  # nothing to compare with
+                raise
+            return Outcome(
+                recipe=recipe.name,
+                asked=recipe.asked,
+                directory=str(own),
+                target=recipe.run.target.name,
+                note=str(error),
+            )
+        return _describe(recipe, report, RunFolder(base / own).seconds)
+
+    return carry_out
+
+
+def _describe(recipe: Recipe, report: Report, seconds: float) -> Outcome:
+    dense, compact = report.dense.latency_s, report.compact.latency_s
+    failed = [f"{check.name}: {check.note}" for check in report.checks if not check.passed]
+    return Outcome(
+        recipe=recipe.name,
+        asked=recipe.asked,
+        directory=recipe.run.output.dir,
+        target=report.target,
+        latency_s=compact,
+        latency_share=compact.median / dense.median if compact is not None and dense is not None else None,
+        before_recovery=report.accuracy.before_recovery,
+        accuracy=_final(report.accuracy),
+        artifact_bytes=report.compact.artifact_bytes,
+        parameters=report.compact.parameters,
+        seconds=seconds,
+        met=report.passed,
+        note="; ".join(failed),
+    )
+
+
+def _final(accuracy: Accuracy) -> float | None:
+    """Of what was exported."""
+    for known in (accuracy.quantised, accuracy.after_recovery, accuracy.before_recovery):
+        if known is not None:
+            return known
+    return None
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -> str:
+    """Whether pruning beat the smaller network at one latency, and what was best there, in a few sentences.
+
+    examples: that accuracies are of. epochs: that the smaller network was trained for.
+    Two accuracies a and b of n examples differ where |a - b| > 1.96 sqrt((a (1 - a) + b (1 - b)) / n): as if they were
+    of other examples, which on the same ones asks for more than it has to.
+    """
+    here = [outcome for outcome in outcomes if outcome.asked == asked]
+    by_name = {outcome.recipe.removesuffix(f" at {asked}"): outcome for outcome in here}
+    at = f"At {asked}" if asked else "Within the budget"
+    pruned, reduced = by_name.get(RUN), by_name.get("reduced")
+    said = [f"{at}: {_against(pruned, reduced, examples, epochs)}"]
+    judged = [outcome for outcome in here if outcome.accuracy is not None and outcome.met]
+    best = max(judged, key=lambda outcome: outcome.accuracy or 0.0, default=None)
+    if best is None or best.accuracy is None:
+        return f"{said[0]} No recipe met its limits."
+    level = [
+        other.recipe
+        for other in judged
+        if other is not best
+        and best.accuracy - (other.accuracy or 0.0) <= margin(best.accuracy, other.accuracy, examples)
+    ]
+    said.append(f"The most accurate was '{best.recipe}' with {best.accuracy:.1%}")
+    said[-1] += f"; {examples} test images do not tell it from {_listed(level)}." if level else "."
+    return " ".join(said)
+
+
+def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epochs: int) -> str:
+    for name, outcome in (("pruned", pruned), ("reduced", reduced)):
+        if outcome is None:
+            return f"there is no {name} network to compare."
+        if outcome.accuracy is None or outcome.latency_share is None:
+            return f"the {name} network has no accuracy to compare{f' ({outcome.note})' if outcome.note else ''}."
+        if not outcome.met:
+            return f"the {name} network does not meet its limits ({outcome.note}), so that the two cannot be compared."
+    assert pruned is not None and reduced is not None
+    a, b = pruned.accuracy or 0.0, reduced.accuracy or 0.0
+    least = margin(a, b, examples)
+    figures = (
+        f"{a:.1%} against {b:.1%}, which was trained from nothing for {epochs} epochs, at {pruned.latency_share:.2f} "
+        f"and {reduced.latency_share:.2f} of the dense latency"
+    )
+    if a - b > least:
+        result = f"pruning beat the reduced network here: {figures}."
+    elif b - a > least:
+        result = f"the reduced network beat pruning here: {figures}; draw up a smaller network and train that."
+    else:
+        result = (
+            f"no difference was found between pruning and the reduced network: {figures}; with {examples} test images "
+            f"one of more than {least:.1%} would have shown."
+        )
+    ratio = (reduced.latency_share or 0.0) / (pruned.latency_share or 1.0)
+    if ratio < 1 - FASTER:
+        result += f" The reduced network is {1 - ratio:.0%} faster besides: no width closer to the limit meets it."
+    return result
+
+
+def margin(a: float, b: float | None, examples: int) -> float:
+    """The least difference of two accuracies in [0, 1] that so many examples tell from none."""
+    b = b or 0.0
+    return CONFIDENCE * math.sqrt((a * (1 - a) + b * (1 - b)) / max(examples, 1))
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
