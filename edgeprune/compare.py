@@ -173,7 +173,7 @@ def _make_recipe(run: RunFile, name: str, changes: Mapping[str, Any], latency: s
         if table not in CHANGEABLE or not isinstance(keys, Mapping):
             raise UsageError(f"[compare] recipe '{name}' changes '{table}'; it may change {', '.join(CHANGEABLE)}")
         plain[table] |= keys
-    if plain["recover"].get("start") == "scratch" and run.compare.scratch_epochs:
+    if plain["recover"]["start"] == "scratch" and run.compare.scratch_epochs:
         plain["recover"]["epochs"] = run.compare.scratch_epochs
     if latency is not None:
         parse_limit(latency, "time")

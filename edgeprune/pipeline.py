@@ -57,6 +57,8 @@ from edgeprune.report import write_report
 from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
+from edgeprune.training.options import MACS, SCRATCH, check_options
+from edgeprune.training.scratch import epochs_of_equal_work
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
 from edgeprune.validate import check_branches, collect_examples, validate_artifact
 
@@ -81,6 +83,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         load_pattern(run.prune.pattern)
     if run.prune.gating is not None:
         check_gating(run)
+    check_recovery(run)
     if (run.prune.like is None) != (run.prune.solver != SCALED):
         raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
     folder = RunFolder(base / run.output.dir, beside)
@@ -115,6 +118,13 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         return report
 
 
+def check_recovery(run: RunFile) -> None:
+    """raises: UsageError for what [recover] cannot ask for, in this run."""
+    settings = run.recover
+    beside = None if run.prune.pattern is None else "[prune] pattern"
+    check_options(start=settings.start, budget=settings.budget, beside=beside)
+
+
 def take_scope(
     model: nn.Module, path: str, inputs: tuple[Tensor, ...], data: Data
 ) -> tuple[nn.Module, tuple[Tensor, ...], Data]:
@@ -136,6 +146,7 @@ def check_unlabelled(run: RunFile, why: str) -> None:
         "[prune] without regularizer": prune.regularizer is not None,
         "[prune] without gating": prune.gating is not None,
         "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
+        '[recover] start = "pruned" (or epochs = 0)': run.recover.epochs > 0 and run.recover.start == SCRATCH,
         '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
     }
     if found := [setting for setting, is_wrong in wrong.items() if is_wrong]:
@@ -309,15 +320,17 @@ class Stages(Planning):
             return smaller, accuracy
 
         def make() -> Accuracy:
+            epochs = self._recovery_epochs(smaller)
             result = recover_accuracy(
                 smaller,
                 self.data,
                 teacher=self.dense if settings.distil else None,
-                epochs=settings.epochs,
+                epochs=epochs,
                 lr=settings.lr,
                 checkpoint=checkpoint,
                 seed=self.run.seed,
                 pattern=self.run.prune.pattern,
+                start=settings.start,
                 match_outputs=not self.data.labelled,
                 progress=self.progress,
             )
@@ -335,6 +348,15 @@ class Stages(Planning):
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
         smaller.load_state_dict(load_file(self.folder / "recovered.safetensors"))
         return smaller.eval(), accuracy
+
+    def _recovery_epochs(self, smaller: nn.Module) -> int:
+        settings = self.run.recover
+        if settings.budget != MACS:
+            return settings.epochs
+        dense, ours = (trace_graph(model, self.inputs) for model in (self.dense, smaller))
+        epochs = epochs_of_equal_work(settings.epochs, dense, ours)
+        self.folder.log(f"recover: {epochs} epochs, as much arithmetic as {settings.epochs} of the dense model")
+        return epochs
 
     def gate(self, smaller: nn.Module, accuracy: Accuracy) -> tuple[nn.Module, Accuracy]:
         """The model with gates that decide for every input what to compute, trained and set."""

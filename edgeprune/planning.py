@@ -46,6 +46,7 @@ from edgeprune.recover import recover_accuracy
 from edgeprune.score import score_groups
 from edgeprune.search import scatter_weights, search_curves
 from edgeprune.tournament import Contender, check_training, hold_tournament
+from edgeprune.training.options import SCRATCH
 
 Batches = Iterable[tuple[Any, Tensor]]
 AUTO = "auto"
@@ -320,6 +321,11 @@ class Planning(Context):
         train, file = self.data.train, self.folder / "tournament.json"
         if not run.recover.epochs or train is None or not others or not self.data.labelled:
             file.unlink(missing_ok=True)  # of an earlier run file
+            return curves
+        if run.recover.start == SCRATCH:
+            # Pruned weights say nothing of it, and what learns fastest from nothing in an epoch need not be best.
+            self.folder.log("no tournament: it trains pruned weights, and [recover] start = 'scratch' draws new ones")
+            file.unlink(missing_ok=True)
             return curves
         try:
             check_training(train, run.recover.epochs, run.seed)

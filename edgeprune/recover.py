@@ -30,6 +30,8 @@ from edgeprune.objective import Batches, Objective, device_of, inputs_on, length
 from edgeprune.objective import evaluate_accuracy as evaluate_accuracy
 from edgeprune.patterns import load_sparsifier
 from edgeprune.regularizers import Regularizer, load_regularizer
+from edgeprune.training.options import PRUNED, SCRATCH, check_options
+from edgeprune.training.scratch import draw_weights
 
 JUDGING_STEPS = 8
 """Steps whose mean loss stands for the start, and for the end of an epoch."""
@@ -89,6 +91,7 @@ def recover_accuracy(
     pattern: str | None = None,
     match_outputs: bool = False,
     gating: str | None = None,
+    start: str = PRUNED,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -112,12 +115,14 @@ def recover_accuracy(
                    read. Dropout is off and batch norms keep the statistics they have.
     gating:        member of `gating` and its options (`block_skip:rate=0.6`): trains the gates that `gate_model` put
                    into `module` with the same text. Its last epoch counts as well.
+    start:         "pruned", or "scratch" for new weights (`training/scratch.py`); accuracy_before is of those given.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
                    another model; UsageError for a regularizer together with int8 or a pattern, or without a graph, for
                    gates together with any of these or with outputs to match, or of a model that has none to train, or
-                   for outputs to match without a teacher.
+                   for outputs to match without a teacher; and as `training/options.py` says. ModelError for new
+                   weights of a parameter that no layer draws.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
@@ -127,14 +132,19 @@ def recover_accuracy(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
         precision=precision, regularizer=regularizer, pattern=pattern, match_outputs=match_outputs, gating=gating,
+        start=start,
     )  # fmt: skip
-    if regularizer is not None and (graph is None or (precision is not None and precision.dtype == "int8")):
+    in_8_bits = precision is not None and precision.dtype == "int8"
+    asked = {"a regularizer": regularizer, "a pattern": pattern, "gates": gating, "simulated 8 bits": in_8_bits}
+    beside = next((name for name, value in asked.items() if value), None)
+    check_options(start=start, match_outputs=match_outputs, beside=beside)
+    if regularizer is not None and (graph is None or in_8_bits):
         raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
     if regularizer is not None and pattern is not None:
         raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
     if gating is not None:
         others = regularizer is not None or pattern is not None or match_outputs
-        if others or (precision is not None and precision.dtype == "int8"):
+        if others or in_8_bits:
             raise UsageError(
                 "gates are trained by themselves: with labels, without a regularizer or pattern, and in float32"
             )
@@ -144,7 +154,7 @@ def recover_accuracy(
     if chosen is not None and chosen.alone:
         return _recover_alone(module, data, chosen, settings, checkpoint, progress)
     trained = module
-    if precision is not None and precision.dtype == "int8":
+    if precision is not None and in_8_bits:
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
     trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
@@ -236,6 +246,8 @@ class _Trainer:
         self.before = self.objective.measure(self.module, self.data.test)
         self.best = self._state()
         self.start = self.best if self.settings.match_outputs else {}
+        if self.settings.start == SCRATCH:
+            draw_weights(self.module, self.settings.seed)
         if self.settings.epochs and self.given_autocast is None:
             with seeded(self.settings.seed):
                 self.autocast, self.channels_last = self._fastest_way()

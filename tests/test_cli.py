@@ -41,6 +41,14 @@ def wide():
     )
 
 
+def doubled():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 24, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    )
+
+
 def noisy():
     os.write(1, b"a line of a native library\\n")
     return net()
@@ -314,6 +322,17 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
     assert done.returncode == 0, done.stderr
     scores = read_record(Importance, project / "i.json").scores
     assert sorted(int((values == 0).sum()) for values in scores.values()) == [8, 12]
+
+
+def test_recovery_from_scratch_with_the_work_of_the_dense_model(project: Path) -> None:
+    recover = ["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "out", "--epochs", "1"]
+    done = edgeprune(*recover, "--start", "scratch", "--budget", "macs", cwd=project)
+    assert done.returncode == 2 and "name that with --teacher" in done.stderr
+    done = edgeprune(*recover, "--budget", "macs", "--teacher", "nets.py:wide", cwd=project)
+    assert done.returncode == 2 and "is for start = 'scratch'" in done.stderr
+    done = edgeprune(*recover, "--start", "scratch", "--budget", "macs", "--teacher", "nets.py:doubled", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "2 epochs, as much arithmetic as those of the dense model" in done.stdout and "accuracy" in done.stdout
 
 
 def test_gates_are_trained_saved_and_exported(project: Path) -> None:

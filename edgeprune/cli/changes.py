@@ -30,6 +30,7 @@ from edgeprune.cli.common import (
 )
 from edgeprune.core.effort import find_effort
 from edgeprune.core.errors import Unmet, UsageError
+from edgeprune.training.options import EPOCHS, MACS, PRUNED, check_options
 
 if TYPE_CHECKING:
     from edgeprune.recover import Data
@@ -43,6 +44,10 @@ def recover(
         help="drive whole units of the model to zero, for a plan to remove: a name, or name:option=value,..."
     )] = None,
     scope: Annotated[str | None, typer.Option(help="the submodule of --teacher that the model is to replace")] = None,
+    start: Annotated[str, typer.Option(help="from the weights it has (pruned), or from new ones (scratch)")] = PRUNED,
+    budget: Annotated[str, typer.Option(
+        help="of a training from scratch: epochs, or macs: as many epochs more as --teacher has more MACs"
+    )] = EPOCHS,
 ) -> None:  # fmt: skip
     """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out.
 
@@ -50,6 +55,9 @@ def recover(
     """
     if scope is not None and teacher is None:
         raise UsageError("--scope is a submodule of the model whose outputs are learnt: name that with --teacher")
+    check_options(start=start, budget=budget, match_outputs=scope is not None)
+    if budget == MACS and teacher is None:
+        raise UsageError("--budget macs compares with the dense model: name that with --teacher")
     module, inputs = load(model, weights, shapes if scope is None else None)
     graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
     taught = shapes or (shapes_of(inputs) if scope is None else None)  # a .pt2 knows its own, a factory does not
@@ -58,10 +66,16 @@ def recover(
     batches: Data = source
     if scope is not None and guide is not None:
         batches, guide = edgeprune.scope_data(guide, scope, source), edgeprune.enter_scope(guide, scope, seen)[0]
+    if budget == MACS and guide is not None:
+        from edgeprune.training.scratch import epochs_of_equal_work
+
+        dense, ours = (edgeprune.trace_graph(each, inputs) for each in (guide, module))
+        epochs = epochs_of_equal_work(epochs, dense, ours)
+        print(f"{epochs} epochs, as much arithmetic as those of the dense model")
     with bars() as progress:
         result = edgeprune.recover_accuracy(
             module, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "recover.checkpoint",
-            progress=progress, regularizer=regularizer, graph=graph,
+            progress=progress, regularizer=regularizer, graph=graph, start=start,
             match_outputs=scope is not None or not (source.labelled or guide is None),
         )  # fmt: skip
     edgeprune.save_compact(module, inputs, out, name="recovered")

@@ -120,11 +120,17 @@ class SearchSection(_Section, frozen=True, kw_only=True):
 
 
 class RecoverSection(_Section, frozen=True, kw_only=True):
-    """How the compact model is trained after pruning; epochs = 0 leaves it as it is."""
+    """How the compact model is trained after pruning; epochs = 0 leaves it as it is.
+
+    start: from the pruned weights, or from scratch. budget: of a training from scratch: so many epochs, or as many more
+    as the compact model has fewer MACs.
+    """
 
     epochs: int = 5
     lr: float = 0.02
     distil: bool = True
+    start: Literal["pruned", "scratch"] = "pruned"
+    budget: Literal["epochs", "macs"] = "epochs"
 
 
 class ExportSection(_Section, frozen=True, kw_only=True):

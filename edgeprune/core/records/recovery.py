@@ -23,6 +23,7 @@ class RecoverSettings:
     pattern: str | None = None
     match_outputs: bool = False
     gating: str | None = None
+    start: str = "pruned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
