@@ -28,6 +28,7 @@ from edgeprune.graphs.ports import get_ports
 from edgeprune.load import load_data, load_model
 from edgeprune.pipeline import SCALED, run_pipeline
 from edgeprune.report import write_comparison
+from edgeprune.training.options import SCRATCH
 
 RUN = "run"
 """The recipe that is the run file as it stands."""
@@ -36,13 +37,14 @@ FOLDER = "compare"
 CHANGEABLE = ("prune", "search", "recover", "export")
 """Tables of the run file that a recipe may change."""
 COPYCAT = "copycat"
-PLAIN = {"steps": 1, "regularizer": None, "depth": False}
+WHOLE = {"steps": 1, "regularizer": None}
+PLAIN = {**WHOLE, "depth": False}
 ONE_PLAN = {"trials": 0, "contenders": []}
 BASELINES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "uniform": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN},
-    "scratch": {"recover": {"start": "scratch"}},
-    "reduced": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN, "recover": {"start": "scratch"}},
-    COPYCAT: {"prune": {**PLAIN, "solver": SCALED}, "search": ONE_PLAN, "recover": {"start": "scratch"}},
+    SCRATCH: {"prune": WHOLE, "recover": {"start": SCRATCH}},
+    "reduced": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
+    COPYCAT: {"prune": {**PLAIN, "solver": SCALED}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
 }
 """What pruning is held against.
 
@@ -53,7 +55,7 @@ latencies, the run's own widths scaled, trained from nothing (Crowley et al., 20
 RECOVERIES: Mapping[str, Mapping[str, Any]] = {
     "distil": {"start": "pruned", "distil": True},
     "fine_tune": {"start": "pruned", "distil": False},
-    "scratch": {"start": "scratch"},
+    SCRATCH: {"start": SCRATCH},
 }
 CONFIDENCE = 1.96
 """Standard errors within which two accuracies are not told apart: 95 %."""
@@ -99,7 +101,7 @@ def compare_recipes(
     bars = progress if executor.partition(":")[0] == "here" else silent  # those of other processes do not arrive
     done: dict[str, Outcome] = {}
     with start(_prepare, (str(base), bars)) as pool:
-        for wave in _waves(recipes, boards):
+        for wave in order_recipes(recipes, boards):
             beside = [str(base / recipe.run.output.dir) for recipe in recipes if recipe.name in done]
             for place, outcome in pool.run([(recipe, beside) for recipe in wave]):
                 done[wave[place].name] = outcome
@@ -131,35 +133,31 @@ def list_recipes(run: RunFile) -> list[Recipe]:
 
     raises: UsageError for a recipe that is no run file, two folders of one name, and latencies that cannot be read.
     """
-    settings = run.compare
-    wanted = [name for name in settings.baselines if run.recover.epochs or name == "uniform"]
+    settings, own = run.compare, run.budget.latency
     changes: dict[str, Mapping[str, Any]] = {RUN: {}}
     for criterion, solver, recovery in itertools.product(
         settings.criteria or ("",), settings.solvers or ("",), settings.recoveries or ("",)
     ):
         prune = {key: value for key, value in (("criterion", criterion), ("solver", solver)) if value}
-        name = " ".join(filter(None, (criterion, solver, recovery)))
-        if name:
+        if name := " ".join(filter(None, (criterion, solver, recovery))):
             # Of plans that came about in other ways the tournament would take the same for several criteria.
             changes[name] = {
                 "prune": prune,
                 **({"search": {"contenders": []}} if prune else {}),
                 **({"recover": RECOVERIES[recovery]} if recovery else {}),
             }
-    changes |= {name: BASELINES[name] for name in wanted if name != COPYCAT}
-    for name, own in settings.recipes.items():
+    changes |= {name: BASELINES[name] for name in settings.baselines if run.recover.epochs or name == "uniform"}
+    for name, keys in settings.recipes.items():
         if name in changes or name in BASELINES:
             raise UsageError(f"[compare] has two recipes called '{name}'")
-        changes[name] = own
-    recipes = [_make_recipe(run, name, change, run.budget.latency) for name, change in changes.items()]
-    if COPYCAT in wanted:  # at the run's own latency it is `scratch`
-        base = BASELINES[COPYCAT]
-        changes[COPYCAT] = {**base, "prune": {**base["prune"], "like": f"{run.output.dir}/plan.json"}}
-    further = [latency for latency in dict.fromkeys(settings.latencies) if latency != run.budget.latency]
-    recipes += [_make_recipe(run, name, change, latency) for latency in further for name, change in changes.items()]
+        changes[name] = keys
     known: dict[bytes, Recipe] = {}
-    for recipe in recipes:
-        known.setdefault(_identify(recipe.run), recipe)
+    for latency in dict.fromkeys((own, *settings.latencies)):
+        for name, change in changes.items():
+            if name == COPYCAT and latency == own:
+                continue  # that is `scratch`
+            recipe = _make_recipe(run, name, change, latency)
+            known.setdefault(_identify(recipe.run), recipe)
     found = list(known.values())
     if len({recipe.run.output.dir for recipe in found}) < len(found):
         raise UsageError("two recipes would have the same folder; give them names that differ in letters or digits")
@@ -173,19 +171,30 @@ def _make_recipe(run: RunFile, name: str, changes: Mapping[str, Any], latency: s
         if table not in CHANGEABLE or not isinstance(keys, Mapping):
             raise UsageError(f"[compare] recipe '{name}' changes '{table}'; it may change {', '.join(CHANGEABLE)}")
         plain[table] |= keys
-    if plain["recover"]["start"] == "scratch" and run.compare.scratch_epochs:
+    if name == SCRATCH:
+        plain["prune"]["plan"] = f"{_folder(run, RUN, latency)}/plan.json"
+    if name == COPYCAT:
+        plain["prune"]["like"] = f"{run.output.dir}/plan.json"
+    if plain["recover"]["start"] == SCRATCH and run.compare.scratch_epochs:
         plain["recover"]["epochs"] = run.compare.scratch_epochs
     if latency is not None:
         parse_limit(latency, "time")
         plain["budget"]["latency"] = latency
     plain["compare"] = {}
+    plain["output"]["dir"] = _folder(run, name, latency)
     shown = name if latency == run.budget.latency else f"{name} at {latency}"
-    if shown != RUN:
-        plain["output"]["dir"] += f"/{FOLDER}/{re.sub(r'[^A-Za-z0-9.]+', '-', shown).strip('-')}"
     try:
         return Recipe(shown, latency or "", msgspec.convert(plain, RunFile))
     except msgspec.ValidationError as error:
         raise UsageError(f"[compare] recipe '{name}': {error}") from error
+
+
+def _folder(run: RunFile, name: str, latency: str | None) -> str:
+    """Of a recipe, relative to the run file."""
+    shown = name if latency == run.budget.latency else f"{name} at {latency}"
+    if shown == RUN:
+        return run.output.dir
+    return f"{run.output.dir}/{FOLDER}/{re.sub(r'[^A-Za-z0-9.]+', '-', shown).strip('-')}"
 
 
 def _identify(run: RunFile) -> bytes:
@@ -193,20 +202,26 @@ def _identify(run: RunFile) -> bytes:
     return msgspec.json.encode({**msgspec.to_builtins(run), "output": None})
 
 
-def _waves(recipes: Sequence[Recipe], boards: Sequence[str]) -> list[list[Recipe]]:
-    """Recipes that can be carried out at once: the run, one of each way to plan, then those that only train otherwise.
+def order_recipes(recipes: Sequence[Recipe], boards: Sequence[str]) -> list[list[Recipe]]:
+    """Recipes that can be carried out at once, each with its board: first the run, last those that need another's plan.
 
-    So whatever two share is there before the second begins. Recipes that share a plan have the same board.
+    In between first one of each way to plan, then those that only train otherwise, so that whatever two share is there
+    before the second begins; these have the same board.
     """
-    waves: list[list[Recipe]] = [[], [], []]
+    waves: list[list[Recipe]] = [[], [], [], []]
     places: dict[bytes, str] = {}
+    board_of: dict[str, str] = {}
     for recipe in recipes:
+        prune = recipe.run.prune
         planning = msgspec.json.encode({**msgspec.to_builtins(recipe.run), "output": None, "recover": None})
-        new = planning not in places
-        board = places.setdefault(planning, boards[len(places) % len(boards)])
+        if (other := prune.plan or prune.like) is not None:
+            wave, board = 3, board_of.get(str(Path(other).parent), boards[0])
+        else:
+            wave = 0 if recipe.name == RUN else 2 if planning in places else 1
+            board = places.setdefault(planning, boards[len(places) % len(boards)])
+        board_of[recipe.run.output.dir] = board
         target = msgspec.structs.replace(recipe.run.target, name=board)
-        placed = Recipe(recipe.name, recipe.asked, msgspec.structs.replace(recipe.run, target=target))
-        waves[0 if recipe.name == RUN else 1 if new else 2].append(placed)
+        waves[wave].append(Recipe(recipe.name, recipe.asked, msgspec.structs.replace(recipe.run, target=target)))
     return [wave for wave in waves if wave]
 
 
@@ -277,17 +292,18 @@ def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -
     at = f"At {asked}" if asked else "Within the budget"
     pruned, reduced = by_name.get(RUN), by_name.get("reduced")
     said = [f"{at}: {_against(pruned, reduced, examples, epochs)}"]
-    judged = [outcome for outcome in here if outcome.accuracy is not None and outcome.met]
-    best = max(judged, key=lambda outcome: outcome.accuracy or 0.0, default=None)
-    if best is None or best.accuracy is None:
+    judged = {name: outcome for name, outcome in by_name.items() if outcome.accuracy is not None and outcome.met}
+    if not judged:
         return f"{said[0]} No recipe met its limits."
+    winner, best = max(judged.items(), key=lambda item: item[1].accuracy or 0.0)
+    assert best.accuracy is not None
     level = [
-        other.recipe
-        for other in judged
+        name
+        for name, other in judged.items()
         if other is not best
         and best.accuracy - (other.accuracy or 0.0) <= margin(best.accuracy, other.accuracy, examples)
     ]
-    said.append(f"The most accurate was '{best.recipe}' with {best.accuracy:.1%}")
+    said.append(f"The most accurate was '{winner}' with {best.accuracy:.1%}")
     said[-1] += f"; {examples} test images do not tell it from {_listed(level)}." if level else "."
     return " ".join(said)
 
@@ -303,18 +319,16 @@ def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epo
     assert pruned is not None and reduced is not None
     a, b = pruned.accuracy or 0.0, reduced.accuracy or 0.0
     least = margin(a, b, examples)
-    figures = (
-        f"{a:.1%} against {b:.1%}, which was trained from nothing for {epochs} epochs, at {pruned.latency_share:.2f} "
-        f"and {reduced.latency_share:.2f} of the dense latency"
-    )
+    at = f"at {pruned.latency_share:.2f} and {reduced.latency_share:.2f} of the dense latency"
+    nothing = f"the reduced network, trained from nothing for {epochs} epochs"
     if a - b > least:
-        result = f"pruning beat the reduced network here: {figures}."
+        result = f"pruning beat {nothing}: {a:.1%} against {b:.1%}, {at}."
     elif b - a > least:
-        result = f"the reduced network beat pruning here: {figures}; draw up a smaller network and train that."
+        result = f"pruning did not beat {nothing}: {a:.1%} against {b:.1%}, {at}. A smaller network pays more here."
     else:
         result = (
-            f"no difference was found between pruning and the reduced network: {figures}; with {examples} test images "
-            f"one of more than {least:.1%} would have shown."
+            f"no difference was found between pruning and {nothing}: {a:.1%} and {b:.1%}, {at}; with {examples} test "
+            f"images one of more than {least:.1%} would have shown."
         )
     ratio = (reduced.latency_share or 0.0) / (pruned.latency_share or 1.0)
     if ratio < 1 - FASTER:

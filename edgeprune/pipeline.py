@@ -86,6 +86,8 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
     check_recovery(run)
     if (run.prune.like is None) != (run.prune.solver != SCALED):
         raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
+    if run.prune.plan is not None and run.prune.like is not None:
+        raise UsageError("[prune] has either plan or like, which is scaled, not both")
     folder = RunFolder(base / run.output.dir, beside)
     with folder.locked():
         model = load_model(run.spec, base)

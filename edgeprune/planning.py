@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import budget_between, make_budget
 from edgeprune.core.closed_loop import taken_round
-from edgeprune.core.errors import DataError, InfeasibleBudget, Unmet, UsageError
+from edgeprune.core.errors import DataError, InfeasibleBudget, RecordError, Unmet, UsageError
 from edgeprune.core.family import configure, load_member
 from edgeprune.core.records import (
     FLOAT32,
@@ -173,6 +173,8 @@ class Planning(Context):
 
         Where training is to follow, a short one picks among plans that came about in several ways.
         """
+        if self.run.prune.plan is not None:
+            return self._take_plan(graph, self.base / self.run.prune.plan)
         choice = self._choose_precision(graph, importance, dense)
         name = self._hold_tournament(graph, importance, choice.chosen)
         files = [f"plan-{name}.json", f"profile-{name}.jsonl"]
@@ -183,6 +185,19 @@ class Planning(Context):
 
         made_from = [sha256_file(self.folder / file) for file in files]
         return self.folder.record(Plan, "plan.json", made_from, make, also=["profile.jsonl"])
+
+    def _take_plan(self, graph: Graph, path: Path) -> Plan:
+        """A plan of another run of this model, with the profile beside it."""
+        plan, profile = read_record(Plan, path), path.with_name("profile.jsonl")
+        if plan.graph_sha256 != graph.model_sha256 or not profile.is_file():
+            raise RecordError(f"{path} is no plan of this model with its profile.jsonl beside it; plan it anew")
+
+        def take() -> Plan:
+            shutil.copyfile(profile, self.folder / "profile.jsonl")
+            return plan
+
+        made_from = [digest(plan), sha256_file(profile)]
+        return self.folder.record(Plan, "plan.json", made_from, take, also=["profile.jsonl"])
 
     def _choose_precision(self, graph: Graph, importance: Importance, dense: Artifact) -> PrecisionChoice:
         """Of the dtype that was asked for; of `auto` the one whose plan for the same budget is most accurate.

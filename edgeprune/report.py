@@ -28,7 +28,7 @@ from edgeprune.core.records import (
     Report,
 )
 from edgeprune.core.store import to_builtins, write_atomic
-from edgeprune.figures import DENSE, LIMIT, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
+from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
 
 UNKNOWN = "–"
 AMOUNTS = {"s": "latency_s", "bytes": "artifact_bytes", "J": "energy_j"}
@@ -114,27 +114,33 @@ def _best_places(comparison: Comparison) -> list[int]:
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Accuracy over the measured latency of every outcome, and before training where that differs."""
-    known = [(one, one.latency_share) for one in comparison.outcomes if one.latency_share is not None]
-
-    def trace(name: str, colour: str, points: Sequence[tuple[Outcome, float, float]], symbol: str) -> dict[str, Any]:
-        return {
-            "type": "scatter", "mode": "markers+text" if symbol == "circle" else "markers", "name": name,
-            "x": [share for _, share, _ in points], "y": [100 * accuracy for *_, accuracy in points],
-            "text": [f"  {one.recipe}" for one, *_ in points], "textposition": "middle right", "cliponaxis": False,
-            "marker": {"color": colour, "size": 12 if symbol == "circle" else 9, "symbol": symbol},
-        }  # fmt: skip
-
-    trained = [(one, share, one.accuracy) for one, share in known if one.accuracy is not None]
+    """Accuracy over the measured latency: a line for each recipe, through the latencies that it was carried out to."""
+    recipes: dict[str, list[tuple[float, Outcome]]] = {}
+    for one in comparison.outcomes:
+        if one.latency_share is not None and one.accuracy is not None:
+            recipes.setdefault(one.recipe.removesuffix(f" at {one.asked}"), []).append((one.latency_share, one))
+    traces: list[dict[str, Any]] = []
+    for name, found in recipes.items():
+        points = sorted(found, key=lambda point: point[0])
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": name,
+            "x": [share for share, _ in points], "y": [100 * (one.accuracy or 0.0) for _, one in points],
+            "text": [one.recipe if one.met else f"{one.recipe}: limits not met" for _, one in points],
+            "hovertemplate": "%{text}: %{y:.2f} % at %{x:.3f}<extra></extra>", "line": {"width": 1},
+            "marker": {"size": 11, "symbol": ["circle" if one.met else "x" for _, one in points]},
+        })  # fmt: skip
     before = [
-        (one, share, one.before_recovery)
-        for one, share in known
+        (share, one.before_recovery, one.recipe)
+        for found in recipes.values()
+        for share, one in found
         if one.before_recovery is not None and one.before_recovery != one.accuracy
     ]
-    met, missed = [t for t in trained if t[0].met], [t for t in trained if not t[0].met]
-    named = (("as exported", PRUNED, met, "circle"), ("limits not met", LIMIT, missed, "circle"),
-             ("before training", STAGE, before, "circle-open"))  # fmt: skip
-    traces: list[dict[str, Any]] = [trace(*each) for each in named if each[2]]
+    traces.append({
+        "type": "scatter", "mode": "markers", "name": "before training", "x": [share for share, *_ in before],
+        "y": [100 * accuracy for _, accuracy, _ in before], "text": [name for *_, name in before],
+        "hovertemplate": "%{text} before training: %{y:.2f} %<extra></extra>",
+        "marker": {"color": STAGE, "size": 7, "symbol": "circle-open"},
+    })  # fmt: skip
     traces.append({
         "type": "scatter", "mode": "markers", "name": "dense", "x": [1.0], "y": [100 * comparison.dense_accuracy],
         "marker": {"color": DENSE, "size": 12},
@@ -143,11 +149,11 @@ def draw_comparison(comparison: Comparison) -> Figure:
     return Figure(
         name="accuracy",
         title="Accuracy against latency",
-        says="Further left is faster, further up more accurate. A recipe below and to the right of another is no use.",
+        says="Further left is faster, further up more accurate. A recipe below and to the right of another is no use. "
+        "A cross stands for limits that were not met.",
         traces=traces,
         layout={
-            "height": 460, "xaxis": axis("latency on the board, of the dense model's", range=[0, 1.15]),
-            "yaxis": axis("top-1 (%)"),
+            "height": 480, "xaxis": axis("latency on the board, of the dense model's"), "yaxis": axis("top-1 (%)"),
         },
         table=Table(header=header, rows=rows),
     )  # fmt: skip

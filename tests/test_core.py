@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +227,55 @@ def test_stages_run_once_and_again_when_their_inputs_or_outputs_change(tmp_path:
         folder.stage("first", ["a", 2], ["out.txt"], make)
     assert len(made) == 4
     assert "first: already done" in (folder / "run.log").read_text()
+
+
+def test_what_is_there_beside_a_run_is_taken_over_with_what_was_done_within(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b", [tmp_path / "none", tmp_path / "a"])
+    made: list[str] = []
+
+    def write(folder: RunFolder, name: str, *, inner: bool = False) -> Callable[[], None]:
+        def make() -> None:
+            made.append(name)
+            if inner:
+                folder.stage("inner", [1], ["inner.txt"], write(folder, "inner"))
+            (folder / f"{name}.txt").write_text(name)
+            time.sleep(0.05)
+
+        return make
+
+    with first.locked():
+        first.stage("outer", ["same"], ["outer.txt"], write(first, "outer", inner=True))
+    with second.locked():
+        second.stage("outer", ["same"], ["outer.txt"], write(second, "outer", inner=True))
+        assert made == ["outer", "inner"]
+        assert (second / "outer.txt").read_text() == "outer" and (second / "inner.txt").read_text() == "inner"
+        assert f"outer: taken from {first.path}" in (second / "run.log").read_text()
+        second.stage("inner", [1], ["inner.txt"], write(second, "inner"))
+        assert made == ["outer", "inner"]
+        assert second.seconds == first.seconds >= 0.1  # each stage's own time, once
+
+        (first / "inner.txt").write_text("altered")
+        second.stage("outer", ["other"], ["outer.txt"], write(second, "outer"))
+    third = RunFolder(tmp_path / "c", [first.path])
+    with third.locked():
+        third.stage("outer", ["same"], ["outer.txt"], write(third, "outer"))
+    assert made == ["outer", "inner", "outer", "outer"]
+
+
+def test_a_growing_file_is_begun_with_that_of_a_folder_with_the_same_model(tmp_path: Path) -> None:
+    for name, model in (("a", "small"), ("b", "large"), ("c", "large")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(model)
+    for name in "ab":
+        (tmp_path / name / "lines").write_text(f"of {name}")
+    folder = RunFolder(tmp_path / "c", [tmp_path / "a", tmp_path / "b"])
+    folder.borrow("lines", ["model"])
+    assert (folder / "lines").read_text() == "of b"
+    (folder / "lines").write_text("of b, and more")
+    folder.borrow("lines", ["model"])
+    assert (folder / "lines").read_text() == "of b, and more"
+    folder.borrow("other", ["model"])
+    assert not (folder / "other").exists()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -73,6 +73,26 @@ def solver(name: str) -> Solver:
     return load_member("solvers", name).solve  # type: ignore[no-any-return]
 
 
+def test_scaled_keeps_the_proportions_of_another_plan() -> None:
+    even = np.arange(1, 33, dtype=np.int64)
+    rising = np.linspace(1, 0, 32)
+    choices = (
+        Choice(name="wide", widths=even, loss=rising, found=24),
+        Choice(name="narrow", widths=even, loss=rising, found=6),
+        Choice(name="free", widths=even, loss=rising),
+        Choice(name="dropped", widths=np.arange(2), loss=np.array([1.0, 0.0]), found=0),
+        Choice(name="kept", widths=np.arange(2), loss=np.array([1.0, 0.0]), found=1),
+    )
+    for limit, wanted in ((62.0, [24, 6, 32]), (31.0, [12, 3, 16]), (40.0, [15, 3, 21]), (1e9, [32, 32, 32])):
+        row = Row(quantity="latency_s", limit=limit, unary=dict.fromkeys(range(3), even.astype(float)))
+        found = solver("scaled")(Problem(choices=choices, rows=(row,)), time_limit_s=20)
+        assert found.levels is not None
+        assert [int(even[level]) for level in found.levels[:3]] == wanted
+        assert found.levels[3:] == (0, 1)
+    too_little = Problem(choices=choices, rows=(Row(quantity="latency_s", limit=1.0, constant=2.0),))
+    assert solver("scaled")(too_little, time_limit_s=20).levels is None
+
+
 @pytest.mark.parametrize("name", ["milp", "dp"])
 @pytest.mark.parametrize("tightness", [0.15, 0.4, 0.8])
 def test_exact_solvers_equal_brute_force(name: str, tightness: float) -> None:

@@ -70,7 +70,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
     gating: of work that is decided per input, trained `gating_epochs` long after recovery.
-    like: a plan whose widths solver "scaled" scales.
+    plan: one that was made before, in a run's folder; taken as it stands. like: one whose widths solver "scaled"
+    scales.
     pivot: numbers of diagonal blocks that layers may run in, before widths are planned; pivot_latency: what that is to
     reach, by default the budget's.
     """
@@ -78,6 +79,7 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     transform: str | None = None
     criterion: str = "surgeon"
     solver: str = "milp"
+    plan: str | None = None
     like: str | None = None
     levels: int = 16
     curves: bool = True

@@ -1,0 +1,266 @@
+"""compare: recipes are runs of their own that share what they can, and the verdict says what the figures say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from command import edgeprune
+from test_pipeline import NETS, QUICK
+
+from edgeprune.compare import CONFIDENCE, Recipe, judge, list_recipes, margin, order_recipes
+from edgeprune.core.effort import EFFORTS
+from edgeprune.core.errors import UsageError
+from edgeprune.core.records import Comparison, Outcome, Plan, Quantity, Report
+from edgeprune.core.runfile import RunFile, read_run_file
+from edgeprune.core.store import read_record, to_builtins
+from edgeprune.tables.stored import read_measured
+
+
+def run_file(folder: Path, compare: str, text: str = QUICK) -> RunFile:
+    path = folder / "edgeprune.toml"
+    path.write_text(f"{text}\n[compare]\n{compare}\n")
+    return read_run_file(path)
+
+
+def recipes_of(folder: Path, compare: str, text: str = QUICK) -> dict[str, RunFile]:
+    return {recipe.name: recipe.run for recipe in list_recipes(run_file(folder, compare, text))}
+
+
+def changed(run: RunFile, other: RunFile) -> dict[str, dict[str, Any]]:
+    """What is other in a run than in another, but for its folder."""
+    before, after = msgspec.to_builtins(run), msgspec.to_builtins(other)
+    return {
+        table: {key: value for key, value in after[table].items() if value != before[table][key]}
+        for table in ("model", "data", "target", "budget", "prune", "search", "recover", "export")
+        if after[table] != before[table]
+    }
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_what_a_run_file_without_compare_is_held_against(tmp_path: Path) -> None:
+    recipes = recipes_of(tmp_path, "")
+    run = recipes["run"]
+    assert list(recipes) == ["run", "uniform", "scratch", "reduced"]
+    assert changed(run, recipes["uniform"]) == {"prune": {"solver": "uniform"}}
+    assert changed(run, recipes["scratch"]) == {"prune": {"plan": "run/plan.json"}, "recover": {"start": "scratch"}}
+    assert changed(run, recipes["reduced"]) == {"prune": {"solver": "uniform"}, "recover": {"start": "scratch"}}
+    folders = [recipe.output.dir for recipe in recipes.values()]
+    assert folders == ["run", "run/compare/uniform", "run/compare/scratch", "run/compare/reduced"]
+
+
+def test_every_combination_of_what_is_listed(tmp_path: Path) -> None:
+    recipes = recipes_of(
+        tmp_path,
+        'criteria = ["magnitude:p=1", "fpgm"]\nsolvers = ["greedy"]\nrecoveries = ["fine_tune", "scratch"]\n'
+        "baselines = []\nscratch_epochs = 9",
+        QUICK.replace("contenders = []", 'contenders = ["curves", "lamp"]'),
+    )
+    assert list(recipes) == [
+        "run",
+        *(f"{criterion} greedy {recovery}" for criterion in ("magnitude:p=1", "fpgm")
+          for recovery in ("fine_tune", "scratch")),
+    ]  # fmt: skip
+    assert changed(recipes["run"], recipes["magnitude:p=1 greedy scratch"]) == {
+        "prune": {"criterion": "magnitude:p=1", "solver": "greedy"},
+        "search": {"contenders": ()},
+        "recover": {"start": "scratch", "epochs": 9},
+    }
+    assert recipes["magnitude:p=1 greedy scratch"].output.dir == "run/compare/magnitude-p-1-greedy-scratch"
+
+
+def test_further_latencies_and_recipes_of_ones_own(tmp_path: Path) -> None:
+    recipes = recipes_of(
+        tmp_path,
+        'latencies = ["0.5x", "0.7x"]\nbaselines = ["copycat", "scratch"]\n'
+        '[compare.recipes.zeros]\nprune = { pattern = "n_m:n=2,m=4" }\nrecover = { epochs = 3 }',
+    )
+    assert list(recipes) == [
+        *("run", "scratch", "zeros"),
+        *("run at 0.5x", "copycat at 0.5x", "scratch at 0.5x", "zeros at 0.5x"),
+    ]
+    further = recipes["run at 0.5x"]
+    assert changed(recipes["run"], further) == {"budget": {"latency": "0.5x"}}
+    assert recipes["scratch at 0.5x"].prune.plan == f"{further.output.dir}/plan.json"
+    assert changed(further, recipes["copycat at 0.5x"]) == {
+        "prune": {"solver": "scaled", "like": "run/plan.json"},
+        "recover": {"start": "scratch"},
+    }
+    assert changed(recipes["run"], recipes["zeros"]) == {
+        "prune": {"pattern": "n_m:n=2,m=4"},
+        "recover": {"epochs": 3},
+    }
+
+
+def test_the_same_recipe_is_carried_out_once_and_untrained_nets_not_at_all(tmp_path: Path) -> None:
+    again = 'solvers = ["milp", "greedy"]\nrecoveries = ["distil"]\nbaselines = []'
+    assert list(recipes_of(tmp_path, again)) == ["run", "greedy distil"]
+    untrained = recipes_of(tmp_path, "", QUICK.replace("epochs = 2", "epochs = 0"))
+    assert list(untrained) == ["run", "uniform"]
+
+
+@pytest.mark.parametrize(
+    ("compare", "said"),
+    [
+        ('[compare.recipes.a]\nbudget = { latency = "1 ms" }', "recipe 'a' changes 'budget'"),
+        ("[compare.recipes.a]\nprune = { criteria = 1 }", "recipe 'a'.*criteria"),
+        ("[compare.recipes.run]\nprune = { levels = 3 }", "two recipes called 'run'"),
+        ("[compare.recipes.reduced]\nprune = { levels = 3 }", "two recipes called 'reduced'"),
+        (
+            '[compare.recipes."a b"]\nprune = { levels = 3 }\n[compare.recipes.a-b]\nprune = { levels = 4 }',
+            "the same folder",
+        ),
+        ('latencies = ["0.5"]', "no time budget"),
+    ],
+)
+def test_recipes_that_cannot_be_right(tmp_path: Path, compare: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        list_recipes(run_file(tmp_path, compare))
+
+
+def test_what_recipes_share_is_there_before_the_second_begins(tmp_path: Path) -> None:
+    run = run_file(
+        tmp_path,
+        'criteria = ["lamp", "fpgm"]\nrecoveries = ["distil", "fine_tune"]\nbaselines = ["uniform", "scratch"]',
+    )
+    waves = order_recipes(list_recipes(run), ["a", "b"])
+    placed = [{recipe.name: recipe.run.target.name for recipe in wave} for wave in waves]
+    assert placed == [
+        {"run": "a"},
+        {"lamp distil": "b", "fpgm distil": "a", "uniform": "b"},
+        {"lamp fine_tune": "b", "fpgm fine_tune": "a"},
+        {"scratch": "a"},
+    ]
+    assert all(isinstance(recipe, Recipe) for wave in waves for recipe in wave)
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def outcome(recipe: str, accuracy: float | None, share: float = 0.5, **more: Any) -> Outcome:
+    latency = Quantity(median=share / 1000, low=share / 1000, high=share / 1000)
+    known = {"latency_s": latency, "latency_share": share, "met": True, "asked": "0.5x", **more}
+    return Outcome(recipe=recipe, directory=recipe, target="board", accuracy=accuracy, **known)
+
+
+def test_the_least_difference_is_that_of_two_samples() -> None:
+    assert margin(0.5, 0.5, 5000) == pytest.approx(CONFIDENCE * (2 * 0.25 / 5000) ** 0.5)
+    assert margin(0.9, None, 100) == pytest.approx(CONFIDENCE * (0.09 / 100) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "reduced", "said"),
+    [
+        (0.90, 0.80, "pruning beat the reduced network, trained from nothing for 7 epochs: 90.0% against 80.0%"),
+        (0.80, 0.90, "pruning did not beat the reduced network"),
+        (0.80, 0.81, "no difference was found between pruning and the reduced network"),
+        (0.80, None, "the reduced network has no accuracy to compare"),
+    ],
+)
+def test_the_verdict_follows_from_the_accuracies(pruned: float, reduced: float | None, said: str) -> None:
+    assert said in judge([outcome("run", pruned), outcome("reduced", reduced)], "0.5x", 1000, 7)
+
+
+def test_the_verdict_names_the_best_and_those_that_are_level_with_it() -> None:
+    others = [outcome("uniform", 0.905), outcome("lamp", 0.70), outcome("missed", 0.99, met=False, note="too slow")]
+    said = judge([outcome("run", 0.90), outcome("reduced", 0.85), *others], "0.5x", 1000, 5)
+    assert "The most accurate was 'uniform' with 90.5%" in said
+    assert "do not tell it from 'run'." in said
+    assert "lamp" not in said and "missed" not in said
+
+
+def test_the_verdict_tells_latencies_that_are_not_the_same() -> None:
+    slower = judge([outcome("run", 0.9, 0.5), outcome("reduced", 0.8, 0.4)], "0.5x", 1000, 5)
+    assert "The reduced network is 20% faster besides" in slower
+    assert "faster" not in judge([outcome("run", 0.9, 0.5), outcome("reduced", 0.8, 0.49)], "0.5x", 1000, 5)
+    late = outcome("run", 0.9, met=False, note="latency: 3 % over")
+    assert "does not meet its limits (latency: 3 % over)" in judge([late, outcome("reduced", 0.8)], "0.5x", 1000, 5)
+    assert judge([late], "0.5x", 1000, 5).endswith("No recipe met its limits.")
+    assert "there is no reduced network" in judge([outcome("run", 0.9)], "0.5x", 1000, 5)
+
+
+def test_the_verdict_is_of_one_latency() -> None:
+    both = [outcome("run", 0.9), outcome("reduced", 0.8), outcome("run at 0.3x", 0.6, 0.3, asked="0.3x"),
+            outcome("reduced at 0.3x", 0.7, 0.3, asked="0.3x")]  # fmt: skip
+    assert judge(both, "0.5x", 1000, 5).startswith("At 0.5x: pruning beat")
+    assert judge(both, "0.3x", 1000, 5).startswith("At 0.3x: pruning did not beat")
+    assert "The most accurate was 'reduced' with 70.0%" in judge(both, "0.3x", 1000, 5)
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.device
+@pytest.mark.timeout(900)
+def test_recipes_on_a_board_share_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
+    (tmp_path / "nets.py").write_text(NETS)
+    run_file(
+        tmp_path,
+        'recoveries = ["fine_tune"]\nbaselines = ["scratch", "reduced"]\n'
+        '[compare.recipes.scales]\nprune = { criterion = "bn_scale", curves = false }',
+        QUICK.replace("epochs = 2", "epochs = 1"),
+    )
+    done = edgeprune("compare", "--json", cwd=tmp_path)
+    comparison = read_record(Comparison, tmp_path / "run" / "compare.json")
+    assert json.loads(done.stdout) == json.loads(json.dumps(to_builtins(comparison)))
+    found = {one.recipe: one for one in comparison.outcomes}
+    assert list(found) == ["run", "fine_tune", "scratch", "reduced", "scales"]
+    # Some groups of this net have no batch norm: the recipe cannot be carried out, the others are none the worse.
+    assert "batch norm" in found["scales"].note and found["scales"].latency_s is None
+    assert done.returncode == 1 and "scales" in done.stderr
+    others = comparison.outcomes[:-1]
+    for one in others:
+        report = read_record(Report, tmp_path / one.directory / "report.json")
+        assert one.accuracy == report.accuracy.after_recovery is not None
+        assert one.latency_s == report.compact.latency_s
+        assert one.met == report.passed
+        assert one.seconds > 0
+    assert comparison.test_examples == 32
+
+    logs = {one.recipe: (tmp_path / one.directory / "run.log").read_text() for one in comparison.outcomes}
+    plans = {one.recipe: read_record(Plan, tmp_path / one.directory / "plan.json") for one in others}
+    assert "plan: taken from" in logs["fine_tune"] and "plan-float32" not in logs["fine_tune"]
+    assert "importance: taken from" in logs["reduced"] and "profile-float32.jsonl: begun with" in logs["reduced"]
+    assert to_builtins(plans["fine_tune"]) == to_builtins(plans["scratch"]) == to_builtins(plans["run"])
+    shared = read_measured(tmp_path / "run" / "profile-float32.jsonl")[1]
+    theirs = read_measured(tmp_path / found["reduced"].directory / "profile-float32.jsonl")[1]
+    assert theirs[: len(shared)] == shared, "widths were measured again"
+    page = (tmp_path / "run" / "compare.html").read_text()
+    assert "fine_tune" in page and 'href="compare/reduced/report.html"' in page
+
+    again = edgeprune("compare", cwd=tmp_path)
+    assert again.returncode == done.returncode
+    assert all(sentence in again.stdout for sentence in comparison.verdict)
+    for one in others:
+        last = (tmp_path / one.directory / "run.log").read_text().removeprefix(logs[one.recipe])
+        assert "started" not in last, one.recipe
+
+
+def test_a_comparison_without_labels_is_refused(tmp_path: Path) -> None:
+    unlabelled = NETS + "\n\ndef source():\n    made = Source()\n    made.test = None\n    return made\n"
+    (tmp_path / "nets.py").write_text(unlabelled)
+    run_file(tmp_path, "")
+    done = edgeprune("compare", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "need labels and test batches" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_and_what_scales_one_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    for keys, said in (
+        ('solver = "scaled"', "go together"),
+        ('like = "other.json"', "go together"),
+        ('like = "other.json"\nsolver = "scaled"\nplan = "plan.json"', "either plan or like"),
+    ):
+        (tmp_path / "edgeprune.toml").write_text(QUICK.replace("levels = 6", f"levels = 6\n{keys}"))
+        done = edgeprune("run", cwd=tmp_path)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
