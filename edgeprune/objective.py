@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from edgeprune.core.errors import DataError
+from edgeprune.training.attention import attention_loss, watch
+from edgeprune.training.batch import Batch
 
 Batches = Iterable[tuple[Any, Tensor]]
 
@@ -28,27 +30,45 @@ class Objective:
     """What one training minimises, and is judged by.
 
     teacher: the dense model, or None. match: learn its outputs alone, whatever they are; else labels, and for a share
-    of the loss what it says of them, softened by a temperature.
+    of the loss what it says of them, softened by a temperature. smoothing: [0, 1), of labels. features: >= 0, weight of
+    attention transfer (`training/attention.py`) at these layers.
     """
 
     teacher: nn.Module | None
     match: bool
     share: float
     temperature: float
+    smoothing: float = 0.0
+    features: float = 0.0
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.teacher is not None:
             self.teacher.eval()
 
-    def loss(self, outputs: Any, inputs: tuple[Tensor, ...], targets: Tensor, autocast: bool) -> Tensor:
-        """Of a batch; with `autocast` the teacher computes in bfloat16. raises: DataError where outputs do not fit."""
-        wanted = None
-        if self.teacher is not None and (self.match or self.share > 0):
-            with torch.no_grad(), torch.autocast(targets.device.type, dtype=torch.bfloat16, enabled=autocast):
-                wanted = self.teacher(*inputs)
-        if self.match:
-            return difference_loss(outputs, wanted)
-        return label_loss(outputs, targets, wanted, share=self.share, temperature=self.temperature)
+    def loss(self, module: nn.Module, batch: Batch, autocast: bool) -> tuple[Tensor, Any]:
+        """Of a model on a batch, and its outputs; with `autocast` it and the teacher compute in bfloat16.
+
+        raises: DataError where outputs do not fit.
+        """
+        kind, wanted, taught = batch.targets.device.type, None, dict[str, Tensor]()
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=autocast), watch(module, self.layers) as seen:
+            outputs = module(*batch.inputs)
+        if self.teacher is not None and (self.match or self.share > 0 or self.layers):
+            with (
+                torch.no_grad(),
+                torch.autocast(kind, dtype=torch.bfloat16, enabled=autocast),
+                watch(self.teacher, self.layers) as taught,
+            ):
+                wanted = self.teacher(*batch.inputs)
+        loss = difference_loss(outputs, wanted) if self.match else self._label_loss(outputs, batch, wanted)
+        return loss + self.features * attention_loss(seen, taught) if self.layers else loss, outputs
+
+    def _label_loss(self, outputs: Any, batch: Batch, wanted: Tensor | None) -> Tensor:
+        return label_loss(
+            outputs, batch.targets, wanted, share=self.share, temperature=self.temperature, smoothing=self.smoothing,
+            others=batch.others, mixed=1 - batch.share,
+        )  # fmt: skip
 
     def measure(self, module: nn.Module, batches: Batches | None) -> float | None:
         """Accuracy, or how far the outputs are from those that are matched; None without batches."""
@@ -106,19 +126,33 @@ def evaluate_difference(module: nn.Module, teacher: nn.Module, batches: Batches)
 
 
 def label_loss(
-    logits: Any, targets: Tensor, wanted: Tensor | None = None, *, share: float = 0.0, temperature: float = 2.0
+    logits: Any,
+    targets: Tensor,
+    wanted: Tensor | None = None,
+    *,
+    share: float = 0.0,
+    temperature: float = 2.0,
+    smoothing: float = 0.0,
+    others: Tensor | None = None,
+    mixed: float = 0.0,
 ) -> Tensor:
     """Cross-entropy and, for a share of it, distillation from a dense model's logits.
 
     wanted: those logits. share: [0, 1], of the distillation. temperature: > 0, of the softened outputs.
+    smoothing: [0, 1), of the labels, spread over all classes. others: labels of what the inputs are mixed with, which
+        counts `mixed`, in [0, 1].
     raises: DataError where the outputs are none of a classifier, or the targets no labels.
-    source: Hinton et al., 2015, arXiv:1503.02531, section 2.
+    source: Hinton et al., 2015, arXiv:1503.02531, section 2; smoothing: Szegedy et al., CVPR 2016, arXiv:1512.00567,
+        section 7.
     """
     check_targets(logits, targets)
     logits = logits.float()
     loss: Tensor = logits.new_zeros(())
     if share < 1:
-        loss = loss + (1 - share) * functional.cross_entropy(logits, targets)
+        entropy = functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if others is not None:
+            entropy = torch.lerp(entropy, functional.cross_entropy(logits, others, label_smoothing=smoothing), mixed)
+        loss = loss + (1 - share) * entropy
     if share > 0 and wanted is not None:
         divergence = functional.kl_div(
             functional.log_softmax(logits / temperature, dim=1),

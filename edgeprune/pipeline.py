@@ -57,6 +57,8 @@ from edgeprune.report import write_report
 from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
 from edgeprune.trace import trace_graph
+from edgeprune.training.attention import shared_layers
+from edgeprune.training.batch import check_mixable
 from edgeprune.training.options import MACS, SCRATCH, check_options
 from edgeprune.training.scratch import epochs_of_equal_work
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
@@ -83,11 +85,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         load_pattern(run.prune.pattern)
     if run.prune.gating is not None:
         check_gating(run)
-    check_recovery(run)
-    if (run.prune.like is None) != (run.prune.solver != SCALED):
-        raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
-    if run.prune.plan is not None and run.prune.like is not None:
-        raise UsageError("[prune] has either plan or like, which is scaled, not both")
+    check_plans(run)
     folder = RunFolder(base / run.output.dir, beside)
     with folder.locked():
         model = load_model(run.spec, base)
@@ -96,6 +94,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         if run.model.scope is not None:
             sources = (*sources, run.model.scope)
             model, inputs, data = take_scope(model, run.model.scope, inputs, data)
+        check_recovery(run, model, inputs)
         if not data.labelled:
             check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
             data = replace(data, train=data.train or data.calibration)
@@ -120,11 +119,23 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         return report
 
 
-def check_recovery(run: RunFile) -> None:
-    """raises: UsageError for what [recover] cannot ask for, in this run."""
+def check_plans(run: RunFile) -> None:
+    """raises: UsageError for plans of other runs that do not go with what else is asked for."""
+    if (run.prune.like is None) != (run.prune.solver != SCALED):
+        raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
+    if run.prune.plan is not None and run.prune.like is not None:
+        raise UsageError("[prune] has either plan or like, which is scaled, not both")
+
+
+def check_recovery(run: RunFile, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """raises: UsageError or DataError for what [recover] asks for and this run cannot have."""
     settings = run.recover
     beside = None if run.prune.pattern is None else "[prune] pattern"
-    check_options(start=settings.start, budget=settings.budget, beside=beside)
+    check_options(**settings.options, budget=settings.budget, taught=settings.distil, beside=beside)
+    if settings.mixup:
+        check_mixable(inputs)
+    if settings.features:
+        shared_layers(model, model, inputs)
 
 
 def take_scope(
@@ -149,6 +160,7 @@ def check_unlabelled(run: RunFile, why: str) -> None:
         "[prune] without gating": prune.gating is not None,
         "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
         '[recover] start = "pruned" (or epochs = 0)': run.recover.epochs > 0 and run.recover.start == SCRATCH,
+        "[recover] label_smoothing = 0": run.recover.label_smoothing > 0,
         '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
     }
     if found := [setting for setting, is_wrong in wrong.items() if is_wrong]:
@@ -332,7 +344,7 @@ class Stages(Planning):
                 checkpoint=checkpoint,
                 seed=self.run.seed,
                 pattern=self.run.prune.pattern,
-                start=settings.start,
+                **settings.options,
                 match_outputs=not self.data.labelled,
                 progress=self.progress,
             )

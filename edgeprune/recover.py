@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import math
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
-from edgeprune.core.errors import DataError, RecordError, UsageError
+from edgeprune.core.errors import DataError, UsageError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Graph, Precision, RecoverResult, RecoverSettings
-from edgeprune.core.store import write_atomic
 from edgeprune.gating import GateTraining, Gating, find_gates, load_gating
 from edgeprune.gating._alone import train_alone
 from edgeprune.graphs.fake_quantize import simulate_int8
@@ -30,8 +24,13 @@ from edgeprune.objective import Batches, Objective, device_of, inputs_on, length
 from edgeprune.objective import evaluate_accuracy as evaluate_accuracy
 from edgeprune.patterns import load_sparsifier
 from edgeprune.regularizers import Regularizer, load_regularizer
+from edgeprune.training.attention import shared_layers
+from edgeprune.training.average import Average
+from edgeprune.training.batch import Batch, lay_out, mix_batch
+from edgeprune.training.checkpoint import read_checkpoint, readable, write_checkpoint
 from edgeprune.training.options import PRUNED, SCRATCH, check_options
 from edgeprune.training.scratch import draw_weights
+from edgeprune.training.speed import fastest_way
 
 JUDGING_STEPS = 8
 """Steps whose mean loss stands for the start, and for the end of an epoch."""
@@ -41,8 +40,6 @@ SETTLING_BATCHES = 64
 """Training batches from which the statistics of batch norms are taken when training has ended."""
 MATCHING_GRADIENT = 1.0
 """Largest norm of the gradient when outputs are matched, whose loss is 1 where nothing is alike."""
-HOPELESS = 5.0
-"""bfloat16 whose first step on a processor takes this many times the quickest step in float32 is given up."""
 RANGE_BATCHES = 4
 """Training batches from which the ranges of int8 start."""
 
@@ -92,6 +89,10 @@ def recover_accuracy(
     match_outputs: bool = False,
     gating: str | None = None,
     start: str = PRUNED,
+    ema: float = 0.0,
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    features: float = 0.0,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -116,6 +117,10 @@ def recover_accuracy(
     gating:        member of `gating` and its options (`block_skip:rate=0.6`): trains the gates that `gate_model` put
                    into `module` with the same text. Its last epoch counts as well.
     start:         "pruned", or "scratch" for new weights (`training/scratch.py`); accuracy_before is of those given.
+    ema:           [0, 1), decay of an average of the weights (`training/average.py`), which is judged and returned.
+    label_smoothing: [0, 1), of the labels. mixup: >= 0, alpha of mixed examples (`training/batch.py`), which the
+                   teacher sees as well.
+    features:      >= 0, weight of attention transfer from the teacher (`training/attention.py`).
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
@@ -132,21 +137,24 @@ def recover_accuracy(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
         precision=precision, regularizer=regularizer, pattern=pattern, match_outputs=match_outputs, gating=gating,
-        start=start,
+        start=start, ema=ema, label_smoothing=label_smoothing, mixup=mixup, features=features,
     )  # fmt: skip
     in_8_bits = precision is not None and precision.dtype == "int8"
     asked = {"a regularizer": regularizer, "a pattern": pattern, "gates": gating, "simulated 8 bits": in_8_bits}
     beside = next((name for name, value in asked.items() if value), None)
-    check_options(start=start, match_outputs=match_outputs, beside=beside)
+    check_options(
+        start=start, ema=ema, label_smoothing=label_smoothing, mixup=mixup, features=features,
+        taught=teacher is not None, match_outputs=match_outputs, beside=beside,
+    )  # fmt: skip
     if regularizer is not None and (graph is None or in_8_bits):
         raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
     if regularizer is not None and pattern is not None:
         raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
     if gating is not None:
-        others = regularizer is not None or pattern is not None or match_outputs
+        others = regularizer is not None or pattern is not None or match_outputs or label_smoothing or mixup or features
         if others or in_8_bits:
             raise UsageError(
-                "gates are trained by themselves: with labels, without a regularizer or pattern, and in float32"
+                "gates are trained by themselves: with plain labels, without a regularizer or pattern, and in float32"
             )
         if not find_gates(module):
             raise UsageError("the model has no gates to train; put them in with `gate_model`")
@@ -218,9 +226,13 @@ class _Trainer:
     ) -> None:
         assert data.train is not None
         self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
-        self.objective = Objective(teacher, settings.match_outputs, settings.distil_weight, settings.temperature)
         self.train = data.train
         self.device = device_of(module)
+        layers = self._layers_to_compare(teacher) if teacher is not None and settings.features else ()
+        self.objective = Objective(
+            teacher, settings.match_outputs, settings.distil_weight, settings.temperature,
+            smoothing=settings.label_smoothing, features=settings.features, layers=layers,
+        )  # fmt: skip
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), lr=settings.lr, momentum=settings.momentum,
@@ -234,6 +246,7 @@ class _Trainer:
         self.judged: list[float] = []
         self.best: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}
+        self.average: Average | None = None
         self.hook: Hook = Regularizer(())
 
     def planned_steps(self, asking: str) -> int:
@@ -248,26 +261,49 @@ class _Trainer:
         self.start = self.best if self.settings.match_outputs else {}
         if self.settings.start == SCRATCH:
             draw_weights(self.module, self.settings.seed)
-        if self.settings.epochs and self.given_autocast is None:
+        if self.settings.ema:
+            self.average = Average(self.module, self.settings.ema)
+        batch = self._first_batch() if self.settings.epochs and self.given_autocast is None else None
+        if batch is not None:
+            targets = batch.targets
+            self.module.train(not self.settings.match_outputs)
             with seeded(self.settings.seed):
-                self.autocast, self.channels_last = self._fastest_way()
+                self.autocast, self.channels_last = fastest_way(
+                    self.module, batch.inputs,
+                    lambda trial, inputs, autocast: self.objective.loss(trial, Batch(inputs, targets), autocast)[0],
+                )  # fmt: skip
+
+    def _first_batch(self) -> Batch | None:
+        with seeded(self.settings.seed):
+            first = next(iter(self.train), None)
+        return None if first is None else Batch(inputs_on(first[0], self.device), first[1].to(self.device))
+
+    def _layers_to_compare(self, teacher: nn.Module) -> tuple[str, ...]:
+        batch = self._first_batch()
+        return () if batch is None else shared_layers(self.module, teacher, tuple(x[:2] for x in batch.inputs))
 
     def train_epoch(self, epoch: int, progress: Progress) -> None:
         settings = self.settings
         losses: list[float] = []
+        recent: deque[Batch] = deque(maxlen=JUDGING_STEPS if self.average is not None else 0)
         self.module.train(not settings.match_outputs)
         with seeded(settings.seed + 1 + epoch):
             if hasattr(self.train, "set_epoch"):
                 self.train.set_epoch(epoch)
             for step, (inputs, targets) in enumerate(self.train):
                 self._set_rate(epoch, step)
-                loss = self._step(inputs, targets)
+                batch = self._load(inputs, targets)
+                loss = self._step(batch)
                 if not math.isfinite(loss):
                     self.note = f"training diverged (loss {loss} in epoch {epoch + 1}); try a lower learning rate"
                     break
                 losses.append(loss)
                 done = epoch * self.steps + step + 1
+                recent.append(batch)
+                if self.average is not None:
+                    self.average.follow(self.module, done - 1)
                 progress(f"recover: epoch {epoch + 1} of {settings.epochs}", done, settings.epochs * self.steps)
+            ending = losses[-JUDGING_STEPS:] if self.average is None or self.note else self._losses_of_average(recent)
         if not losses and not self.note:
             raise DataError(
                 f"the training data gave no batches in epoch {epoch + 1}; it must be iterable anew each time"
@@ -277,17 +313,18 @@ class _Trainer:
         if losses:
             self.losses.append(sum(losses) / len(losses))
         if not self.note:
-            self._judge(losses)
-            if self.epoch == settings.epochs and settings.precision is None and not settings.match_outputs:
-                self._settle()
+            self._judge(losses[:JUDGING_STEPS], ending)
+            if self.epoch == settings.epochs:
+                self._end()
 
-    def _step(self, inputs: Any, targets: Tensor) -> float:
-        tensors, targets = lay_out(inputs_on(inputs, self.device), self.channels_last), targets.to(self.device)
+    def _load(self, inputs: Any, targets: Tensor) -> Batch:
+        tensors = lay_out(inputs_on(inputs, self.device), self.channels_last)
+        return mix_batch(Batch(tensors, targets.to(self.device)), self.settings.mixup)
+
+    def _step(self, batch: Batch) -> float:
         self.hook.before_forward()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            logits = self.module(*tensors)
-        loss = self.objective.loss(logits, tensors, targets, self.autocast)
-        if (penalty := self.hook.penalty(logits, targets)) is not None:
+        loss, outputs = self.objective.loss(self.module, batch, self.autocast)
+        if (penalty := self.hook.penalty(outputs, batch.targets)) is not None:
             loss = loss + penalty
         value = float(loss.detach())
         if math.isfinite(value):
@@ -307,45 +344,22 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate_factor(epoch * self.steps + step, total)
 
-    def _fastest_way(self, steps: int = 3) -> tuple[bool, bool]:
-        """Whether in bfloat16, and whether channels last: a few steps of each on a copy.
+    @torch.no_grad()
+    def _losses_of_average(self, batches: Iterable[Batch]) -> list[float]:
+        """Of the averaged weights, as a step would find them: in the module's mode, with statistics of the batch."""
+        assert self.average is not None
+        with self.average.in_place(self.module):
+            return [float(self.objective.loss(self.module, batch, self.autocast)[0]) for batch in batches]
 
-        The second fastest step counts. On a processor bfloat16 that is far behind after its first is not tried again:
-        without instructions for it, it takes many times as long. On an accelerator a first step may load kernels.
-        """
-        batch = next(iter(self.train), None)
-        if batch is None:
-            return False, False
-        inputs, targets = inputs_on(batch[0], self.device), batch[1].to(self.device)
-        images = any(tensor.ndim == 4 for tensor in inputs)
-        ways = list(itertools.product((False, True), (False, True) if images else (False,)))
-        times: dict[tuple[bool, bool], list[float]] = {way: [] for way in ways}
-        trial = copy.deepcopy(self.module)
-        trial.train(not self.settings.match_outputs)
-        for _ in range(steps):
-            for autocast, channels_last in ways:
-                start = time.perf_counter()
-                tensors = lay_out(inputs, channels_last)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
-                    logits = trial(*tensors)
-                loss = self.objective.loss(logits, tensors, targets, autocast)
-                loss.backward()
-                float(loss.detach())  # waits for an accelerator
-                times[autocast, channels_last].append(time.perf_counter() - start)
-            if self.device.type == "cpu":
-                quickest = min(min(found) for (autocast, _), found in times.items() if not autocast)
-                ways = [way for way in ways if not way[0] or min(times[way]) < HOPELESS * quickest]
-        return min(ways, key=lambda way: sorted(times[way])[1])
-
-    def _judge(self, losses: list[float]) -> None:
+    def _judge(self, beginning: list[float], ending: list[float]) -> None:
         """Remember this state if no epoch before ended with a lower training loss.
 
         Not judged on the calibration batches: a compensated model was fitted to them, so that any training
         would look like a loss. The first steps, at a rate near zero, stand for the start.
         """
         if not self.judged:
-            self.judged.append(float(np.mean(losses[:JUDGING_STEPS])))
-        self.judged.append(float(np.mean(losses[-JUDGING_STEPS:])))
+            self.judged.append(float(np.mean(beginning)))
+        self.judged.append(float(np.mean(ending)))
         if (self.judged[-1] <= min(self.judged[1:]) or self._hooked) and not self._diverged():
             self.best = self._state()
 
@@ -359,7 +373,9 @@ class _Trainer:
         return not self._hooked and len(self.judged) > 1 and not self.judged[-1] <= DIVERGED * self.judged[0]
 
     def _state(self) -> dict[str, Tensor]:
-        return {key: value.detach().clone() for key, value in self.module.state_dict().items()}
+        """What would be returned now."""
+        state = self.module.state_dict() if self.average is None else self.average.values
+        return {key: value.detach().clone() for key, value in state.items()}
 
     def finish(self) -> RecoverResult:
         if self._diverged() and not self.note:
@@ -382,68 +398,54 @@ class _Trainer:
                              channels_last=self.channels_last, note=self.note, zeroed=self.hook.zeroed(),
                              **measured)  # fmt: skip
 
-    def _settle(self) -> None:
+    def _end(self) -> None:
         """Take the statistics of batch norms anew: those that followed the training lag behind the weights.
 
         After few steps that alone can cost several points of accuracy.
         """
+        if self.average is not None:
+            self.module.load_state_dict(self.average.values)
+        if self.settings.precision is not None or self.settings.match_outputs:
+            return
         with seeded(self.settings.seed):
             few = itertools.islice(self.train, SETTLING_BATCHES)
             reestimate_batch_norm(self.module, ((inputs_on(inputs, self.device), targets) for inputs, targets in few))
 
-    # --- checkpoint: tensors and JSON in one safetensors file, no code ---
-
     def save(self) -> None:
         if self.checkpoint is None:
             return
-        tensors = {f"model/{key}": value for key, value in self.module.state_dict().items()}
-        tensors |= {f"best/{key}": value for key, value in self.best.items()}
-        tensors |= {f"start/{key}": value for key, value in self.start.items()}
-        for name, parameter in self.parameters.items():
-            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"momentum/{name}"] = buffer
-        tensors |= {f"regularizer/{name}": value for name, value in self.hook.held.items()}
-        facts = {"settings": asdict(self.settings), "epoch": self.epoch, "steps": self.steps, "note": self.note,
-                 "losses": self.losses, "judged": [str(value) for value in self.judged], "before": self.before,
+        buffers = {name: self.optimizer.state[value].get("momentum_buffer") for name, value in self.parameters.items()}
+        parts = {
+            "model": self.module.state_dict(), "best": self.best, "start": self.start, "regularizer": self.hook.held,
+            "momentum": {name: buffer for name, buffer in buffers.items() if buffer is not None},
+            "average": {} if self.average is None else self.average.values,
+        }  # fmt: skip
+        facts = {"epoch": self.epoch, "steps": self.steps, "note": self.note, "losses": self.losses,
+                 "judged": [str(value) for value in self.judged], "before": self.before,
                  "autocast": self.autocast, "channels_last": self.channels_last}  # fmt: skip
-        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-        write_atomic(self.checkpoint, save(tensors, metadata={"recover": json.dumps(facts)}))
+        write_checkpoint(self.checkpoint, self.settings, parts, facts)
 
     def resume(self) -> bool:
         """Go on from the checkpoint if it is one of this recovery. raises: RecordError when damaged."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
+        if self.checkpoint is None:
             return False
-        try:
-            with safetensors.safe_open(self.checkpoint, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["recover"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
+        with readable(self.checkpoint):
+            if (found := read_checkpoint(self.checkpoint, self.settings, self.device)) is None:
                 return False
-            parts: dict[str, dict[str, Tensor]] = {
-                "model": {}, "best": {}, "start": {}, "momentum": {}, "regularizer": {},
-            }  # fmt: skip
-            for key, value in tensors.items():
-                part, name = key.split("/", 1)
-                parts[part][name] = value.to(self.device)
+            parts, facts = found
             own = {key: value.shape for key, value in self.module.state_dict().items()}
             if {key: value.shape for key, value in parts["model"].items()} != own:
                 return False  # of other widths
             self.module.load_state_dict(parts["model"])
-            for name, value in parts["momentum"].items():
+            for name, value in parts.get("momentum", {}).items():
                 self.optimizer.state[self.parameters[name]]["momentum_buffer"] = value
-            self.hook.load(parts["regularizer"])
-            self.best, self.start = parts["best"], parts["start"]
+            self.hook.load(parts.get("regularizer", {}))
+            if self.settings.ema:
+                self.average = Average(self.module, self.settings.ema)
+                self.average.load(parts["average"])
+            self.best, self.start = parts["best"], parts.get("start", {})
             self.epoch, self.steps, self.note = int(facts["epoch"]), int(facts["steps"]), str(facts["note"])
             self.losses, self.judged = list(facts["losses"]), [float(value) for value in facts["judged"]]
             self.before = facts["before"]
             self.autocast, self.channels_last = bool(facts["autocast"]), bool(facts["channels_last"])
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise RecordError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
         return True
-
-
-def lay_out(inputs: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:
-    """The inputs with images (n, c, h, w) channels last in memory if asked; convolutions pass the layout on."""
-    if not channels_last:
-        return inputs
-    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs)

@@ -145,6 +145,10 @@ def test_every_command_is_in_the_readme() -> None:
         (["pivot", "nets.py:net", "--input", "1x3x12x12", "-o", "s", "--groups", "7"], 4, "blocks do not divide"),
         (["sparsify", "nets.py:net", "--input", "1x3x12x12", "--pattern", "n_m:m=7", "-o", "s"], 4, "not divisible"),
         (["export", "nets.py:net", "--input", "1x3x12x12", "-o", "m.onnx", "--sparse"], 2, "store every zero"),
+        (["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "r", "--ema", "1"], 2,
+         "below 1"),
+        (["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "r", "--features", "1"], 2,
+         "give it as the teacher"),
         (["run", "absent.toml"], 2, "there is no absent.toml"),
         (["targets", "check", "nope"], 2, "known: "),
     ],
@@ -324,13 +328,15 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
     assert sorted(int((values == 0).sum()) for values in scores.values()) == [8, 12]
 
 
-def test_recovery_from_scratch_with_the_work_of_the_dense_model(project: Path) -> None:
+def test_recovery_from_scratch_with_the_work_of_the_dense_model_and_all_additions(project: Path) -> None:
     recover = ["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "out", "--epochs", "1"]
     done = edgeprune(*recover, "--start", "scratch", "--budget", "macs", cwd=project)
     assert done.returncode == 2 and "name that with --teacher" in done.stderr
     done = edgeprune(*recover, "--budget", "macs", "--teacher", "nets.py:wide", cwd=project)
     assert done.returncode == 2 and "is for start = 'scratch'" in done.stderr
-    done = edgeprune(*recover, "--start", "scratch", "--budget", "macs", "--teacher", "nets.py:doubled", cwd=project)
+    options = ("--ema", "0.9", "--label-smoothing", "0.1", "--mixup", "0.2", "--features", "1")
+    scratch = ("--start", "scratch", "--budget", "macs", "--teacher", "nets.py:doubled", *options)
+    done = edgeprune(*recover, *scratch, cwd=project)
     assert done.returncode == 0, done.stderr
     assert "2 epochs, as much arithmetic as those of the dense model" in done.stdout and "accuracy" in done.stdout
 

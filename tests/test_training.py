@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import safetensors
 import torch
 from digits import images
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgeprune.compact import compact_model
-from edgeprune.core.errors import ModelError, UsageError
+from edgeprune.compensation.batch_norm import reestimate_batch_norm
+from edgeprune.core.errors import DataError, ModelError, UsageError
 from edgeprune.core.progress import silent
 from edgeprune.core.records import FLOAT32, Accuracy, Budget, Cost, Plan, Precision
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.load import ArrayBatches, Data
-from edgeprune.objective import evaluate_accuracy
+from edgeprune.objective import Objective, evaluate_accuracy, evaluate_difference, label_loss, seeded
 from edgeprune.pipeline import Stages, check_recovery, check_unlabelled
-from edgeprune.recover import recover_accuracy
+from edgeprune.recover import JUDGING_STEPS, recover_accuracy
 from edgeprune.trace import trace_graph
+from edgeprune.training.attention import attention_loss, shared_layers, watch
+from edgeprune.training.batch import Batch, mix_batch
 from edgeprune.training.scratch import draw_weights, epochs_of_equal_work
 
 torch.set_num_threads(1)
@@ -144,12 +150,196 @@ def test_a_smaller_net_does_as_much_in_more_epochs() -> None:
         ({"start": "scratch", "regularizer": "greg"}, "does not go with a regularizer"),
         ({"start": "scratch", "gating": "early_exit"}, "does not go with gates"),
         ({"start": "scratch", "precision": Precision(dtype="int8")}, "does not go with simulated 8 bits"),
-        ({"start": "scratch", "match_outputs": True, "teacher": nn.Identity()}, "needs labels"),
+        ({"start": "scratch", "match_outputs": True, "teacher": nn.Identity()}, "start = 'scratch' needs labels"),
+        ({"ema": 1.0}, "ema = 1.0: it must be at least 0"),
+        ({"ema": 0.9, "pattern": "n_m:n=2,m=4"}, "ema does not go with a pattern"),
+        ({"label_smoothing": -0.1}, "label_smoothing = -0.1"),
+        ({"label_smoothing": 0.1, "match_outputs": True, "teacher": nn.Identity()}, "label_smoothing needs labels"),
+        ({"label_smoothing": 0.1, "gating": "early_exit"}, "gates are trained by themselves"),
+        ({"mixup": float("inf")}, "mixup = inf"),
+        ({"features": float("nan")}, "features = nan"),
+        ({"features": 1.0}, "features are learnt from the dense model"),
+        ({"features": 1.0, "teacher": nn.Flatten()}, "share no layer"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         recover_accuracy(net(), digits(), **settings)
+
+
+# --- averaged weights ---
+
+
+class Followed:
+    """A progress callback that averages what it sees of a model's parameters after each step, on its own account."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.steps = model, decay, 0
+        self.values = {name: value.detach().double() for name, value in model.named_parameters()}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in self.model.named_parameters():
+            self.values[name] = keep * self.values[name] + (1 - keep) * value.detach().double()
+        self.steps += 1
+
+    def met(self) -> bool:
+        return all(
+            torch.allclose(v.double(), self.values[name], atol=1e-5) for name, v in self.model.named_parameters()
+        )
+
+
+def test_the_average_of_the_weights_is_returned_with_statistics_of_its_own() -> None:
+    model = net()
+    followed = Followed(model, 0.9)
+    result = recover_accuracy(model, digits(), epochs=3, lr=0.1, autocast=False, ema=0.9, progress=followed)
+    assert followed.steps == 36 and followed.met()
+    plain = net()
+    recover_accuracy(plain, digits(), epochs=3, lr=0.1, autocast=False)
+    assert not torch.allclose(plain[0].weight, model[0].weight, atol=1e-4), "the last weights are others"
+    assert result.accuracy_after == evaluate_accuracy(model, digits().test) > 0.8
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with seeded(0):
+        reestimate_batch_norm(model, digits().train)
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_of_a_training_that_fails_the_average_of_the_best_epoch_is_kept() -> None:
+    class Spoilt:
+        """NaN in the second epoch."""
+
+        spoil = torch.tensor(0.0)
+
+        def __len__(self) -> int:
+            return 12
+
+        def set_epoch(self, epoch: int) -> None:
+            self.spoil = torch.tensor(0.0 if epoch == 0 else torch.nan)
+
+        def __iter__(self) -> Any:
+            return ((x + self.spoil, y) for x, y in digits().train)
+
+    model = net()
+    followed = Followed(model, 0.5)
+    result = recover_accuracy(model, Data(train=Spoilt()), epochs=2, lr=0.1, autocast=False, ema=0.5, progress=followed)
+    assert "diverged" in result.note and followed.steps == 12 and followed.met()
+
+
+def test_the_average_is_judged_by_its_own_loss() -> None:
+    model, seen = net(), list[Tensor]()
+    model.register_forward_pre_hook(lambda own, _: seen.append(own[0].weight.clone()) if own.training else None)
+    recover_accuracy(model, digits(), epochs=1, lr=0.1, autocast=False, ema=0.9)
+    assert len(seen) == 12 + JUDGING_STEPS
+    assert all(torch.equal(weight, model[0].weight) for weight in seen[12:]) and not torch.equal(seen[11], seen[12])
+
+
+# --- labels and inputs that are mixed ---
+
+
+def test_smoothed_labels_make_a_model_less_sure() -> None:
+    logits, targets = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 1])
+    wanted = torch.full((2, 3), 0.3 / 3) + 0.7 * functional.one_hot(targets, 3)
+    assert torch.allclose(label_loss(logits, targets, smoothing=0.3), functional.cross_entropy(logits, wanted))
+    sure, unsure = net(), net()
+    recover_accuracy(sure, digits(), epochs=2, lr=0.1, autocast=False)
+    recover_accuracy(unsure, digits(), epochs=2, lr=0.1, autocast=False, label_smoothing=0.3)
+    x = digits().test.inputs
+    with torch.no_grad():
+        most = [float(model(x).softmax(1).amax(1).mean()) for model in (sure, unsure)]
+    assert most[1] < most[0] - 0.1
+    assert evaluate_accuracy(unsure, digits().test) > 0.8
+
+
+def test_mixed_examples_have_both_targets() -> None:
+    x, targets = torch.arange(6.0).view(6, 1, 1) * torch.ones(6, 2, 3), torch.arange(6)
+    with seeded(3):
+        mixed = mix_batch(Batch((x,), targets), 0.4)
+    assert mixed.others is not None and 0 < mixed.share < 1 and not torch.equal(mixed.others, targets)
+    wanted = mixed.share * targets + (1 - mixed.share) * mixed.others
+    assert torch.allclose(mixed.inputs[0], wanted.view(6, 1, 1) * torch.ones(6, 2, 3))
+    with seeded(3):
+        assert mix_batch(Batch((x,), targets), 0.4).share == mixed.share
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    both = mixed.share * label_loss(logits, targets) + (1 - mixed.share) * label_loss(logits, mixed.others)
+    objective = Objective(None, match=False, share=0.0, temperature=2.0)
+    found, _ = objective.loss(nn.Identity(), Batch((logits,), targets, mixed.others, mixed.share), False)
+    assert torch.allclose(found, both)
+
+
+def test_the_teacher_sees_what_the_model_sees() -> None:
+    model, teacher = net(), net(seed=1)
+    seen: dict[str, list[Tensor]] = {"model": [], "teacher": []}
+    for name, each in (("model", model), ("teacher", teacher)):
+        each.register_forward_pre_hook(lambda module, given, name=name: seen[name].append(given[0].clone()))
+    recover_accuracy(model, Data(train=digits().train), teacher=teacher, epochs=1, autocast=False, mixup=1.0)
+    assert len(seen["teacher"]) == 12
+    assert all(torch.equal(a, b) for a, b in zip(seen["model"], seen["teacher"], strict=False))
+    real = digits().train.inputs.flatten(1)
+    nearest = torch.cdist(torch.cat(seen["teacher"]).flatten(1), real).amin(1)
+    assert float(nearest.median()) > 0.3, "mixed: no example of the data is near"
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(4, 12), torch.zeros(4, 3, 8, 8, dtype=torch.long)])
+def test_what_is_no_image_is_not_mixed(inputs: Tensor) -> None:
+    batch = Batch((inputs,), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(DataError, match="mixup mixes images"):
+        mix_batch(batch, 0.2)
+    assert mix_batch(batch, 0.0) is batch
+
+
+# --- features ---
+
+
+def test_a_map_of_attention_knows_no_channels() -> None:
+    x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert float(attention_loss({"a": torch.cat([x, -3 * x], 1)}, {"a": x})) < 1e-6
+    one, other = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    one[..., 0, 0], other[..., 1, 1] = 5.0, 0.1
+    assert float(attention_loss({"a": one, "b": x}, {"a": other, "b": x})) == pytest.approx(2.0)
+
+
+def test_the_last_shared_layer_of_each_resolution_is_compared() -> None:
+    model = net()
+    graph = trace_graph(model, EXAMPLE)
+    compact = compact_model(model, EXAMPLE, graph, {group.name: list(range(6)) for group in graph.prunable})
+    assert shared_layers(compact, model, EXAMPLE) == ("1", "6")
+    with pytest.raises(UsageError, match="share no layer"):
+        shared_layers(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), model, EXAMPLE)
+
+
+def test_a_model_learns_where_its_teacher_looks() -> None:
+    teacher, batch = trained(), digits().test.inputs[:100]
+    far: dict[float, float] = {}
+    for weight in (0.0, 5.0):
+        model = net(seed=1)
+        settings = {"teacher": teacher, "distil_weight": 0.0, "epochs": 3, "lr": 0.1, "autocast": False}
+        result = recover_accuracy(model, digits(), features=weight, **settings)
+        assert result.accuracy_after is not None and result.accuracy_after > 0.8
+        with torch.no_grad(), watch(model, ("1", "4")) as ours, watch(teacher, ("1", "4")) as theirs:
+            model(batch), teacher(batch)
+        far[weight] = float(attention_loss(ours, theirs))
+        assert not any(module._forward_hooks for each in (model, teacher) for module in each.modules())
+    assert far[5.0] < 0.7 * far[0.0]
+
+
+# --- together ---
+
+ALL = {"ema": 0.9, "label_smoothing": 0.1, "mixup": 0.3, "features": 1.0}
+
+
+def test_all_of_it_together_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    model = resumes_alike(net(seed=1), tmp_path / "c", teacher=trained(), start="scratch", **ALL)
+    assert evaluate_accuracy(model, digits().test) > 0.8
+
+
+def test_outputs_are_matched_on_mixed_inputs_and_averaged(tmp_path: Path) -> None:
+    teacher, near = trained(), trained()
+    with torch.no_grad():
+        near[0].weight.add_(0.1 * torch.randn(near[0].weight.shape, generator=torch.Generator().manual_seed(0)))
+    settings = {key: value for key, value in ALL.items() if key != "label_smoothing"}
+    model = resumes_alike(near, tmp_path / "c", teacher=teacher, match_outputs=True, **settings)
+    before, after = (evaluate_difference(each, teacher, digits().test) for each in (near, model))
+    assert after < 0.5 * before
 
 
 # --- in a run ---
@@ -190,18 +380,42 @@ def test_a_run_from_scratch_holds_no_tournament(tmp_path: Path) -> None:
     assert "no tournament: it trains pruned weights" in (tmp_path / "run.log").read_text()
 
 
+def test_a_run_trains_as_its_file_says(tmp_path: Path) -> None:
+    def kill(what: str, done: int, total: int) -> None:
+        if done > total - 4:
+            raise KeyboardInterrupt
+
+    stages = replace(stages_of(tmp_path, net(16), epochs=2, **ALL), progress=kill)
+    with pytest.raises(KeyboardInterrupt):
+        stages.recover(PLAN, net(8), Accuracy())
+    with safetensors.safe_open(tmp_path / "recover.checkpoint", framework="pt") as file:
+        settings = json.loads(file.metadata()["recover"])["settings"]
+    assert {name: settings[name] for name in ALL} == ALL
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"recover": {"ema": 0.9}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"ema does not go with \[prune\] pattern"),
+        ({"recover": {"features": 1.0, "distil": False}}, "features are learnt from the dense model"),
         ({"recover": {"budget": "macs"}}, "is for start = 'scratch'"),
         ({"recover": {"start": "scratch"}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"does not go with \[prune\] pattern"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_starts(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_recovery(run_of(**sections))
+        check_recovery(run_of(**sections), net(), EXAMPLE)
+
+
+def test_a_run_looks_at_its_model_and_inputs_before_it_starts() -> None:
+    flat, inputs = nn.Sequential(nn.Linear(12, 4)), (torch.zeros(2, 12),)
+    with pytest.raises(DataError, match="mixup mixes images"):
+        check_recovery(run_of(recover={"mixup": 0.2}), flat, inputs)
+    with pytest.raises(UsageError, match="share no layer"):
+        check_recovery(run_of(recover={"features": 1.0}), flat, inputs)
+    check_recovery(run_of(recover=ALL), net(), EXAMPLE)
 
 
 def test_a_run_without_labels_says_what_to_set() -> None:
-    with pytest.raises(UsageError, match=r'\[recover\] start = "pruned"'):
-        check_unlabelled(run_of(recover={"start": "scratch"}), "no labels")
+    with pytest.raises(UsageError, match=r'start = "pruned" .*, \[recover\] label_smoothing = 0\.'):
+        check_unlabelled(run_of(recover={"start": "scratch", "label_smoothing": 0.1}), "no labels")

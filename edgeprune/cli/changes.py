@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +48,10 @@ def recover(
     budget: Annotated[str, typer.Option(
         help="of a training from scratch: epochs, or macs: as many epochs more as --teacher has more MACs"
     )] = EPOCHS,
+    ema: Annotated[float, typer.Option(help="decay of an average of the weights, such as 0.999; 0: none")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(help="share of the labels that is spread over all")] = 0.0,
+    mixup: Annotated[float, typer.Option(help="alpha of examples that are mixed, such as 0.2; 0: none")] = 0.0,
+    features: Annotated[float, typer.Option(help="weight of attention transfer from --teacher, such as 1")] = 0.0,
 ) -> None:  # fmt: skip
     """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out.
 
@@ -55,7 +59,10 @@ def recover(
     """
     if scope is not None and teacher is None:
         raise UsageError("--scope is a submodule of the model whose outputs are learnt: name that with --teacher")
-    check_options(start=start, budget=budget, match_outputs=scope is not None)
+    options: dict[str, Any] = {
+        "start": start, "ema": ema, "label_smoothing": label_smoothing, "mixup": mixup, "features": features,
+    }  # fmt: skip
+    check_options(**options, budget=budget, taught=teacher is not None, match_outputs=scope is not None)
     if budget == MACS and teacher is None:
         raise UsageError("--budget macs compares with the dense model: name that with --teacher")
     module, inputs = load(model, weights, shapes if scope is None else None)
@@ -75,7 +82,7 @@ def recover(
     with bars() as progress:
         result = edgeprune.recover_accuracy(
             module, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "recover.checkpoint",
-            progress=progress, regularizer=regularizer, graph=graph, start=start,
+            progress=progress, regularizer=regularizer, graph=graph, **options,
             match_outputs=scope is not None or not (source.labelled or guide is None),
         )  # fmt: skip
     edgeprune.save_compact(module, inputs, out, name="recovered")

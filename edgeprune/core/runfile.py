@@ -125,7 +125,7 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     """How the compact model is trained after pruning; epochs = 0 leaves it as it is.
 
     start: from the pruned weights, or from scratch. budget: of a training from scratch: so many epochs, or as many more
-    as the compact model has fewer MACs.
+    as the compact model has fewer MACs. ema, label_smoothing, mixup, features: as for `recover_accuracy`; 0 is off.
     """
 
     epochs: int = 5
@@ -133,6 +133,16 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     distil: bool = True
     start: Literal["pruned", "scratch"] = "pruned"
     budget: Literal["epochs", "macs"] = "epochs"
+    ema: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    features: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `recover_accuracy` takes as it is."""
+        names = ("start", "ema", "label_smoothing", "mixup", "features")
+        return {name: getattr(self, name) for name in names}
 
 
 class ExportSection(_Section, frozen=True, kw_only=True):

@@ -24,6 +24,10 @@ class RecoverSettings:
     match_outputs: bool = False
     gating: str | None = None
     start: str = "pruned"
+    ema: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    features: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
