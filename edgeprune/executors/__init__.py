@@ -7,7 +7,7 @@ A member is a module with
 `prepare` is a function that can be imported by name; it makes, once in every worker, of what is `shared` (plain values,
 arrays, bytes) the function that does one item. So a model is sent and built once, however many items follow. Items
 and results are plain values or records. Workers see the same files under the same paths: on several machines that
-takes a shared file system.
+takes a shared file system. They start when the pool is entered, and none is left when that ends.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ class Pool(Protocol):
         """Do all items. returns: (place in `items`, result) of each as it is done, in any order.
 
         raises: what the first item that failed raised, after the others had their end; an EdgepruneError as itself;
-            DeviceError naming what became of a worker that died.
+            DeviceError saying which item a worker died over.
         """
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        """Start the workers. raises: what `prepare` raised in one of them."""
+        ...
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
