@@ -80,8 +80,14 @@ def score_groups(
     if statistic is None or examples_ is None:
         scores, unscored = _average(score, other, model, graph, [lambda _: {}])
     else:
-        batches = _counted(examples_.batches(statistic.BATCH), progress)
-        scores, unscored = _average(score, other, model, graph, statistic.collect(model, graph, batches))
+        scores, unscored = {}, ()
+        batches = examples_.batches(statistic.BATCH)
+        # The same batches each time, so that labels drawn from the model are the same ones.
+        parts = statistic.split(model, graph) if hasattr(statistic, "split") else [graph]
+        for number, part in enumerate(parts):
+            counted = _counted(batches, progress, number, len(parts))
+            found = _average(score, other, model, part, statistic.collect(model, part, counted))
+            scores, unscored = scores | found[0], unscored + found[1]
     name = f"{criterion}:{options}" if options else criterion
     if not curves:
         return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores)
@@ -184,11 +190,13 @@ def _check_label(label: Any) -> Tensor:
     )
 
 
-def _counted(batches: Sequence[Batch], progress: Progress) -> Iterator[Batch]:
+def _counted(batches: Sequence[Batch], progress: Progress, number: int, passes: int) -> Iterator[Batch]:
+    """The batches of one of several passes over them."""
+    before, total = number * len(batches), passes * len(batches)
     for done, batch in enumerate(batches):
-        progress("score: units", done, len(batches))
+        progress("score: units", before + done, total)
         yield batch
-    progress("score: units", len(batches), len(batches))
+    progress("score: units", before + len(batches), total)
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,13 @@ from edgeprune.core.records import Graph, Group, Member
 from edgeprune.criteria import GroupView, LayerView, _readers
 from edgeprune.graphs.slice import mask_model
 from edgeprune.score import group_views, score_groups
-from edgeprune.statistics import Batch, curvature
+from edgeprune.statistics import Batch, _layers, curvature
 from edgeprune.trace import trace_graph
 
 torch.set_num_threads(1)
 MEMBERS = list_members("criteria")
+SUMMED = [name for name in MEMBERS if load_member("criteria", name).NEEDS in ("gram", "kfac")]
+"""Criteria that read second moments."""
 BLIND = {"random"}
 """Criteria that do not look at the units."""
 INPUTS = (torch.zeros(2, 3, 8, 8),)
@@ -663,6 +665,41 @@ def test_with_curves_a_group_that_no_watched_layer_reads_is_ordered_by_magnitude
         assert np.array_equal(found.scores[name], magnitudes.scores[name]) == (name in found.by_magnitude)
     assert found.curves.keys() == found.scores.keys()
     assert not score_groups(model, INPUTS, graph, [examples(4)], criterion="fisher").by_magnitude
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_groups_scored_in_several_passes_score_as_in_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, graph = coupled()
+    statistic = load_member("statistics", load_member("criteria", name).NEEDS)
+    batches = [examples(20)]
+    whole = score_groups(net, INPUTS, graph, batches, criterion=name, curves=False)
+    assert statistic.split(net, graph) == [replace(graph, groups=graph.prunable)]
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(_layers, "MOMENT_BYTES", 1)
+    parts = statistic.split(net, graph)
+    assert [part.groups for part in parts] == [(group,) for group in graph.prunable] and len(parts) > 2
+    apart = score_groups(
+        net, INPUTS, graph, batches, criterion=name, curves=False,
+        progress=lambda _, done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert list(apart.scores) == list(whole.scores)
+    assert all(np.array_equal(apart.scores[group], whole.scores[group]) for group in whole.scores)
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == len(parts) * math.ceil(20 / statistic.BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "parts"),
+    [("kfac", 167, 1), ("kfac", 166, 2), ("kfac", 127, 2), ("kfac", 126, 3), ("gram", 77, 1), ("gram", 41, 2)],
+)
+def test_passes_are_as_few_as_the_memory_allows(
+    name: str, numbers: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four linear layers 3-4-5-6-2: 9 + 16, 16 + 25, 25 + 36 and 36 + 4 numbers; gram has the 16, 25 and 36 alone."""
+    net = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise((3, 4, 5, 6, 2))))
+    graph = trace_graph(net, (torch.zeros(2, 3),))
+    monkeypatch.setattr(_layers, "MOMENT_BYTES", 8 * numbers)
+    found = load_member("statistics", name).split(net, graph)
+    assert len(found) == parts and sum((part.groups for part in found), ()) == graph.prunable
 
 
 @pytest.mark.parametrize("name", list_members("statistics"))

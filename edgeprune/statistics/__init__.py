@@ -7,7 +7,10 @@ A member is a module with three names:
     collect(model, graph, batches) -> an iterator of `Fill`.
 
 What can be scored batch by batch (gradients) comes with every batch; what has to be summed over all
-of them first (second moments) comes once at the end.
+of them first (second moments) comes once at the end. A member of which much is summed has one name more:
+
+    split(model, graph) -> graphs with a part of the groups each, in order, that are collected one after the other;
+        the graph itself where all fits into memory together.
 """
 
 from __future__ import annotations

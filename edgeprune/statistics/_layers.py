@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edgeprune.compensation._rows import MAX_FEATURES, Layer, is_plain
-from edgeprune.core.records import Graph, IntArray, Member
+from edgeprune.core.records import Graph, Group, IntArray, Member
 from edgeprune.statistics import Fill
 
 Reader = nn.modules.conv._ConvNd | nn.Linear
+MOMENT_BYTES = 512 << 20
+"""Second moments in memory at a time; what has more takes several passes over the examples."""
 
 
 def rows(tensor: Tensor, axis: int, index: IntArray) -> Tensor:
@@ -49,6 +52,33 @@ def product_layers(model: nn.Module, graph: Graph, roles: tuple[Literal["out", "
             if layer.weight[0].numel() <= MAX_FEATURES:
                 found[layer_name(member)] = layer
     return found
+
+
+def split_groups(
+    model: nn.Module, graph: Graph, roles: tuple[Literal["out", "in"], ...], *, outputs: bool
+) -> list[Graph]:
+    """Graphs of neighbouring groups whose layers' second moments fit MOMENT_BYTES; of one group where they do not.
+
+    outputs: whether there are moments of what a layer gives besides those of what it reads.
+    """
+    parts: list[tuple[Group, ...]] = [()]
+    held: dict[str, int] = {}
+    for group in graph.prunable:
+        layers = product_layers(model, replace(graph, groups=(group,)), roles)
+        own = {name: _moment_bytes(layer, outputs=outputs) for name, layer in layers.items()}
+        if parts[-1] and sum((held | own).values()) > MOMENT_BYTES:
+            parts.append(())
+            held = {}
+        parts[-1] += (group,)
+        held |= own
+    return [replace(graph, groups=part) for part in parts]
+
+
+def _moment_bytes(layer: Layer, *, outputs: bool) -> int:
+    """Of float64 matrices, one or two for each group of a convolution."""
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    sides = [layer.weight[0].numel() + (layer.bias is not None)] + [len(layer.weight) // groups] * outputs
+    return 8 * groups * sum(side**2 for side in sides)
 
 
 def unit_positions(layer: Layer, member: Member) -> Tensor:

@@ -13,10 +13,22 @@ from edgeprune.compensation.obs import collect_gram
 from edgeprune.core.records import Graph, Member
 from edgeprune.criteria import LayerView
 from edgeprune.statistics import Batch, Fill
-from edgeprune.statistics._layers import attached, layer_name, product_layers, unit_positions, weight_matrix
+from edgeprune.statistics._layers import (
+    attached,
+    layer_name,
+    product_layers,
+    split_groups,
+    unit_positions,
+    weight_matrix,
+)
 
 LABELS = False
 BATCH = 32
+
+
+def split(model: nn.Module, graph: Graph) -> list[Graph]:
+    """Parts whose second moments fit into memory."""
+    return split_groups(model, graph, ("in",), outputs=False)
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,30 @@ from edgeprune.compensation.obs import collect_gram
 from edgeprune.core.records import Graph, Member
 from edgeprune.criteria import LayerView
 from edgeprune.statistics import Batch, Fill
-from edgeprune.statistics._layers import attached, layer_name, product_layers, unit_positions, weight_matrix
+from edgeprune.statistics._layers import (
+    attached,
+    layer_name,
+    product_layers,
+    split_groups,
+    unit_positions,
+    weight_matrix,
+)
 from edgeprune.statistics._losses import sampled_loss
 
 LABELS = False
 BATCH = 4
-"""What is kept for the backward pass grows with it, beside the factors of all layers."""
+"""What is kept for the backward pass grows with it, beside the factors of the layers."""
+ROLES: tuple[Literal["out", "in"], ...] = ("out", "in")
+
+
+def split(model: nn.Module, graph: Graph) -> list[Graph]:
+    """Parts whose factors fit into memory."""
+    return split_groups(model, graph, ROLES, outputs=True)
 
 
 def collect(model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:
     """layer: LayerView, of members whose layer is a matrix product and ran; once."""
-    layers = product_layers(model, graph, ("out", "in"))
+    layers = product_layers(model, graph, ROLES)
     factors, examples = sum_factors(model, layers, batches)
     for sums in factors.values():  # where they lie, since of wide layers they are large
         sums.inputs.div_(examples)
