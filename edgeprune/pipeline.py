@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
 from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
+from edgeprune.statistics._losses import are_logits
 from edgeprune.trace import trace_graph
 from edgeprune.training.attention import shared_layers
 from edgeprune.training.batch import check_mixable
@@ -96,7 +98,9 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
             model, inputs, data = take_scope(model, run.model.scope, inputs, data)
         check_recovery(run, model, inputs)
         if not data.labelled:
-            check_unlabelled(run, "a scope's outputs have no labels" if run.model.scope else "the data have no labels")
+            why = "a scope's outputs have no labels" if run.model.scope else "the data have no labels"
+            with torch.no_grad():
+                check_unlabelled(run, why, classifier=are_logits(model(*inputs)))
             data = replace(data, train=data.train or data.calibration)
             folder.log("no labels: removed channels are refitted for, and training matches the dense outputs")
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed().pivoted()
@@ -147,13 +151,14 @@ def take_scope(
     return part, received, Data(train=seen.train, calibration=seen.calibration, test=seen.test, labelled=False)
 
 
-def check_unlabelled(run: RunFile, why: str) -> None:
-    """raises: UsageError naming every setting that needs labels."""
+def check_unlabelled(run: RunFile, why: str, *, classifier: bool) -> None:
+    """raises: UsageError naming every setting that needs labels, or a classifier's outputs where they are none."""
     prune = run.prune
     needs = load_member("criteria", prune.criterion.partition(":")[0]).NEEDS
+    statistic = None if needs is None else load_member("statistics", needs)
     wrong = {
-        '[prune] criterion = "reconstruction" (or another that needs none)': needs is not None
-        and load_member("statistics", needs).LABELS,
+        '[prune] criterion = "reconstruction" (or another that needs none)': statistic is not None
+        and (statistic.LABELS or (statistic.CLASSIFIER and not classifier)),
         "[prune] curves = false": prune.curves,
         "[prune] steps = 1": prune.steps > 1,
         "[prune] without regularizer": prune.regularizer is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, pairwise
@@ -710,6 +711,10 @@ def test_every_statistic_is_read_by_a_criterion_and_fills_views(name: str) -> No
     (x,), y = examples(4)
     batches: list[Batch] = [((x[:2],), y[:2] if member.LABELS else None), ((x[2:],), y[2:] if member.LABELS else None)]
     fills = list(member.collect(copy.deepcopy(net), graph, batches))
+    maps = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    again = member.collect(maps, trace_graph(maps, INPUTS), batches)
+    with pytest.raises(DataError, match="need a classifier") if member.CLASSIFIER else nullcontext():
+        assert next(again)
     assert len(fills) in (1, len(batches)) and member.BATCH >= 1
     trained = dict(net.named_parameters())
     members = [each for group in graph.prunable for each in group.members if each.parameter in trained]

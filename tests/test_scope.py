@@ -193,9 +193,11 @@ def _scoped(
     return run_pipeline(read_run_file(folder / "edgeprune.toml"), folder)
 
 
-def test_a_run_of_a_scope_says_what_it_cannot_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("criterion", ["taylor", "surgeon"])
+def test_a_run_of_a_scope_says_what_it_cannot_do(criterion: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no labels.*criterion = .reconstruction") as caught:
-        _scoped(tmp_path, "taylor", 3)
+        _scoped(tmp_path, criterion, 3)
+    assert not (tmp_path / "run" / "graph.json").exists()
     assert "curves" not in str(caught.value), "what is right already is not asked for"
     with pytest.raises(UsageError, match=r"\[recover\] distil = true"):
         _scoped(tmp_path, epochs=3, distil="false")

@@ -1,8 +1,9 @@
 """Statistics of calibration examples that criteria read: `NEEDS = "gram"` loads `statistics/gram.py`.
 
-A member is a module with three names:
+A member is a module with four names:
 
     LABELS: whether it needs a label per example.
+    CLASSIFIER: whether it takes a classifier's loss, by labels or by ones that it draws: outputs are (n, classes).
     BATCH: examples per batch.
     collect(model, graph, batches) -> an iterator of `Fill`.
 
@@ -33,6 +34,7 @@ class Statistic(Protocol):
     """What a member module is."""
 
     LABELS: bool
+    CLASSIFIER: bool
     BATCH: int
 
     def collect(self, model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> Iterator[Fill]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,15 @@ from torch.nn import functional
 from edgeprune.core.errors import DataError
 
 
+def are_logits(outputs: Any) -> bool:
+    """Whether a model's outputs have the shape of a classifier's."""
+    return isinstance(outputs, Tensor) and outputs.ndim == 2
+
+
 def run_classifier(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Logits (n, classes). raises: DataError when the output is anything else."""
-    logits = model(*inputs)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    logits: Tensor = model(*inputs)
+    if not are_logits(logits):
         raise DataError(
             "this criterion, and loss curves, need a classifier with outputs (n, classes); for other outputs use "
             "criterion reconstruction without loss curves"

@@ -12,6 +12,7 @@ from edgeprune.statistics import Batch, Fill
 from edgeprune.statistics._layers import at_units, layer_name, reading_layers, recorded_inputs
 
 LABELS = False
+CLASSIFIER = False
 BATCH = 32
 
 

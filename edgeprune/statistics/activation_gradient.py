@@ -13,6 +13,7 @@ from edgeprune.statistics._layers import at_units, layer_name, reading_layers, r
 from edgeprune.statistics._losses import cross_entropy, finite
 
 LABELS = True
+CLASSIFIER = True
 BATCH = 16
 
 

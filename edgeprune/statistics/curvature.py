@@ -15,6 +15,7 @@ from edgeprune.statistics._layers import rows
 from edgeprune.statistics._losses import cross_entropy, finite
 
 LABELS = True
+CLASSIFIER = True
 BATCH = 8
 """Small, for many probes: the noise falls with their number in all, the cost rises with probes x examples."""
 PROBES = 4

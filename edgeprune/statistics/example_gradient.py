@@ -14,6 +14,7 @@ from edgeprune.statistics._layers import held_gradients
 from edgeprune.statistics._losses import sampled_loss
 
 LABELS = False
+CLASSIFIER = True
 BATCH = 1
 MOST = 256
 """Examples; each takes a pass of its own."""

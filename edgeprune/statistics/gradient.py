@@ -12,6 +12,7 @@ from edgeprune.statistics._layers import held_gradients
 from edgeprune.statistics._losses import cross_entropy, finite
 
 LABELS = True
+CLASSIFIER = True
 BATCH = 16
 """Squared means of small batches stay apart from noise at a trained minimum."""
 

@@ -23,6 +23,7 @@ from edgeprune.statistics._layers import (
 )
 
 LABELS = False
+CLASSIFIER = False
 BATCH = 32
 
 

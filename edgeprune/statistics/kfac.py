@@ -32,6 +32,7 @@ from edgeprune.statistics._layers import (
 from edgeprune.statistics._losses import sampled_loss
 
 LABELS = False
+CLASSIFIER = True
 BATCH = 4
 """What is kept for the backward pass grows with it, beside the factors of the layers."""
 ROLES: tuple[Literal["out", "in"], ...] = ("out", "in")
