@@ -66,11 +66,9 @@ class Planning(Context):
     def _score(self, graph: Graph, chosen: str, file: str, *, curves: bool, depth: bool = False) -> Importance:
         criterion, _, options = chosen.partition(":")
         batches = self.run.prune.batches
-        return self.folder.record(
-            Importance,
-            f"{file}.json",
-            [digest(graph), *self.sources, chosen, curves, depth, batches],
-            lambda: score_groups(
+
+        def make() -> Importance:
+            importance = score_groups(
                 self.start,
                 self.inputs,
                 graph,
@@ -81,8 +79,14 @@ class Planning(Context):
                 depth=depth,
                 checkpoint=self.folder / f"{file}.jsonl" if curves else None,
                 progress=self.progress,
-            ),
-        )
+            )
+            if importance.by_magnitude:
+                groups = ", ".join(importance.by_magnitude)
+                self.folder.log(f"{file}: {criterion} cannot score {groups}: their units go by magnitude")
+            return importance
+
+        made_from = [digest(graph), *self.sources, chosen, curves, depth, batches]
+        return self.folder.record(Importance, f"{file}.json", made_from, make)
 
     def regularize(self, graph: Graph) -> Self:
         """The stages of the model after a training that drives whole units to zero, if the run asks for one."""

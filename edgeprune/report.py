@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from edgeprune.core.records import (
     Comparison,
     Cost,
     Graph,
+    Group,
     Importance,
     Outcome,
     Plan,
@@ -78,7 +79,7 @@ def render_report(
         rounds=tabulate_rounds(plan, report.budget),
         tournament=tabulate_bracket(bracket),
         solvers=tabulate_solvers(plan, graph),
-        frozen=tabulate_frozen(graph),
+        frozen=tabulate_frozen(graph, importance.by_magnitude),
         conditions=_facts(to_builtins(report.conditions)),
         provenance=_facts({"artifact_sha256": report.artifact_sha256, **report.provenance}),
     )
@@ -364,15 +365,19 @@ def tabulate_solvers(plan: Plan, graph: Graph) -> Table:
     return Table(header=header, rows=rows, marked=frozenset(chosen))
 
 
-def tabulate_frozen(graph: Graph) -> Table:
-    """Groups that keep every unit, and why; groups whose pruning is not exact."""
-    reasons = ((group, group.frozen_because or group.inexact_because) for group in graph.groups)
-    rows = tuple(
-        (group.name, str(group.units), reason if group.frozen_because else f"pruned, but not exact: {reason}")
-        for group, reason in reasons
-        if reason is not None
-    )
+def tabulate_frozen(graph: Graph, by_magnitude: Collection[str] = ()) -> Table:
+    """Groups that keep every unit, and why; those whose pruning is not exact, or goes by magnitude."""
+    reasons = ((group, _reservation(group, by_magnitude)) for group in graph.groups)
+    rows = tuple((group.name, str(group.units), reason) for group, reason in reasons if reason)
     return Table(header=("group", "units", "reason"), rows=rows)
+
+
+def _reservation(group: Group, by_magnitude: Collection[str]) -> str:
+    if group.frozen_because is not None:
+        return group.frozen_because
+    notes = ["by magnitude, since the criterion cannot score it"] if group.name in by_magnitude else []
+    notes += [f"not exact: {group.inexact_because}"] if group.inexact_because is not None else []
+    return f"pruned, but {'; '.join(notes)}" if notes else ""
 
 
 def _count(value: float) -> str:

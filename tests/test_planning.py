@@ -1,7 +1,8 @@
-"""planning: what decides a plan is planned anew when it changes, and a contender without a plan ends nothing."""
+"""planning: what decides a plan is planned anew when it changes; a contender without a plan ends nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import read_record, write_record
 from edgeprune.load import ArrayBatches, Data
 from edgeprune.planning import Planning
+from edgeprune.trace import trace_graph
 
 IMPORTANCE = Importance(criterion="taylor", graph_sha256="0" * 64, scores={})
 DENSE = Artifact(path="", format="onnx", dtype="float32", sha256="0" * 64, bytes=1, inputs=(), outputs=())
@@ -63,3 +65,20 @@ def test_a_contender_for_which_there_is_no_plan_is_left_out(tmp_path: Path) -> N
     bracket = read_record(Bracket, tmp_path / "tournament.json")
     assert bracket.winner == "curves" and not bracket.rungs
     assert bracket.left_out == dict.fromkeys(("magnitude", "uniform"), "solver 'uniform' found no widths")
+
+
+def test_the_log_says_which_groups_went_by_magnitude(tmp_path: Path) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(5, 3),
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 3, 8, 8)
+    graph, data = trace_graph(net, (x,)), Data(calibration=[(x, torch.arange(3))])
+    planning = replace(stages(tmp_path), model=net, start=net, inputs=(x,), data=data)
+    importance = planning.score(graph)
+    assert planning.score(graph).by_magnitude == importance.by_magnitude
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if "by magnitude" in line]
+    assert len(lines) == 1 and lines[0].endswith(
+        f"importance: surgeon cannot score {', '.join(importance.by_magnitude)}: their units go by magnitude"
+    )
+    assert 0 < len(importance.by_magnitude) < len(graph.prunable)

@@ -111,6 +111,14 @@ def test_page_shows_what_was_measured(page: Page, evidence: Evidence) -> None:
     assert "Cortex-A72" in page.text
 
 
+def test_groups_that_went_by_magnitude_are_named(evidence: Evidence) -> None:
+    group = next(group for group in evidence.graph.prunable if group.inexact_because is None)
+    by_magnitude = replace(evidence.importance, by_magnitude=(group.name, "logits"))
+    rows = Page(render(replace(evidence, importance=by_magnitude))).rows
+    assert [group.name, str(group.units), "pruned, but by magnitude, since the criterion cannot score it"] in rows
+    assert ["logits", "10", "output of the model"] in rows, "what is frozen goes by nothing"
+
+
 def test_failed_check_is_named() -> None:
     failed = Page(render(make_evidence(passed=False)))
     assert "1 of 4 checks failed" in " ".join(failed.text)
