@@ -52,7 +52,12 @@ def unpack(data: bytes, where: str) -> dict[str, bytes]:
                 if info.filename in contents:
                     raise RecordError(f"{where} holds {info.filename} twice; make it again")
                 contents[info.filename] = archive.read(info)
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+    except (
+        zipfile.BadZipFile,  # no zip, directory and entries differ, or a checksum is wrong
+        EOFError,  # an entry ends behind the end of the file
+        ValueError,  # an entry or the directory begins before its start, or a name is no text (UnicodeDecodeError)
+        NotImplementedError,  # a version or a compression that zipfile does not know
+    ) as error:
         raise RecordError(f"{where} is truncated or altered ({error}); make it again") from error
     return contents
 

@@ -56,7 +56,15 @@ NEWEST, EXPORTED = 20, 18
 OPSETS = range(OLDEST, NEWEST + 1)
 MAX_BYTES = 2**31 - 1
 """A protobuf message cannot be larger."""
-EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError)
+EXPORT_ERRORS = (
+    torch.onnx.OnnxExporterError,  # PyTorch's own account: what it cannot capture, or an operator without an ONNX form
+    RuntimeError,  # the model's code, run once with stand-ins for tensors, or a shape that depends on values
+    TypeError,  # an operator's arguments, or an output, of a kind that cannot be written
+    ValueError,  # inputs that do not fit the model's signature, or an attribute out of range
+    NotImplementedError,  # an operator without a rule for shapes
+    AssertionError,  # what the exporter or the model's own code takes for granted
+)
+"""What goes through from a model's code and PyTorch's exporter; all are told as one `ModelError`."""
 
 
 def export(
