@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.context import first, weights_digest
+from edgeprune.core.budget import check_steps
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import find_effort
 from edgeprune.core.errors import UsageError
@@ -83,6 +84,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
     raises: EdgepruneError with what was wrong; what was finished stays in the run's folder.
     """
     check_contenders(run.search.contenders)
+    check_steps(run.prune.steps, run.budget.latency)
     if run.prune.pattern is not None:
         load_pattern(run.prune.pattern)
     if run.prune.gating is not None:
@@ -160,7 +162,7 @@ def check_unlabelled(run: RunFile, why: str, *, classifier: bool) -> None:
         '[prune] criterion = "reconstruction" (or another that needs none)': statistic is not None
         and (statistic.LABELS or (statistic.CLASSIFIER and not classifier)),
         "[prune] curves = false": prune.curves,
-        "[prune] steps = 1": prune.steps > 1,
+        "[prune] steps = 1": prune.step_count > 1,
         "[prune] without regularizer": prune.regularizer is not None,
         "[prune] without gating": prune.gating is not None,
         "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgeprune.context import Context, first, weights_digest
-from edgeprune.core.budget import budget_between, make_budget
+from edgeprune.core.budget import make_budget, step_budgets
 from edgeprune.core.closed_loop import taken_round
 from edgeprune.core.errors import DataError, InfeasibleBudget, RecordError, Unmet, UsageError
 from edgeprune.core.family import configure, load_member
@@ -126,12 +126,12 @@ class Planning(Context):
         last step drops whole branches.
         """
         stages, settings = self, self.run.prune
-        for step in range(1, settings.steps):
+        for step in range(1, settings.step_count):
             start = stages._take_step(graph, importance, dense, step)
             stages = replace(stages, start=start, sources=(*self.sources, weights_digest(start)))
             importance = stages._score(
                 graph, settings.criterion, f"importance-{step}", curves=settings.curves,
-                depth=settings.depth and step == settings.steps - 1,
+                depth=settings.depth and step == settings.step_count - 1,
             )  # fmt: skip
         return stages, importance
 
@@ -146,7 +146,7 @@ class Planning(Context):
                 profile = self._profile(graph, session, FLOAT32)
             cost = dense_cost(graph, profile, dense.bytes)
             budget = make_budget(cost, **msgspec.to_builtins(run.budget))
-            part = budget_between(cost, budget, step / run.prune.steps)
+            part = step_budgets(cost, budget, run.prune.steps)[step - 1]
             plan = choose_widths(graph, profile, importance, part, solver=run.prune.solver, levels=run.prune.levels)
             smaller = self._assemble(graph, plan)
             result = recover_accuracy(
@@ -159,7 +159,7 @@ class Planning(Context):
                 seed=run.seed,
                 progress=self.progress,
             )
-            self.folder.log(f"step {step} of {run.prune.steps}: {result.note or 'nothing to note'}")
+            self.folder.log(f"step {step} of {run.prune.step_count}: {result.note or 'nothing to note'}")
             write_atomic(weights, save(expand_tensors(self.model, smaller, graph, plan.keep)))
             checkpoint.unlink(missing_ok=True)
             return plan

@@ -15,7 +15,16 @@ from zoo import torchvision_models
 from edgeprune.compact import compact_model
 from edgeprune.core import cost
 from edgeprune.core.arena import COPY, HANDLE_SHARE, Arena, Buffer, lower, pattern_bytes, peak_memory_bytes
-from edgeprune.core.budget import budget_between, format_amount, format_bytes, format_seconds, make_budget, parse_limit
+from edgeprune.core.budget import (
+    budget_between,
+    check_steps,
+    format_amount,
+    format_bytes,
+    format_seconds,
+    make_budget,
+    parse_limit,
+    step_budgets,
+)
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import Budget, Cost, Extent, Graph, Node, Quantity, Table
 from edgeprune.trace import trace_graph
@@ -374,6 +383,42 @@ def test_a_part_of_the_way_to_a_budget() -> None:
     assert parts[1].peak_memory_bytes is None
     half = budget_between(dense, Budget(latency_s=0.004, latency_share=0.25), 0.5)
     assert (half.latency_s, half.latency_share) == (pytest.approx(0.008), None)
+
+
+def test_budgets_of_steps() -> None:
+    """Latencies are as given, of the dense model's or not; what else is limited goes in equal ratios."""
+    dense = Cost(latency_s=Quantity(median=0.016, low=0.016, high=0.016), artifact_bytes=8000)
+    budget = Budget(latency_s=0.002, latency_share=0.125, artifact_bytes=1000)
+    equal = step_budgets(dense, budget, 3)
+    assert equal == [budget_between(dense, budget, share) for share in (1 / 3, 2 / 3)]
+    assert step_budgets(dense, budget, 1) == step_budgets(dense, budget, []) == []
+    for steps in (["0.75x", "25%"], ["12 ms", "4ms"]):
+        found = step_budgets(dense, budget, steps)
+        assert [each.latency_s for each in found] == pytest.approx([0.012, 0.004])
+        assert [each.artifact_bytes for each in found] == [each.artifact_bytes for each in equal]
+        assert all(each.latency_share is None for each in found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "latency", "message"),
+    [
+        (["0.8x", "0.9x"], "0.5x", "'0.8x' and '0.9x' do not fall"),
+        (["0.8x", "50%"], "0.5x", r"'50%' and '0.5x' of \[budget\] latency do not fall"),
+        (["10 ms", "9000 us"], "10ms", r"'9000 us' and '10ms' of \[budget\] latency do not fall"),
+        (["10 ms"], "0.5x", "'10 ms' and '0.5x' of .* cannot be compared"),
+        (["1.0x"], "0.5x", "'1.0x' is not below the dense model's"),
+        (["0.8x"], None, r"need a \[budget\] latency"),
+        (["0.8"], "0.5x", "no time budget"),
+    ],
+)
+def test_steps_that_do_not_fall_are_refused(steps: list[str], latency: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_steps(steps, latency)
+
+
+def test_steps_that_fall_are_fine() -> None:
+    for steps, latency in ((3, None), ([], None), (["0.8x", "70%"], "0.6x"), (["1 s", "20 ms"], "19.9ms")):
+        check_steps(steps, latency)
 
 
 def test_energy_by_a_power_model_is_a_latency() -> None:

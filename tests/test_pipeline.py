@@ -221,15 +221,15 @@ def test_the_loop_keeps_the_slowest_plan_within_the_budget(measured: tuple[float
 @pytest.mark.usefixtures("brief")
 def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    text = PLAIN.replace("[prune]", "[prune]\nsteps = 2").replace('"0.7x"', '"0.5x"')
+    text = PLAIN.replace("[prune]", '[prune]\nsteps = ["0.75x"]').replace('"0.7x"', '"0.5x"')
     (tmp_path / "edgeprune.toml").write_text(text)
     run = read_run_file(tmp_path / "edgeprune.toml")
     report = run_pipeline(run, tmp_path)
     folder = tmp_path / "run"
     plans = [read_record(Plan, folder / name) for name in ("step-1.json", "plan.json")]
     graph, profile = read_record(Graph, folder / "graph.json"), read_profile(folder / "profile.jsonl")
-    half_way = (reference_latency(profile).median * plans[1].budget.latency_s) ** 0.5
-    assert plans[0].budget.latency_s == pytest.approx(half_way, rel=0.2)  # what the loop measured came later
+    part = 0.75 * reference_latency(profile).median
+    assert plans[0].budget.latency_s == pytest.approx(part, rel=0.2)  # what the loop measured came later
     for earlier, later in itertools.pairwise(plans):
         # What went stays gone: its score is zero, so it is never kept instead of something that is left.
         for name, kept in later.keep.items():
@@ -242,6 +242,13 @@ def test_a_schedule_takes_away_a_little_and_trains(tmp_path: Path) -> None:
     assert report.compact.parameters < report.dense.parameters and report.accuracy.after_recovery is not None
     run_pipeline(run, tmp_path)
     assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+def test_steps_that_do_not_fall_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "edgeprune.toml").write_text(RUN_FILE.replace("[prune]", '[prune]\nsteps = ["0.9x", "0.7x"]'))
+    with pytest.raises(UsageError, match=r"'0\.7x' and '0\.7x' of \[budget\] latency do not fall"):
+        run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long

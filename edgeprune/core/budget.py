@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 from edgeprune.core.energy import PowerModel, parse_power_model
@@ -178,3 +180,44 @@ def budget_between(cost: Cost, budget: Budget, share: float) -> Budget:
         peak_memory_bytes=whole(part(cost.peak_memory_bytes, budget.peak_memory_bytes)),
         energy_j=part(cost.energy_j, budget.energy_j),
     )
+
+
+def step_budgets(cost: Cost, budget: Budget, steps: int | Sequence[str]) -> list[Budget]:
+    """Limits of a schedule's steps before the last, which has the budget itself.
+
+    cost: of the dense model. steps: how many, the last among them, in equal ratios; or the latencies of all but the
+    last, checked by `check_steps`: then only what else is limited falls in equal ratios.
+    """
+    if isinstance(steps, int):
+        return [budget_between(cost, budget, step / steps) for step in range(1, steps)]
+    dense = cost.latency_s.median if cost.latency_s else 0.0
+    return [
+        replace(
+            budget_between(cost, budget, step / (len(steps) + 1)), latency_s=parse_limit(text, "time").absolute(dense)
+        )
+        for step, text in enumerate(steps, 1)
+    ]
+
+
+def check_steps(steps: int | Sequence[str], latency: str | None) -> None:
+    """Whether the latencies of a schedule's steps fall, down to that of the budget.
+
+    raises: UsageError for one that cannot be read, is not above the next, or cannot be compared with it.
+    """
+    if isinstance(steps, int) or not steps:
+        return
+    if latency is None:
+        raise UsageError("[prune] steps as latencies need a [budget] latency, which is the last step's")
+    texts = [*steps, latency]
+    asked = [parse_limit(text, "time") for text in texts]
+    if asked[0].relative and asked[0].value >= 1:
+        raise UsageError(f"[prune] steps: '{steps[0]}' is not below the dense model's latency, '1x'")
+    for number, (this, following) in enumerate(pairwise(asked)):
+        what = f"[prune] steps: '{texts[number]}' and '{texts[number + 1]}'"
+        what += " of [budget] latency" if number == len(steps) - 1 else ""
+        if this.relative != following.relative:
+            raise UsageError(
+                f"{what} cannot be compared before measuring; write all as times, or all as shares ('0.8x')"
+            )
+        if this.value <= following.value:
+            raise UsageError(f"{what} do not fall; each step has to be above the next, and the last above the budget")

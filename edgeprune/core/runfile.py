@@ -67,7 +67,8 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     """How importance is measured and widths are chosen.
 
     regularizer: a training of the dense model, `regularizer_epochs` long, that drives whole units to zero beforehand.
-    steps: of a schedule: the way to the budget in so many parts, with `step_epochs` of training between.
+    steps: of a schedule: the way to the budget in so many parts, or the latencies of all steps before the last, which
+    has the budget's own; with `step_epochs` of training between.
     pattern: of zeros in the weights that are left; recovery keeps to it.
     gating: of work that is decided per input, trained `gating_epochs` long after recovery.
     plan: one that was made before, in a run's folder; taken as it stands. like: one whose widths solver "scaled"
@@ -94,13 +95,18 @@ class PruneSection(_Section, frozen=True, kw_only=True):
     tie: tuple[str, ...] = ()
     regularizer: str | None = None
     regularizer_epochs: int = 5
-    steps: int = 1
+    steps: int | tuple[str, ...] = 1
     step_epochs: int = 1
     pattern: str | None = None
     gating: str | None = None
     gating_epochs: int = 5
     pivot: tuple[int, ...] = ()
     pivot_latency: str | None = None
+
+    @property
+    def step_count(self) -> int:
+        """Steps of the schedule, the last among them."""
+        return self.steps if isinstance(self.steps, int) else len(self.steps) + 1
 
     @property
     def rules(self) -> WidthRules:
