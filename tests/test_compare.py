@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,52 +197,64 @@ def test_the_verdict_is_of_one_latency() -> None:
 # --- the whole -----------------------------------------------------------------------------------
 
 
+TURNED = '[compare.recipes.turned]\nprune = { transform = "kfe" }'
+
+
 @pytest.mark.slow
 @pytest.mark.device
 @pytest.mark.timeout(900)
 def test_recipes_on_a_board_share_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
     (tmp_path / "nets.py").write_text(NETS)
-    run_file(
-        tmp_path,
-        'recoveries = ["fine_tune"]\nbaselines = ["scratch", "reduced"]\n'
-        '[compare.recipes.scales]\nprune = { criterion = "bn_scale", curves = false }',
-        QUICK.replace("epochs = 2", "epochs = 1"),
-    )
+    brief = QUICK.replace("epochs = 2", "epochs = 1")
+    run_file(tmp_path, f'baselines = ["scratch"]\n{TURNED}', brief)
     done = edgeprune("compare", "--json", cwd=tmp_path)
     comparison = read_record(Comparison, tmp_path / "run" / "compare.json")
     assert json.loads(done.stdout) == json.loads(json.dumps(to_builtins(comparison)))
-    found = {one.recipe: one for one in comparison.outcomes}
-    assert list(found) == ["run", "fine_tune", "scratch", "reduced", "scales"]
-    # Some groups of this net have no batch norm: the recipe cannot be carried out, the others are none the worse.
-    assert "batch norm" in found["scales"].note and found["scales"].latency_s is None
-    assert done.returncode == 1 and "scales" in done.stderr
-    others = comparison.outcomes[:-1]
+    assert [one.recipe for one in comparison.outcomes] == ["run", "scratch", "turned"]
+    # A transform takes no relative latency: that recipe cannot be carried out, the others are none the worse.
+    *others, turned = comparison.outcomes
+    assert "transform" in turned.note and turned.latency_s is None
+    assert done.returncode == 1 and "turned" in done.stderr
+    assert comparison.test_examples == 32
     for one in others:
         report = read_record(Report, tmp_path / one.directory / "report.json")
         assert one.accuracy == report.accuracy.after_recovery is not None
         assert one.latency_s == report.compact.latency_s
         assert one.met == report.passed
         assert one.seconds > 0
-    assert comparison.test_examples == 32
+    assert plan_of(tmp_path, "run/compare/scratch") == plan_of(tmp_path, "run")
+    logs = {one.recipe: (tmp_path / one.directory / "run.log").read_text() for one in others}
 
-    logs = {one.recipe: (tmp_path / one.directory / "run.log").read_text() for one in comparison.outcomes}
-    plans = {one.recipe: read_record(Plan, tmp_path / one.directory / "plan.json") for one in others}
-    assert "plan: taken from" in logs["fine_tune"] and "plan-float32" not in logs["fine_tune"]
-    assert "importance: taken from" in logs["reduced"] and "profile-float32.jsonl: begun with" in logs["reduced"]
-    assert to_builtins(plans["fine_tune"]) == to_builtins(plans["scratch"]) == to_builtins(plans["run"])
+    # What is added is carried out elsewhere; what is done stays.
+    run_file(tmp_path, 'baselines = ["scratch"]\nrecoveries = ["fine_tune"]', brief)
+    edgeprune("compare", "--executor", "processes:workers=2", cwd=tmp_path)
+    grown = read_record(Comparison, tmp_path / "run" / "compare.json")
+    assert [one.recipe for one in grown.outcomes] == ["run", "fine_tune", "scratch"]
+    assert (grown.outcomes[0], grown.outcomes[2]) == (comparison.outcomes[0], comparison.outcomes[1])
+    log = (tmp_path / "run/compare/fine-tune/run.log").read_text()
+    assert "plan: taken from" in log and "plan-float32" not in log and "recovered: started" in log
+    assert plan_of(tmp_path, "run/compare/fine-tune") == plan_of(tmp_path, "run")
+    for one in others:
+        assert "started" not in (tmp_path / one.directory / "run.log").read_text().removeprefix(logs[one.recipe])
+
+    run_file(tmp_path, 'baselines = ["reduced"]', brief)
+    chosen = "ray:workers=2" if find_spec("ray") is not None else "processes:workers=2"
+    done = edgeprune("compare", "--executor", chosen, cwd=tmp_path)
+    _, reduced = read_record(Comparison, tmp_path / "run" / "compare.json").outcomes
+    assert reduced.recipe == "reduced" and reduced.accuracy is not None
+    assert "reduced network" in done.stdout
+    log = (tmp_path / reduced.directory / "run.log").read_text()
+    assert "importance: taken from" in log and "profile-float32.jsonl: begun with" in log
     shared = read_measured(tmp_path / "run" / "profile-float32.jsonl")[1]
-    theirs = read_measured(tmp_path / found["reduced"].directory / "profile-float32.jsonl")[1]
+    theirs = read_measured(tmp_path / reduced.directory / "profile-float32.jsonl")[1]
     assert theirs[: len(shared)] == shared, "widths were measured again"
     page = (tmp_path / "run" / "compare.html").read_text()
-    assert "fine_tune" in page and 'href="compare/reduced/report.html"' in page
+    assert 'href="compare/reduced/report.html"' in page
 
-    again = edgeprune("compare", cwd=tmp_path)
-    assert again.returncode == done.returncode
-    assert all(sentence in again.stdout for sentence in comparison.verdict)
-    for one in others:
-        last = (tmp_path / one.directory / "run.log").read_text().removeprefix(logs[one.recipe])
-        assert "started" not in last, one.recipe
+
+def plan_of(folder: Path, directory: str) -> Any:
+    return to_builtins(read_record(Plan, folder / directory / "plan.json"))
 
 
 def test_a_comparison_without_labels_is_refused(tmp_path: Path) -> None:
