@@ -231,7 +231,9 @@ def rate_factor(done: int, total: int) -> float:
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators for a while, so that an epoch draws the same after a resume."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Of several GPUs the current one alone: asking another for its state would take memory there.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)

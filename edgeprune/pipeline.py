@@ -62,6 +62,7 @@ from edgeprune.statistics._losses import are_logits
 from edgeprune.trace import trace_graph
 from edgeprune.training.attention import shared_layers
 from edgeprune.training.batch import check_mixable
+from edgeprune.training.launch import check_launcher, launch_recovery
 from edgeprune.training.options import MACS, SCRATCH, check_options
 from edgeprune.training.scratch import epochs_of_equal_work
 from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
@@ -136,8 +137,11 @@ def check_plans(run: RunFile) -> None:
 def check_recovery(run: RunFile, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """raises: UsageError or DataError for what [recover] asks for and this run cannot have."""
     settings = run.recover
-    beside = None if run.prune.pattern is None else "[prune] pattern"
-    check_options(**settings.options, budget=settings.budget, taught=settings.distil, beside=beside)
+    check_launcher(settings.launch)
+    check_options(
+        **settings.options, budget=settings.budget, taught=settings.distil, pattern=run.prune.pattern,
+        processes=2 if settings.launch else 1,
+    )  # fmt: skip
     if settings.mixup:
         check_mixable(inputs)
     if settings.features:
@@ -167,6 +171,7 @@ def check_unlabelled(run: RunFile, why: str, *, classifier: bool) -> None:
         "[prune] without gating": prune.gating is not None,
         "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
         '[recover] start = "pruned" (or epochs = 0)': run.recover.epochs > 0 and run.recover.start == SCRATCH,
+        "[recover] launch = []": run.recover.epochs > 0 and bool(run.recover.launch),
         "[recover] label_smoothing = 0": run.recover.label_smoothing > 0,
         '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
     }
@@ -342,28 +347,31 @@ class Stages(Planning):
 
         def make() -> Accuracy:
             epochs = self._recovery_epochs(smaller)
-            result = recover_accuracy(
-                smaller,
-                self.data,
-                teacher=self.dense if settings.distil else None,
-                epochs=epochs,
-                lr=settings.lr,
-                checkpoint=checkpoint,
-                seed=self.run.seed,
-                pattern=self.run.prune.pattern,
-                **settings.options,
-                match_outputs=not self.data.labelled,
-                progress=self.progress,
-            )
+            if settings.launch:
+                result = launch_recovery(self.run, self.base, self.folder, epochs)
+            else:
+                result = recover_accuracy(
+                    smaller,
+                    self.data,
+                    teacher=self.dense if settings.distil else None,
+                    epochs=epochs,
+                    lr=settings.lr,
+                    checkpoint=checkpoint,
+                    seed=self.run.seed,
+                    pattern=self.run.prune.pattern,
+                    match_outputs=not self.data.labelled,
+                    progress=self.progress,
+                    **settings.options,
+                )
+                save_compact(smaller, self.inputs, self.folder.path, name="recovered")
             self.folder.log(f"recover: {result.note or 'nothing to note'}")
             if result.difference_before is not None and result.difference_after is not None:
                 shares = f"{result.difference_before:.3g} before and {result.difference_after:.3g} after training"
                 self.folder.log(f"recover: outputs differ from the dense ones by {shares}, as shares of their power")
-            save_compact(smaller, self.inputs, self.folder.path, name="recovered")
             checkpoint.unlink(missing_ok=True)
             return replace(accuracy, after_recovery=result.accuracy_after)
 
-        made_from = [digest(plan), digest(accuracy), *self.sources, msgspec.to_builtins(settings), self.run.seed]
+        made_from = [digest(plan), digest(accuracy), *self.sources, settings.decisive, self.run.seed]
         made_from += [pattern] if (pattern := self.run.prune.pattern) is not None else []
         files = ["recovered.pt2", "recovered.safetensors"]
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
@@ -408,7 +416,7 @@ class Stages(Planning):
             return replace(accuracy, after_recovery=self._accuracy(gated))
 
         made_from = [weights_digest(smaller), digest(accuracy), *self.sources, gating, settings.gating_epochs]
-        made_from += [msgspec.to_builtins(self.run.recover), self.run.seed]
+        made_from += [self.run.recover.decisive, self.run.seed]
         files = ["gating.json", "gated.pt2", "gated.safetensors"]
         accuracy = self.folder.record(Accuracy, "gated.json", made_from, make, also=files)
         gated.load_state_dict(load_file(self.folder / "gated.safetensors"))

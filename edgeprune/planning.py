@@ -164,8 +164,8 @@ class Planning(Context):
             checkpoint.unlink(missing_ok=True)
             return plan
 
-        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target, run.recover)]
-        settings += [run.prune.steps, run.prune.step_epochs, run.prune.compensate]
+        settings = [msgspec.to_builtins(part) for part in (run.budget, run.profile, run.target)]
+        settings += [run.recover.decisive, run.prune.steps, run.prune.step_epochs, run.prune.compensate]
         made_from = [digest(importance), dense.sha256, self.runtime, *settings, *self._planning, *self.sources]
         self.folder.record(Plan, f"step-{step}.json", made_from, make, also=[weights.name])
         start = copy.deepcopy(self.model)
@@ -391,7 +391,7 @@ class Planning(Context):
         made_from = [
             *(digest(plan) for plan in plans.values()),
             *self.sources,
-            msgspec.to_builtins(run.recover),
+            run.recover.decisive,
             run.seed,
         ]
         bracket = self.folder.record(Bracket, file.name, made_from, make)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,9 @@ from edgeprune.training.attention import shared_layers
 from edgeprune.training.average import Average
 from edgeprune.training.batch import Batch, lay_out, mix_batch
 from edgeprune.training.checkpoint import read_checkpoint, readable, write_checkpoint
+from edgeprune.training.hook import Hook
 from edgeprune.training.options import PRUNED, SCRATCH, check_options
+from edgeprune.training.processes import ALONE, Processes
 from edgeprune.training.scratch import draw_weights
 from edgeprune.training.speed import fastest_way
 
@@ -51,20 +53,6 @@ class Data(Protocol):
     def train(self) -> Batches | None: ...
     @property
     def test(self) -> Batches | None: ...
-
-
-class Hook(Protocol):
-    """What changes a training step; regularizers, patterns and gates give one. held: its state, by name."""
-
-    held: dict[str, Tensor]
-
-    def before_forward(self) -> None: ...
-    def penalty(self, logits: Tensor, targets: Tensor) -> Tensor | None: ...
-    def after_backward(self) -> None: ...
-    def after_step(self, rate: float) -> None: ...
-    def finish(self) -> None: ...
-    def zeroed(self) -> dict[str, int]: ...
-    def load(self, held: Mapping[str, Tensor]) -> None: ...
 
 
 def recover_accuracy(
@@ -93,6 +81,7 @@ def recover_accuracy(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     features: float = 0.0,
+    processes: Processes = ALONE,
 ) -> RecoverResult:
     """Train `module` in place with SGD (Nesterov), a short warm-up and a cosine down to zero.
 
@@ -121,18 +110,16 @@ def recover_accuracy(
     label_smoothing: [0, 1), of the labels. mixup: >= 0, alpha of mixed examples (`training/batch.py`), which the
                    teacher sees as well.
     features:      >= 0, weight of attention transfer from the teacher (`training/attention.py`).
+    processes:     that train together (`training/processes.py`), all with the same arguments; the checkpoint has to be
+                   where all can read it.
     returns:       RecoverResult; the module is in eval mode, its batch-norm statistics taken anew. A loss that is
                    not finite, or one that ends far above where it began, keeps the best epoch and says so.
     raises:        DataError without training data or labels; RecordError for a damaged checkpoint, or a graph of
-                   another model; UsageError for a regularizer together with int8 or a pattern, or without a graph, for
-                   gates together with any of these or with outputs to match, or of a model that has none to train, or
-                   for outputs to match without a teacher; and as `training/options.py` says. ModelError for new
-                   weights of a parameter that no layer draws.
+                   another model; ModelError for new weights of a parameter that no layer draws; UsageError for a
+                   regularizer without a graph, gates that the model lacks, and what `training/options.py` refuses.
     """
     if data.train is None:
         raise DataError("recovery needs training data; give the data source a .train, or set epochs = 0")
-    if match_outputs and teacher is None:
-        raise UsageError("there are no outputs to match: give the dense model as the teacher")
     settings = RecoverSettings(
         epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
         distil_weight=0.0 if teacher is None else distil_weight, temperature=temperature, seed=seed,
@@ -140,24 +127,15 @@ def recover_accuracy(
         start=start, ema=ema, label_smoothing=label_smoothing, mixup=mixup, features=features,
     )  # fmt: skip
     in_8_bits = precision is not None and precision.dtype == "int8"
-    asked = {"a regularizer": regularizer, "a pattern": pattern, "gates": gating, "simulated 8 bits": in_8_bits}
-    beside = next((name for name, value in asked.items() if value), None)
     check_options(
         start=start, ema=ema, label_smoothing=label_smoothing, mixup=mixup, features=features,
-        taught=teacher is not None, match_outputs=match_outputs, beside=beside,
+        taught=teacher is not None, match_outputs=match_outputs, regularizer=regularizer, pattern=pattern,
+        gating=gating, in_8_bits=in_8_bits, processes=processes.count,
     )  # fmt: skip
-    if regularizer is not None and (graph is None or in_8_bits):
-        raise UsageError("a regularizer needs the model's graph (`trace_graph`), and trains in float32 only")
-    if regularizer is not None and pattern is not None:
-        raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
-    if gating is not None:
-        others = regularizer is not None or pattern is not None or match_outputs or label_smoothing or mixup or features
-        if others or in_8_bits:
-            raise UsageError(
-                "gates are trained by themselves: with plain labels, without a regularizer or pattern, and in float32"
-            )
-        if not find_gates(module):
-            raise UsageError("the model has no gates to train; put them in with `gate_model`")
+    if regularizer is not None and graph is None:
+        raise UsageError("a regularizer needs the model's graph (`trace_graph`)")
+    if gating is not None and not find_gates(module):
+        raise UsageError("the model has no gates to train; put them in with `gate_model`")
     chosen = None if gating is None else load_gating(gating)
     if chosen is not None and chosen.alone:
         return _recover_alone(module, data, chosen, settings, checkpoint, progress)
@@ -165,19 +143,22 @@ def recover_accuracy(
     if precision is not None and in_8_bits:
         # bfloat16 rounds as coarsely as what is simulated.
         trained, autocast = _simulate(module, data.train, precision, seed), False
-    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint)
+    trainer = _Trainer(trained, data, teacher, settings, autocast, checkpoint, processes)
     if regularizer is not None and graph is not None:
         trainer.hook = load_regularizer(regularizer, trained, graph, trainer.planned_steps("a regularizer"))
     if pattern is not None:
         trainer.hook = load_sparsifier(pattern, module, trainer.planned_steps("a pattern"))
     if chosen is not None:
         trainer.hook = GateTraining(chosen, find_gates(module), trainer.planned_steps("the training of gates"))
-    if not trainer.resume():
+    resumed = trainer.resume()
+    if processes.of_main(trainer.epoch) != trainer.epoch:
+        raise UsageError(f"{checkpoint} is not the same for all processes; it must lie where all can read it")
+    if not resumed:
         trainer.begin()
     for epoch in range(trainer.epoch, epochs):
         if trainer.note:
             break
-        trainer.train_epoch(epoch, progress)
+        trainer.train_epoch(epoch, progress if processes.main else silent)
         trainer.save()
     result = trainer.finish()
     module.eval()
@@ -223,8 +204,10 @@ class _Trainer:
         settings: RecoverSettings,
         autocast: bool | None,
         checkpoint: Path | None,
+        processes: Processes,
     ) -> None:
         assert data.train is not None
+        self.processes = processes
         self.module, self.data, self.settings, self.checkpoint = module, data, settings, checkpoint
         self.train = data.train
         self.device = device_of(module)
@@ -261,17 +244,21 @@ class _Trainer:
         self.start = self.best if self.settings.match_outputs else {}
         if self.settings.start == SCRATCH:
             draw_weights(self.module, self.settings.seed)
+        self.processes.spread(self.module)
         if self.settings.ema:
             self.average = Average(self.module, self.settings.ema)
         batch = self._first_batch() if self.settings.epochs and self.given_autocast is None else None
-        if batch is not None:
-            targets = batch.targets
+        part = None if batch is None else self.processes.part(batch)[0]
+        if part is not None:
+            targets = part.targets
             self.module.train(not self.settings.match_outputs)
             with seeded(self.settings.seed):
                 self.autocast, self.channels_last = fastest_way(
-                    self.module, batch.inputs,
+                    self.module, part.inputs,
                     lambda trial, inputs, autocast: self.objective.loss(trial, Batch(inputs, targets), autocast)[0],
                 )  # fmt: skip
+        self.autocast = bool(self.processes.of_main(self.autocast))
+        self.channels_last = bool(self.processes.of_main(self.channels_last))
 
     def _first_batch(self) -> Batch | None:
         with seeded(self.settings.seed):
@@ -293,7 +280,7 @@ class _Trainer:
             for step, (inputs, targets) in enumerate(self.train):
                 self._set_rate(epoch, step)
                 batch = self._load(inputs, targets)
-                loss = self._step(batch)
+                loss = self._step(batch, epoch * self.steps + step)
                 if not math.isfinite(loss):
                     self.note = f"training diverged (loss {loss} in epoch {epoch + 1}); try a lower learning rate"
                     break
@@ -303,6 +290,7 @@ class _Trainer:
                 if self.average is not None:
                     self.average.follow(self.module, done - 1)
                 progress(f"recover: epoch {epoch + 1} of {settings.epochs}", done, settings.epochs * self.steps)
+            self._join_buffers()
             ending = losses[-JUDGING_STEPS:] if self.average is None or self.note else self._losses_of_average(recent)
         if not losses and not self.note:
             raise DataError(
@@ -321,21 +309,37 @@ class _Trainer:
         tensors = lay_out(inputs_on(inputs, self.device), self.channels_last)
         return mix_batch(Batch(tensors, targets.to(self.device)), self.settings.mixup)
 
-    def _step(self, batch: Batch) -> float:
+    def _loss(self, batch: Batch, number: int) -> tuple[Tensor | None, float, float]:
+        """Of this process's part of a batch, if it has one; its share of the batch; the value for the whole."""
+        part, share = self.processes.part(batch)
+        loss = None
+        if part is not None:
+            with self.processes.apart(self.settings.seed + number):
+                loss, outputs = self.objective.loss(self.module, part, self.autocast)
+            if (penalty := self.hook.penalty(outputs, part.targets)) is not None:
+                loss = loss + penalty
+        return loss, share, self.processes.total(0.0 if loss is None else share * float(loss.detach()))
+
+    def _step(self, batch: Batch, number: int) -> float:
         self.hook.before_forward()
-        loss, outputs = self.objective.loss(self.module, batch, self.autocast)
-        if (penalty := self.hook.penalty(outputs, batch.targets)) is not None:
-            loss = loss + penalty
-        value = float(loss.detach())
+        loss, share, value = self._loss(batch, number)
         if math.isfinite(value):
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if loss is not None:
+                loss.backward()
+            self.processes.average_gradients(self.parameters.values(), share)
             if self.settings.match_outputs:  # no batch statistics hold the size of a step back
                 nn.utils.clip_grad_norm_(self.parameters.values(), MATCHING_GRADIENT)
             self.hook.after_backward()
             self.optimizer.step()
             self.hook.after_step(self.optimizer.param_groups[0]["lr"])
         return value
+
+    def _join_buffers(self) -> None:
+        """Statistics of batch norms are of each process's parts until here."""
+        names = [name for name, _ in self.module.named_buffers()]
+        for values in (self.module.state_dict(), {} if self.average is None else self.average.values):
+            self.processes.average(values[name] for name in names if name in values)
 
     def _set_rate(self, epoch: int, step: int) -> None:
         # An iterable without a length shows it in the first epoch; until then the rate only warms up.
@@ -349,7 +353,7 @@ class _Trainer:
         """Of the averaged weights, as a step would find them: in the module's mode, with statistics of the batch."""
         assert self.average is not None
         with self.average.in_place(self.module):
-            return [float(self.objective.loss(self.module, batch, self.autocast)[0]) for batch in batches]
+            return [self._loss(batch, number)[2] for number, batch in enumerate(batches)]
 
     def _judge(self, beginning: list[float], ending: list[float]) -> None:
         """Remember this state if no epoch before ended with a lower training loss.
@@ -393,6 +397,7 @@ class _Trainer:
             self.note = self.note or "training brought the outputs no nearer on the test batches, and is undone"
             self.module.load_state_dict(self.start)
             after = self.before
+        self.processes.spread(self.module)
         measured = {f"{kind}_before": self.before, f"{kind}_after": after}
         return RecoverResult(losses=tuple(self.losses), epochs=self.epoch, autocast=self.autocast,
                              channels_last=self.channels_last, note=self.note, zeroed=self.hook.zeroed(),
@@ -412,7 +417,7 @@ class _Trainer:
             reestimate_batch_norm(self.module, ((inputs_on(inputs, self.device), targets) for inputs, targets in few))
 
     def save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.processes.main:
             return
         buffers = {name: self.optimizer.state[value].get("momentum_buffer") for name, value in self.parameters.items()}
         parts = {

@@ -329,6 +329,9 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
 
 
 def test_recovery_from_scratch_with_the_work_of_the_dense_model_and_all_additions(project: Path) -> None:
+    from edgeprune.core.records import RecoverResult
+    from edgeprune.core.store import read_record
+
     recover = ["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "out", "--epochs", "1"]
     done = edgeprune(*recover, "--start", "scratch", "--budget", "macs", cwd=project)
     assert done.returncode == 2 and "name that with --teacher" in done.stderr
@@ -339,6 +342,7 @@ def test_recovery_from_scratch_with_the_work_of_the_dense_model_and_all_addition
     done = edgeprune(*recover, *scratch, cwd=project)
     assert done.returncode == 0, done.stderr
     assert "2 epochs, as much arithmetic as those of the dense model" in done.stdout and "accuracy" in done.stdout
+    assert read_record(RecoverResult, project / "out" / "recover.json").epochs == 2
 
 
 def test_gates_are_trained_saved_and_exported(project: Path) -> None:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +17,17 @@ from typing import Any
 import msgspec
 import pytest
 import safetensors
+import together
 import torch
 from digits import images
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compact import compact_model
+from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
 from edgeprune.core.errors import DataError, ModelError, UsageError
+from edgeprune.core.family import MissingLibrary
 from edgeprune.core.progress import silent
 from edgeprune.core.records import FLOAT32, Accuracy, Budget, Cost, Plan, Precision
 from edgeprune.core.runfile import RunFile
@@ -30,6 +39,8 @@ from edgeprune.recover import JUDGING_STEPS, recover_accuracy
 from edgeprune.trace import trace_graph
 from edgeprune.training.attention import attention_loss, shared_layers, watch
 from edgeprune.training.batch import Batch, mix_batch
+from edgeprune.training.launch import run_command
+from edgeprune.training.processes import ALONE, Processes, find_processes
 from edgeprune.training.scratch import draw_weights, epochs_of_equal_work
 
 torch.set_num_threads(1)
@@ -396,15 +407,126 @@ def test_a_run_trains_as_its_file_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"recover": {"ema": 0.9}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"ema does not go with \[prune\] pattern"),
+        ({"recover": {"ema": 0.9}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"ema does not go with a pattern"),
         ({"recover": {"features": 1.0, "distil": False}}, "features are learnt from the dense model"),
         ({"recover": {"budget": "macs"}}, "is for start = 'scratch'"),
-        ({"recover": {"start": "scratch"}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"does not go with \[prune\] pattern"),
+        ({"recover": {"start": "scratch"}, "prune": {"pattern": "n_m:n=2,m=4"}}, r"does not go with a pattern"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_starts(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_recovery(run_of(**sections), net(), EXAMPLE)
+
+
+# --- in several processes ---
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(together.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, script, tmp_path], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    def kept(name: str) -> list[dict[str, Tensor]]:
+        return [load_file(tmp_path / f"{name}-{index}-of-2.safetensors") for index in range(2)]
+
+    alone = together.plain()
+    recover_accuracy(alone, together.digits(), **together.PLAIN)
+    for name, value in alone.state_dict().items():
+        left, right = (each[name] for each in kept("plain"))
+        assert torch.equal(left, right)
+        assert torch.allclose(left, value, atol=1e-3), "a step is that of the whole batch"
+    normed = together.normed()
+    recover_accuracy(normed, together.digits(), teacher=together.normed(1), **together.FULL)
+    whole, resumed = kept("whole"), kept("resumed")
+    for name, value in normed.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(whole[0][name], whole[1][name]), name
+        assert all(torch.equal(each[name], whole[0][name]) for each in resumed), name
+    normed.load_state_dict(whole[0])
+    assert evaluate_accuracy(normed, together.digits().test) > 0.7
+    assert torch.equal(normed.unused, together.normed().unused), "what has no gradient does not decay either"
+
+
+def test_a_batch_is_divided_and_counts_by_its_examples() -> None:
+    batch = Batch((torch.arange(7.0).view(7, 1, 1),), torch.arange(7), torch.arange(7).flip(0), 0.3)
+    parts, shares = zip(*(Processes(count=3, index=index).part(batch) for index in range(3)), strict=True)
+    assert [part.targets.tolist() for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [part.others.tolist() for part in parts] == [[6, 5, 4], [3, 2], [1, 0]] and parts[1].share == 0.3
+    assert all(torch.equal(part.inputs[0].flatten(), part.targets.float()) for part in parts)
+    assert shares == (3 / 7, 2 / 7, 2 / 7)
+    assert Processes(count=4, index=1).part(batch) == (None, 0.0) and Processes(count=4).part(batch) == (batch, 1.0)
+
+
+@pytest.mark.slow
+def test_a_run_trains_in_the_processes_of_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nets.py").write_text("from together import digits as source, plain as net\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    dense, data, folder = together.plain(), together.digits(), tmp_path / "run"
+    recover_accuracy(dense, data, epochs=3, lr=0.1, autocast=False)
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    save_compact(together.plain(), EXAMPLE, folder)
+    settings = {"epochs": 3, "lr": 0.1, "ema": 0.8}
+    run = run_of(
+        model={"factory": "nets.py:net", "weights": "dense.safetensors", "inputs": [[1, 1, 8, 8]]},
+        recover={**settings, "launch": (*launch, "--main_process_port", "0")},
+    )
+    stages = Stages(run, tmp_path, RunFolder(folder), (), dense, EXAMPLE, data, silent, start=dense)
+    recovered, accuracy = stages.recover(PLAN, together.plain(), Accuracy(before_recovery=0.1))
+    alone = recover_accuracy(together.plain(), data, teacher=dense, autocast=False, **settings)
+    assert accuracy.after_recovery == pytest.approx(alone.accuracy_after, abs=0.03) and alone.accuracy_after > 0.8
+    assert evaluate_accuracy(recovered, data.test) == pytest.approx(accuracy.after_recovery, abs=0.01)
+    assert accuracy.before_recovery == 0.1 and not (folder / "recover.checkpoint").exists()
+    assert "--num_processes 2" in (folder / "run.log").read_text()
+    assert capfd.readouterr().out.count("recovered.pt2") == 1, "one of the processes speaks"
+    again = msgspec.structs.replace(run, recover=msgspec.structs.replace(run.recover, launch=()))
+    replace(stages, run=again).recover(PLAN, together.plain(), Accuracy(before_recovery=0.1))
+    assert "recovered: already done" in (folder / "run.log").read_text(), "who computes it decides nothing"
+
+
+def test_a_launcher_that_fails_or_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no program 'nosuch'"):
+        check_recovery(run_of(recover={"launch": ["nosuch", "launch"]}), net(), EXAMPLE)
+    with pytest.raises(UsageError, match="several processes do not train a pattern"):
+        run = run_of(recover={"launch": [sys.executable]}, prune={"pattern": "n_m:n=2,m=4"})
+        check_recovery(run, net(), EXAMPLE)
+    with pytest.raises(UsageError, match=r"recover .*compact.pt2.* ended with exit code 1"):
+        stages_of(tmp_path, net(), launch=[sys.executable, "-c", "raise SystemExit(1)"]).recover(
+            PLAN, net(), Accuracy()
+        )
+
+
+def test_an_interrupted_run_ends_what_it_launched(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+
+    def interrupt() -> None:
+        while not pid.is_file() or not pid.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_command(["sh", "-c", f"echo $$ > {pid}; exec sleep 300"], tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_one_process_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # its import fails
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert find_processes() is ALONE
+    recover_accuracy(net(), digits(), epochs=1, autocast=False, processes=find_processes())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MissingLibrary, match=r"pip install 'edgeprune\[accelerate\]'"):
+        find_processes()
 
 
 def test_a_run_looks_at_its_model_and_inputs_before_it_starts() -> None:

@@ -52,19 +52,28 @@ def recover(
     label_smoothing: Annotated[float, typer.Option(help="share of the labels that is spread over all")] = 0.0,
     mixup: Annotated[float, typer.Option(help="alpha of examples that are mixed, such as 0.2; 0: none")] = 0.0,
     features: Annotated[float, typer.Option(help="weight of attention transfer from --teacher, such as 1")] = 0.0,
+    seed: int = 0,
 ) -> None:  # fmt: skip
-    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2 in the folder --out.
+    """Train a model, compact or not; goes on where it was stopped. Writes recovered.pt2, recover.json in --out.
 
-    Without labels, and for a scope, it learns the outputs of --teacher alone.
+    Without labels, and for a scope, it learns the outputs of --teacher alone. `accelerate launch -m edgeprune recover`
+    trains in several processes, each on a part of every batch.
     """
+    from edgeprune.training.processes import find_processes
+
     if scope is not None and teacher is None:
         raise UsageError("--scope is a submodule of the model whose outputs are learnt: name that with --teacher")
     options: dict[str, Any] = {
         "start": start, "ema": ema, "label_smoothing": label_smoothing, "mixup": mixup, "features": features,
     }  # fmt: skip
-    check_options(**options, budget=budget, taught=teacher is not None, match_outputs=scope is not None)
+    check_options(
+        **options, budget=budget, taught=teacher is not None, match_outputs=scope is not None, regularizer=regularizer
+    )
     if budget == MACS and teacher is None:
         raise UsageError("--budget macs compares with the dense model: name that with --teacher")
+    processes = find_processes()
+    if scope is not None and processes.device is not None:
+        raise UsageError("--scope is trained by one process, without a launcher")
     module, inputs = load(model, weights, shapes if scope is None else None)
     graph = None if regularizer is None else edgeprune.trace_graph(module, inputs)
     taught = shapes or (shapes_of(inputs) if scope is None else None)  # a .pt2 knows its own, a factory does not
@@ -78,14 +87,23 @@ def recover(
 
         dense, ours = (edgeprune.trace_graph(each, inputs) for each in (guide, module))
         epochs = epochs_of_equal_work(epochs, dense, ours)
-        print(f"{epochs} epochs, as much arithmetic as those of the dense model")
+        if processes.main:
+            print(f"{epochs} epochs, as much arithmetic as those of the dense model")
+    for each in (module, guide):
+        if each is not None and processes.device is not None:
+            each.to(processes.device)
     with bars() as progress:
         result = edgeprune.recover_accuracy(
             module, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "recover.checkpoint",
-            progress=progress, regularizer=regularizer, graph=graph, **options,
+            progress=progress, regularizer=regularizer, graph=graph, seed=seed,
+            processes=processes, **options,
             match_outputs=scope is not None or not (source.labelled or guide is None),
         )  # fmt: skip
-    edgeprune.save_compact(module, inputs, out, name="recovered")
+    processes.end()
+    if not processes.main:
+        return
+    edgeprune.save_compact(module.cpu(), inputs, out, name="recovered")
+    edgeprune.write_record(out / "recover.json", result)
     if regularizer is not None:
         print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
     said = f"accuracy {_arrow(result.accuracy_before, result.accuracy_after)}"

@@ -132,6 +132,7 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
 
     start: from the pruned weights, or from scratch. budget: of a training from scratch: so many epochs, or as many more
     as the compact model has fewer MACs. ema, label_smoothing, mixup, features: as for `recover_accuracy`; 0 is off.
+    launch: what starts the training in several processes, such as ["accelerate", "launch", "--num_processes", "2"].
     """
 
     epochs: int = 5
@@ -143,6 +144,12 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     label_smoothing: float = 0.0
     mixup: float = 0.0
     features: float = 0.0
+    launch: tuple[str, ...] = ()
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides the outcome, in plain values: everything but who computes it."""
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name != "launch"}
 
     @property
     def options(self) -> dict[str, Any]:

@@ -22,12 +22,15 @@ def check_options(
     features: float = 0.0,
     taught: bool = True,
     match_outputs: bool = False,
-    beside: str | None = None,
+    regularizer: str | None = None,
+    pattern: str | None = None,
+    gating: str | None = None,
+    in_8_bits: bool = False,
+    processes: int = 1,
 ) -> None:
     """raises: UsageError for a value out of its range, and for what does not go together.
 
-    taught: whether there is a dense model to learn from. beside: what the training is for beside accuracy, as a
-        message names it: `"a pattern"`; None.
+    taught: whether there is a dense model to learn from. processes: how many train together.
     """
     if start not in (PRUNED, SCRATCH):
         raise UsageError(f"start = '{start}': training starts from '{PRUNED}' weights or from '{SCRATCH}'")
@@ -41,6 +44,8 @@ def check_options(
             raise UsageError(f"{name} = {value}: it must be a number of at least 0, which is off")
     if budget == MACS and start != SCRATCH:
         raise UsageError(f"budget = '{MACS}' is for start = '{SCRATCH}': other training takes the epochs that you say")
+    if match_outputs and not taught:
+        raise UsageError("there are no outputs to match: give the dense model as the teacher")
     if features and not taught:
         raise UsageError("features are learnt from the dense model: give it as the teacher (distil = true)")
     if match_outputs and start == SCRATCH:
@@ -50,7 +55,20 @@ def check_options(
         )
     if match_outputs and label_smoothing:
         raise UsageError("label_smoothing needs labels, and outputs are matched without")
+    if regularizer is not None and in_8_bits:
+        raise UsageError("a regularizer trains in float32 only")
+    if regularizer is not None and pattern is not None:
+        raise UsageError("a regularizer and a pattern do not go together: train with one, then with the other")
+    more = regularizer or pattern or in_8_bits or match_outputs or label_smoothing or mixup or features
+    if gating is not None and more:
+        raise UsageError(
+            "gates are trained by themselves: with plain labels, without a regularizer or pattern, and in float32"
+        )
+    asked = {"a regularizer": regularizer, "a pattern": pattern, "gates": gating, "simulated 8 bits": in_8_bits}
+    beside = next((name for name, value in asked.items() if value), None)
     if beside is not None and start == SCRATCH:
         raise UsageError(f"start = '{SCRATCH}' does not go with {beside}, which goes on from trained weights")
     if beside is not None and ema:
         raise UsageError(f"ema does not go with {beside}: an average of weights is not what it makes of them")
+    if beside is not None and processes > 1:
+        raise UsageError(f"several processes do not train {beside}: start it by itself")
