@@ -330,6 +330,7 @@ def test_units_trained_to_zero_are_counted_and_their_weights_load(project: Path)
 
 def test_recovery_from_scratch_with_the_work_of_the_dense_model_and_all_additions(project: Path) -> None:
     from edgeprune.core.records import RecoverResult
+    from edgeprune.core.runfolder import RunFolder
     from edgeprune.core.store import read_record
 
     recover = ["recover", "nets.py:net", "--input", "1x3x12x12", "--data", "data.npz", "-o", "out", "--epochs", "1"]
@@ -343,6 +344,9 @@ def test_recovery_from_scratch_with_the_work_of_the_dense_model_and_all_addition
     assert done.returncode == 0, done.stderr
     assert "2 epochs, as much arithmetic as those of the dense model" in done.stdout and "accuracy" in done.stdout
     assert read_record(RecoverResult, project / "out" / "recover.json").epochs == 2
+    with RunFolder(project / "out").locked(".recover.lock"):
+        done = edgeprune(*recover, *scratch, cwd=project)
+    assert done.returncode == 2 and "another edgeprune is running in out" in done.stderr
 
 
 def test_gates_are_trained_saved_and_exported(project: Path) -> None:

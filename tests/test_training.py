@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.compensation.batch_norm import reestimate_batch_norm
-from edgeprune.core.errors import DataError, ModelError, UsageError
+from edgeprune.core.errors import ConnectionLost, DataError, ModelError, UsageError
 from edgeprune.core.family import MissingLibrary
 from edgeprune.core.progress import silent
 from edgeprune.core.records import FLOAT32, Accuracy, Budget, Cost, Plan, Precision
@@ -517,6 +517,12 @@ def test_an_interrupted_run_ends_what_it_launched(tmp_path: Path) -> None:
         run_command(["sh", "-c", f"echo $$ > {pid}; exec sleep 300"], tmp_path)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_processes_end_with_their_launcher() -> None:
+    assert Processes(launcher=os.getppid() + 1).total(2.0) == 2.0, "one alone exchanges nothing"
+    with pytest.raises(ConnectionLost, match="what launched this process has ended"):
+        Processes(count=2, launcher=os.getppid() + 1).total(2.0)
 
 
 def test_one_process_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

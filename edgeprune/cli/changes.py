@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,7 @@ def recover(
     Without labels, and for a scope, it learns the outputs of --teacher alone. `accelerate launch -m edgeprune recover`
     trains in several processes, each on a part of every batch.
     """
+    from edgeprune.core.runfolder import RunFolder
     from edgeprune.training.processes import find_processes
 
     if scope is not None and teacher is None:
@@ -92,18 +94,20 @@ def recover(
     for each in (module, guide):
         if each is not None and processes.device is not None:
             each.to(processes.device)
-    with bars() as progress:
+    # Of a run that was killed the launched training may still be there, and would write into this one.
+    with bars() as progress, RunFolder(out).locked(".recover.lock") if processes.main else nullcontext():
         result = edgeprune.recover_accuracy(
             module, batches, teacher=guide, epochs=epochs, lr=lr, checkpoint=out / "recover.checkpoint",
             progress=progress, regularizer=regularizer, graph=graph, seed=seed,
             processes=processes, **options,
             match_outputs=scope is not None or not (source.labelled or guide is None),
         )  # fmt: skip
-    processes.end()
+        processes.end()
+        if processes.main:
+            edgeprune.save_compact(module.cpu(), inputs, out, name="recovered")
+            edgeprune.write_record(out / "recover.json", result)
     if not processes.main:
         return
-    edgeprune.save_compact(module.cpu(), inputs, out, name="recovered")
-    edgeprune.write_record(out / "recover.json", result)
     if regularizer is not None:
         print(f"{sum(result.zeroed.values())} units in {len(result.zeroed)} groups are zero")
     said = f"accuracy {_arrow(result.accuracy_before, result.accuracy_after)}"

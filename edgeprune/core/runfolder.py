@@ -38,12 +38,13 @@ class RunFolder:
         return self.path / name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, name: str = ".lock") -> Iterator[None]:
         """Hold the folder, so that two runs do not write into one another.
 
+        name: of the file that is held, one for each kind of work.
         raises: UsageError when another process holds it or the folder cannot be written.
         """
-        with self._open_lock() as lock:
+        with self._open_lock(name) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -59,10 +60,10 @@ class RunFolder:
             if LEFTOVER.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
-    def _open_lock(self) -> IO[str]:
+    def _open_lock(self, name: str) -> IO[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / ".lock").open("w")
+            return (self.path / name).open("w")
         except OSError as error:
             raise UsageError(
                 f"cannot write to {self.path}: {error.strerror}; choose another output directory"

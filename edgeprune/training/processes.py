@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgeprune.core.errors import ConnectionLost, first_line
 from edgeprune.core.family import MissingLibrary
 from edgeprune.training.batch import Batch
 
@@ -24,11 +25,13 @@ class Processes:
     """This process among those that train together; by default it is alone, and nothing is exchanged.
 
     index: 0 is the main one, which alone writes. device: where it is to compute, None: where the model is.
+    launcher: the process that started it, None: it does not end with any.
     """
 
     count: int = 1
     index: int = 0
     device: torch.device | None = None
+    launcher: int | None = None
 
     @property
     def main(self) -> bool:
@@ -99,9 +102,15 @@ class Processes:
                 tensor.copy_(self._sum(tensor if self.main else torch.zeros_like(tensor)))
 
     def _sum(self, tensor: Tensor) -> Tensor:
+        """raises: ConnectionLost when others have ended, or what launched them: a killed launcher kills nobody."""
         from accelerate.utils import reduce
 
-        return reduce(tensor.contiguous(), "sum")  # type: ignore[no-any-return]
+        if self.launcher is not None and os.getppid() != self.launcher:
+            raise ConnectionLost("what launched this process has ended; start the training again, and it goes on")
+        try:
+            return reduce(tensor.contiguous(), "sum")  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise ConnectionLost(f"another process of the training has ended or failed: {first_line(error)}") from error
 
     def end(self) -> None:
         """Leave the others, which go on by themselves."""
@@ -128,4 +137,4 @@ def find_processes() -> Processes:
         raise MissingLibrary("several processes need accelerate: pip install 'edgeprune[accelerate]'") from error
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     state = PartialState(cpu=asked or not torch.accelerator.is_available())
-    return Processes(count=state.num_processes, index=state.process_index, device=state.device)
+    return Processes(state.num_processes, state.process_index, state.device, os.getppid())
