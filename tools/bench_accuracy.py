@@ -11,13 +11,17 @@ thread), unless --speed-up and --board say otherwise. A row is one net:
     weighed            the same after the search, which mixes them with magnitudes and equal shares
     criterion:NAME     summed scores of a criterion instead of curves
     solver:NAME        the curves, with another search for widths
+    regularizer:NAME   the dense net trained first with a regularizer that drives units to zero, as long as the recovery
+                       is, then summed magnitudes, by which what is zero goes first; refitted from that net
+    trained            the same without a regularizer: what the longer training alone does
     uniform            uniform widths within the latency, units by L1
     reduced            the same widths, trained from nothing: what pruning has to beat
     tp:NAME            Torch-Pruning 1.6.1 with one of its criteria, its ratio bisected against the board
 
-Everything then gets the same short training, which also distils from the dense net, once per seed. The tournament's
-pick, `[search] contenders`, is the row that is best after it. The default trains 5 epochs on 50 000 images, `--quick`
-one epoch on 6 400. With --out a row that was trained is kept and not trained again. Needs `pip install .[bench,demo]`.
+Everything then gets the same short training, which also distils from the dense net, once per seed; `trained` and
+`regularizer` have had as much before. The tournament's pick, `[search] contenders`, is the row that is best after it.
+The default trains 5 epochs on 50 000 images, `--quick` one epoch on 6 400. With --out a row that was trained is kept
+and not trained again. Needs `pip install .[bench,demo]`.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ ALL_ROWS = [
     *QUICK_ROWS, "reduced", "tp:bn_scale", "tp:hessian",
     *(f"criterion:{name}" for name in list_members("criteria") if name != "magnitude"),
     *(f"solver:{name}" for name in ("dp", "greedy", "knapsack", "bandit")),
+    "trained", *(f"regularizer:{name}" for name in list_members("regularizers")),
 ]  # fmt: skip
 INPUTS = (torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
 TOLERANCE = 1.02
@@ -108,9 +113,12 @@ def main() -> None:
     train, test = (6_400, 2_000) if options.quick else (50_000, 5_000)
     data = Cifar(folder, train=train, test=test, calibration=options.calibration)
     options.epochs = options.epochs if options.epochs is not None else 1 if options.quick else 5
-    options.row = options.row or (QUICK_ROWS if options.quick else ALL_ROWS)
+    every = [row for row in ALL_ROWS if options.epochs or not trains_before(row)]
+    options.row = options.row or (QUICK_ROWS if options.quick else every)
     if any(row.startswith("tp:") for row in options.row) and find_spec("torch_pruning") is None:
         parser.error("rows tp:NAME need Torch-Pruning: pip install .[bench]")
+    if not options.epochs and any(map(trains_before, options.row)):
+        parser.error("rows trained and regularizer:NAME are trained as long as --epochs before they are pruned: not 0")
     aims: dict[str, dict[str, object]] = {}
     for name in options.net or list(SPEED_UP):
         with (
@@ -134,7 +142,7 @@ def bench_net(
     log(f"{name}: dense {dense:.2%} on {images} test images (its notes say {ACCURACY[name]:.1%} on 5000)")
     effort = EFFORTS["quick" if options.quick else "default"] if options.board == "embedded" else NOISELESS
     board = Board(session, net, effort)
-    ours = Ours(name, net, data, session, limit, kept, quick=options.quick, effort=effort)
+    ours = Ours(name, net, data, session, limit, kept, epochs=options.epochs, quick=options.quick, effort=effort)
     rows: list[Row] = []
     models: dict[str, nn.Module] = {}
 
@@ -171,16 +179,23 @@ def bench_net(
             row.after.append(result.accuracy_after or 0.0)
             log(f"  {row.name}, seed {seed}: {row.after[-1]:.2%} {result.note}")
         kept_row(row.name).write_text(json.dumps({"made_from": made_from(row.name), "row": asdict(row)}))
-    return report(name, dense, limit, rows)
+    return report(name, dense, limit, rows, options.epochs)
 
 
-def report(name: str, dense: float, limit: float, rows: list[Row]) -> dict[str, dict[str, object]]:
+def trains_before(kind: str) -> bool:
+    """Whether a row's net is trained before it is pruned, too."""
+    return kind == "trained" or kind.startswith("regularizer:")
+
+
+def report(name: str, dense: float, limit: float, rows: list[Row], epochs: int) -> dict[str, dict[str, object]]:
     """The table of one net, and its aims against the best rival at the same latency."""
     print(f"\n{name}: top-1 before and after recovery; dense {dense:.2%}; limit {limit:.3f} of the dense latency")
     print(f"{'method':24} {'latency/dense':>13} {'before':>8} {'after':>8} {'spread':>7} {'made in s':>10}  kept")
     for row in rows:
         after = f"{np.mean(row.after):8.2%} {np.ptp(row.after):7.2%}" if row.after else f"{'-':>8} {'-':>7}"
         print(f"{row.name:24} {row.share:13.3f} {row.before:8.2%} {after} {row.seconds:10.0f}  {row.widths}")
+    if longer := [row.name for row in rows if trains_before(row.name)]:
+        print(f"trained twice as long as the others, {epochs} epochs before pruning: {', '.join(longer)}")
     ours = [row for row in rows if row.name in OURS and fits_limit(row, limit)]
     rivals = [row for row in rows if (row.name.startswith("tp:") or row.name == "uniform") and fits_limit(row, limit)]
     if not ours or not rivals:
@@ -216,11 +231,12 @@ class Ours:
         limit: float,
         kept: Path,
         *,
+        epochs: int = 0,
         quick: bool,
         effort: Effort = EFFORTS["default"],
     ) -> None:
         self.net, self.data, self.session, self.limit, self.quick = net, data, session, limit, quick
-        self.effort = effort
+        self.epochs, self.effort = epochs, effort
         self.path = kept / f"{name}-profile.jsonl"
         self.kept = kept / f"{name}-search-{limit:.3f}.jsonl"
         self.graph = trace_graph(net, INPUTS)
@@ -258,23 +274,34 @@ class Ours:
         """Plan in a closed loop with the board, compact and compensate."""
         way, _, which = kind.partition(":")
         solver = which if way == "solver" else "uniform" if way in ("uniform", "reduced") else "milp"
-        model = self.assemble(self.plan(self.importance(way, which), solver))
+        start = self.train(which) if trains_before(kind) else self.net
+        model = self.assemble(self.plan(self.importance(way, which, start), solver), start)
         if way == "reduced":
             start_anew(model)
         kept = " ".join(f"{width}/{self.graph.units[group]}" for group, width in self.widths.items()
                         if width < self.graph.units[group])  # fmt: skip
         return Row(kind, board.share(model), evaluate_accuracy(model, self.data.test), widths=kept), model
 
-    def importance(self, way: str, which: str) -> Importance:
-        """What a row plans with."""
+    def train(self, regularizer: str) -> nn.Module:
+        """The dense net after a training as long as the recovery; an empty name: without a regularizer."""
+        start = copy.deepcopy(self.net)
+        result = recover_accuracy(
+            start, self.data, epochs=self.epochs, lr=0.02, regularizer=regularizer or None, graph=self.graph,
+            progress=show,
+        )  # fmt: skip
+        log(f"  {regularizer or 'trained'}: {result.accuracy_after:.2%} before pruning, at zero: {result.zeroed}")
+        return start
+
+    def importance(self, way: str, which: str, start: nn.Module) -> Importance:
+        """What a row plans with. start: the net whose units go."""
         if way == "weighed":
             return self.weighed
         if way in ("curves", "solver"):
             return self.curves
-        criterion = which if way == "criterion" else "magnitude:p=1"
+        criterion = which if way == "criterion" else "magnitude" if start is not self.net else "magnitude:p=1"
         name, _, options = criterion.partition(":")
         return score_groups(
-            self.net, INPUTS, self.graph, self.data.calibration, criterion=name, options=options, curves=False
+            start, INPUTS, self.graph, self.data.calibration, criterion=name, options=options, curves=False
         )
 
     def plan(self, importance: Importance, solver: str) -> Plan:
@@ -290,9 +317,9 @@ class Ours:
         self.widths = made.widths
         return made
 
-    def assemble(self, plan: Plan) -> nn.Module:
-        """The net of a plan, refitted."""
-        return compact_and_compensate(self.net, INPUTS, self.graph, plan, self.data.calibration, progress=show)
+    def assemble(self, plan: Plan, start: nn.Module) -> nn.Module:
+        """The net of a plan, refitted from the one whose units go."""
+        return compact_and_compensate(start, INPUTS, self.graph, plan, self.data.calibration, progress=show)
 
 
 def start_anew(model: nn.Module) -> None:
