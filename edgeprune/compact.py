@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save as serialise
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from edgeprune.compensation.batch_norm import match_batch_norm, reestimate_batch_norm
@@ -76,6 +76,13 @@ class Assembler:
 
     def __init__(self, model: nn.Module, inputs: Inputs, graph: Graph) -> None:
         self._graph, self._captured = graph, capture(model, inputs)
+
+    @classmethod
+    def of(cls, captured: fx.GraphModule, graph: Graph) -> Self:
+        """Of a model that `capture` was called for; it is not changed."""
+        made = cls.__new__(cls)
+        made._graph, made._captured = graph, captured
+        return made
 
     def assemble(self, plan: Plan, calibration: Batches | None, *, progress: Progress = silent) -> nn.Module:
         """The smaller model; with calibration batches the layers that read removed channels are refitted.

@@ -44,6 +44,7 @@ from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file, write_record
+from edgeprune.executors import load_executor
 from edgeprune.export import check_sparse, export_model
 from edgeprune.gate import gate_model, settle_gates
 from edgeprune.gating import load_gating
@@ -86,6 +87,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
     """
     check_contenders(run.search.contenders)
     check_steps(run.prune.steps, run.budget.latency)
+    load_executor(run.executor)  # hours of profiling come before it is used
     if run.prune.pattern is not None:
         load_pattern(run.prune.pattern)
     if run.prune.gating is not None:

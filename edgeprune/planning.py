@@ -78,6 +78,7 @@ class Planning(Context):
                 curves=curves,
                 depth=depth,
                 checkpoint=self.folder / f"{file}.jsonl" if curves else None,
+                executor=self.run.executor,
                 progress=self.progress,
             )
             if importance.by_magnitude:
@@ -310,6 +311,7 @@ class Planning(Context):
             compensate=run.prune.compensate,
             checkpoint=self.folder / "search.jsonl",
             seed=run.seed,
+            executor=run.executor,
             progress=self.progress,
         )
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Branch, FloatArray, Graph, Group, Importance, IntArray, LossCurve
 from edgeprune.core.store import append_record, read_lines
 from edgeprune.criteria import GroupView
+from edgeprune.executors import load_executor
+from edgeprune.graphs.portable import Portable
+from edgeprune.graphs.slice import named_tensors
 from edgeprune.statistics import Batch, Fill
 from edgeprune.statistics._layers import rows
 from edgeprune.statistics._losses import cross_entropy
@@ -46,6 +49,7 @@ def score_groups(
     damping: float = 1e-2,
     depth: bool = False,
     checkpoint: Path | None = None,
+    executor: str = "here",
     progress: Progress = silent,
 ) -> Importance:
     """One score per unit of each prunable group, and per group the measured loss at a few widths.
@@ -62,12 +66,13 @@ def score_groups(
     compensate:  refit consumers. examples: calibration examples for the curves (all for the scores).
     depth:       also measure the loss without each residual branch, so that a plan may drop it.
     checkpoint:  JSONL file that finished groups and branches are appended to and taken from; cleared by the caller.
+    executor:    where curves are measured, each on its own; a member of `executors/`, as `processes:workers=2`.
     raises:      DataError without labels, on inputs of other shapes, or a loss that is not finite; UsageError for
-        depth without curves.
+        depth without curves; as `load_executor`.
     """
     if depth and not curves:
         raise UsageError("dropping whole branches (depth) needs measured losses; leave loss curves on")
-    member = load_member("criteria", criterion)
+    start, member = load_executor(executor), load_member("criteria", criterion)
     score = configure(member.score, options)
     statistic = None if member.NEEDS is None else load_member("statistics", member.NEEDS)
     model = copy.deepcopy(module).eval()
@@ -93,32 +98,33 @@ def score_groups(
         return Importance(criterion=name, graph_sha256=graph.model_sha256, scores=scores)
     assert examples_ is not None
     few = examples_.first(examples)
-    bench = _Bench(model, few, damping if compensate else None)
-    dense_loss = bench.loss()
+    dense_loss = _Bench(model, few, damping=None).loss()
     importance = Importance(
         criterion=name, graph_sha256=graph.model_sha256, scores=scores, dense_loss=dense_loss, by_magnitude=unscored
     )
     finished = _finished(checkpoint, importance)
-
-    def keep(of: str, curve: LossCurve) -> None:
-        finished[of] = curve
-        if checkpoint is not None:
-            own = {of: scores[of]} if of in scores else {}
-            append_record(checkpoint, replace(importance, scores=own, curves={of: curve}))
-
-    for done, group in enumerate(graph.prunable):
-        progress("score: loss curves", done, len(graph.prunable))
-        if group.name not in finished:
-            keep(group.name, _measure_curve(bench, group, scores[group.name], levels, dense_loss))
-    progress("score: loss curves", len(graph.prunable), len(graph.prunable))
-    branches = graph.branches if depth else ()
-    for done, branch in enumerate(branches):
-        progress("score: branches", done, len(graph.branches))
-        if branch.name not in finished:
-            losses = np.array([bench.loss_without_branch(branch), dense_loss])
-            keep(branch.name, LossCurve(widths=np.arange(2), loss=losses))
-    wanted = [*(group.name for group in graph.prunable), *(branch.name for branch in branches)]
-    return replace(importance, curves={each: finished[each] for each in wanted})
+    wanted = {
+        "score: loss curves": [group.name for group in graph.prunable],
+        "score: branches": [branch.name for branch in graph.branches] if depth else [],
+    }
+    measured = Measured(
+        model=Portable(model, inputs), graph=graph, examples=few, scores=scores, dense_loss=dense_loss, levels=levels,
+        damping=damping if compensate else None,
+        plain=frozenset(path for path, layer in model.named_modules() if is_plain(layer)),
+    )  # fmt: skip
+    with start(make_measure, measured) as pool:
+        for what, names in wanted.items():
+            if not (left := [each for each in names if each not in finished]):
+                continue
+            progress(what, len(names) - len(left), len(names))
+            for done, (place, curve) in enumerate(pool.run(left), len(names) - len(left) + 1):
+                of = left[place]
+                finished[of] = curve
+                if checkpoint is not None:
+                    own = {of: scores[of]} if of in scores else {}
+                    append_record(checkpoint, replace(importance, scores=own, curves={of: curve}))
+                progress(what, done, len(names))
+    return replace(importance, curves={each: finished[each] for names in wanted.values() for each in names})
 
 
 def _finished(checkpoint: Path | None, now: Importance) -> dict[str, LossCurve]:
@@ -257,6 +263,39 @@ def curve_widths(units: int, step: int, levels: int) -> list[int]:
     return sorted(width for width in parts | {narrowest} if width < units)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What loss curves are measured of and on.
+
+    damping: None where what reads a group is not refitted. plain: layers that can be, in the user's own classes: those
+        that stand for them in a worker may be more, and the curves would differ.
+    """
+
+    model: Portable
+    graph: Graph
+    examples: _Examples
+    scores: Mapping[str, FloatArray]
+    dense_loss: float
+    levels: int
+    damping: float | None
+    plain: frozenset[str]
+
+
+def make_measure(given: Measured) -> Callable[[str], LossCurve]:
+    """What measures the curve of a group or branch by its name, in a worker."""
+    bench = _Bench(given.model.module, given.examples, given.damping, given.plain)
+    groups = {group.name: group for group in given.graph.prunable}
+    branches = {branch.name: branch for branch in given.graph.branches}
+
+    def measure(name: str) -> LossCurve:
+        if name in groups:
+            return _measure_curve(bench, groups[name], given.scores[name], given.levels, given.dense_loss)
+        losses = np.array([bench.loss_without_branch(branches[name]), given.dense_loss])
+        return LossCurve(widths=np.arange(2), loss=losses)
+
+    return measure
+
+
 def _measure_curve(bench: _Bench, group: Group, scores: FloatArray, levels: int, dense_loss: float) -> LossCurve:
     widths = curve_widths(group.units, group.step, levels)
     order = np.argsort(scores, kind="stable")
@@ -270,10 +309,13 @@ def _measure_curve(bench: _Bench, group: Group, scores: FloatArray, levels: int,
 class _Bench:
     """A model on which units are removed, what reads them is refitted, and everything is put back."""
 
-    def __init__(self, model: nn.Module, examples: _Examples, damping: float | None) -> None:
-        self.model, self.batches, self.damping = model, examples.batches(EVALUATION_EXAMPLES), damping
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.layers = dict(model.named_modules())
+    def __init__(
+        self, model: nn.Module, examples: _Examples, damping: float | None, plain: frozenset[str] = frozenset()
+    ) -> None:
+        self.model, self.batches = model, examples.batches(EVALUATION_EXAMPLES)
+        self.damping, self.plain = damping, plain
+        self.tensors = named_tensors(model)
+        self.layers = dict(model.named_modules(remove_duplicate=False))
         self.grams: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -295,7 +337,7 @@ class _Bench:
         handles = []
         for name in {m.parameter.removesuffix(".weight") for m in group.members if m.role == "in" and m.axis == 1}:
             layer = self.layers.get(name)
-            if layer is not None and is_plain(layer) and getattr(layer, "groups", 1) == 1:
+            if name in self.plain and isinstance(layer, Layer) and getattr(layer, "groups", 1) == 1:
                 handles.append(layer.register_forward_pre_hook(self._collect(name)))
         try:
             if handles:

@@ -40,6 +40,8 @@ from edgeprune.core.records import (
     Profile,
 )
 from edgeprune.core.store import append_record, digest, read_lines
+from edgeprune.executors import Pool, load_executor
+from edgeprune.graphs.portable import Portable
 from edgeprune.plan import choose_widths, level_losses
 from edgeprune.score import score_groups
 
@@ -90,6 +92,7 @@ def search_curves(
     compensate: bool = True,
     checkpoint: Path | None = None,
     seed: int = 0,
+    executor: str = "here",
     progress: Progress = silent,
 ) -> Importance:
     """The importance with curves and widths of which the plan within the budget loses least, as whole nets have shown.
@@ -99,14 +102,16 @@ def search_curves(
     batches: (inputs, targets) for calibration, targets unused: a part to refit on, another to judge by.
     trials, seconds: nets to judge at most, and for how long. solver, levels: as for `choose_widths`.
     compensate: refit the nets. checkpoint: JSONL file that judged nets are appended to and taken from.
-    raises: DataError without curves, with fewer than two examples, or when a loss is not finite; as `choose_widths`.
+    executor: where nets are judged; a member of `executors/`, as `processes:workers=2`.
+    raises: DataError without curves, with fewer than two examples, or when a loss is not finite; as `choose_widths`;
+        as `load_executor`.
     """
     if not importance.curves:
         raise DataError("a search needs loss curves; score with them, or do without ([search] trials = 0, no --data)")
     # What the closed loop asks for first, so that the net that was judged best is the one that the board confirms.
     asked = replace(budget, latency_s=next_request((), budget))
     fitting, judging = split_examples(batches)
-    nets, wanted = Assembler(module, inputs, graph), outputs_of(module, judging)
+    start = load_executor(executor)
 
     def choose(given: Importance, near: Widths | None) -> Plan:
         # Greedy beside the solver asked for, which may find nothing in so short a time.
@@ -115,27 +120,28 @@ def search_curves(
             time_limit_s=SOLVER_SECONDS,
         )  # fmt: skip
 
-    def judge(plan: Plan) -> float:
-        return divergence(outputs_of(nets.assemble(plan, fitting if compensate else None), judging), wanted)
-
-    return weigh_curves(
-        importance,
-        choose,
-        judge,
-        beside=[score_groups(module, inputs, graph, None, criterion="magnitude", curves=False)],
-        trials=trials,
-        seconds=seconds,
-        judged_with=[compensate, *(len(labels) for _, labels in (*fitting, *judging))],
-        checkpoint=checkpoint,
-        seed=seed,
-        progress=progress,
+    judged = Judged(
+        model=Portable(module, inputs), graph=graph, fitting=fitting if compensate else None, judging=judging
     )
+    with start(make_judge, judged) as judges:
+        return weigh_curves(
+            importance,
+            choose,
+            judges,
+            beside=[score_groups(module, inputs, graph, None, criterion="magnitude", curves=False)],
+            trials=trials,
+            seconds=seconds,
+            judged_with=[compensate, *(len(labels) for _, labels in (*fitting, *judging))],
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=progress,
+        )
 
 
 def weigh_curves(
     importance: Importance,
     choose: Callable[[Importance, Widths | None], Plan],
-    judge: Callable[[Plan], float],
+    judges: Pool,
     *,
     beside: Sequence[Importance] = (),
     trials: int = 16,
@@ -148,7 +154,8 @@ def weigh_curves(
     """The importance with curves, and the widths found, such that the plan made of it loses least in truth.
 
     choose: widths for an importance, within the budget, near given ones or anywhere.
-    judge: what the net of a plan loses beside the dense one, > 0.
+    judges: takes plans, and tells what the net of each loses beside the dense one, > 0. Of several as many nets are
+        drawn at a time, each as if the others were not: what one teaches comes to those drawn afterwards.
     beside: importances of other criteria, whose summed scores are views besides the curves.
     trials, seconds: nets to judge at most, the one of the unweighed curves first, and for how long.
     judged_with: what else decides a net's loss, in plain values.
@@ -165,32 +172,37 @@ def weigh_curves(
     explained: list[FloatArray] = []
     started = time.monotonic()
     tried, boldness = 0, BOLDNESS
-    while len(seen) < trials and tried < trials * DRAWS and (not seen or time.monotonic() - started <= seconds):
+
+    def goes_on() -> bool:
+        return tried < trials * DRAWS and (not seen or time.monotonic() - started <= seconds)
+
+    while len(seen) < trials and goes_on():
         progress("search: nets judged", len(seen), trials)
-        if tried < len(views.rises):
-            weights = views.alone(tried)
-        else:
-            losses = np.array([trial.loss for trial in seen])
-            weights = _draw_weights(np.stack(explained), losses, boldness, rng)
-        far = len(seen) < max(len(views.rises), FAR * trials)
-        near = None if far else min(seen, key=lambda trial: trial.loss).widths
-        # The curves alone are planned with as they were measured, not as tabulated.
-        plan = choose(importance if tried == 0 else views.mix(weights), near)
-        tried += 1
-        if any(trial.widths == plan.widths for trial in seen):
-            boldness *= BOLDER
-            continue
-        boldness = BOLDNESS
-        found = next((trial for trial in judged if trial.widths == plan.widths), None)
-        if found is None:
-            loss = judge(plan)
-            if not np.isfinite(loss):
-                raise DataError("the loss of a planned net is not finite; check the calibration data")
-            found = CurveTrial(base=base, weights=weights.tolist(), widths=plan.widths, loss=loss)
-            if checkpoint is not None:
-                append_record(checkpoint, found)
-        seen.append(found)
-        explained.append(views.explain(plan.widths))
+        drawn: list[tuple[FloatArray, Plan]] = []
+        while len(drawn) < min(judges.size, trials - len(seen)) and goes_on():
+            if tried < len(views.rises):
+                weights = views.alone(tried)
+            elif seen:
+                losses = np.array([trial.loss for trial in seen])
+                weights = _draw_weights(np.stack(explained), losses, boldness, rng)
+            else:
+                break  # nothing is known yet to draw weights from
+            far = len(seen) + len(drawn) < max(len(views.rises), FAR * trials)
+            near = None if far else min(seen, key=lambda trial: trial.loss).widths
+            # The curves alone are planned with as they were measured, not as tabulated.
+            plan = choose(importance if tried == 0 else views.mix(weights), near)
+            tried += 1
+            if plan.widths in [known.widths for known in seen] + [other.widths for _, other in drawn]:
+                boldness *= BOLDER
+                continue
+            boldness = BOLDNESS
+            drawn.append((weights, plan))
+        _judge_new(drawn, judged, judges, base, checkpoint)
+        for _, plan in drawn:
+            found = _find(plan, judged)
+            assert found is not None
+            seen.append(found)
+            explained.append(views.explain(plan.widths))
     best = min(seen, key=lambda trial: trial.loss)
     if best.loss >= (1 - SAME) * seen[0].loss:
         return importance
@@ -311,6 +323,24 @@ def _draw_weights(rise: FloatArray, loss: FloatArray, boldness: float, rng: np.r
     return weights.reshape(views, names)
 
 
+def _judge_new(
+    drawn: Sequence[tuple[FloatArray, Plan]], judged: list[CurveTrial], judges: Pool, base: str, checkpoint: Path | None
+) -> None:
+    """Judge what is not among `judged`, and add it there as it comes. raises: DataError where a loss is not finite."""
+    new = [(weights, plan) for weights, plan in drawn if _find(plan, judged) is None]
+    for place, loss in judges.run([plan for _, plan in new]):
+        if not np.isfinite(loss):
+            raise DataError("the loss of a planned net is not finite; check the calibration data")
+        weights, plan = new[place]
+        judged.append(CurveTrial(base=base, weights=weights.tolist(), widths=plan.widths, loss=loss))
+        if checkpoint is not None:
+            append_record(checkpoint, judged[-1])
+
+
+def _find(plan: Plan, judged: Sequence[CurveTrial]) -> CurveTrial | None:
+    return next((trial for trial in judged if trial.widths == plan.widths), None)
+
+
 def _read_trials(checkpoint: Path | None, base: str) -> list[CurveTrial]:
     """Trials of an earlier, killed run over the same curves."""
     if checkpoint is None or not checkpoint.is_file():
@@ -319,6 +349,26 @@ def _read_trials(checkpoint: Path | None, base: str) -> list[CurveTrial]:
 
 
 # --- judging -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What nets are made of and judged by. fitting: examples to refit on, or None to leave them as they are."""
+
+    model: Portable
+    graph: Graph
+    fitting: Sequence[tuple[Any, Tensor]] | None
+    judging: Sequence[tuple[Any, Tensor]]
+
+
+def make_judge(given: Judged) -> Callable[[Plan], float]:
+    """What tells how much the net of a plan loses, in a worker."""
+    nets, wanted = Assembler.of(given.model.captured, given.graph), outputs_of(given.model.module, given.judging)
+
+    def judge(plan: Plan) -> float:
+        return divergence(outputs_of(nets.assemble(plan, given.fitting), given.judging), wanted)
+
+    return judge
 
 
 def split_examples(batches: Batches) -> tuple[list[tuple[Any, Tensor]], list[tuple[Any, Tensor]]]:

@@ -35,6 +35,7 @@ from edgeprune.core.records import Branch, Budget, Graph, Importance, LossCurve,
 from edgeprune.core.rules import apply_rules
 from edgeprune.device.session import open_session
 from edgeprune.device.targets import read_target
+from edgeprune.executors.here import Here
 from edgeprune.graphs.capture import capture
 from edgeprune.graphs.slice import mask_model, slice_captured
 from edgeprune.on_board import plan_on_board
@@ -375,7 +376,7 @@ def test_a_search_learns_what_dropping_a_branch_costs_in_truth() -> None:
         by_curves = views.explain(plan.widths)[0]
         return 0.01 + float(sum(by_curves)) + 7 * float(by_curves[views.names.index("first")])
 
-    weighed = weigh_curves(importance, choose, judge, trials=12)
+    weighed = weigh_curves(importance, choose, Here(lambda work: work, judge), trials=12)
     before, after = choose(importance), choose(weighed)
     assert "first" in before.widths and "first" not in after.widths
     assert after.widths == weighed.found, "branches that stay, too"

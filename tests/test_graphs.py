@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.core.errors import RecordError
-from edgeprune.graphs.capture import capture, export_program, import_program
+from edgeprune.graphs.capture import capture, export_program, import_program, structure_sha256
 from edgeprune.graphs.lift import lift
+from edgeprune.graphs.portable import Portable
 from edgeprune.graphs.slice import mask_model, slice_model
 from edgeprune.trace import trace_graph
 
@@ -228,3 +230,21 @@ def test_a_graph_of_another_model_is_refused() -> None:
     graph = trace_graph(NETS["depthwise"](), (IMAGES[:1],))
     with pytest.raises(RecordError, match="another model"):
         slice_model(NETS["grouped"](), (IMAGES[:1],), graph, {})
+
+
+@pytest.mark.parametrize("name", ["grouped", "squeeze_excite", "heads", "gru", "shared", "gated"])
+def test_a_model_that_travels_is_the_same_where_it_arrives(name: str) -> None:
+    """By the names of its nodes and layers, which kept units and refits go by, and in what it computes."""
+    torch.manual_seed(0)
+    module = randomise(NETS[name]())
+    sent = Portable(module, (IMAGES[:1],))
+    came = pickle.loads(pickle.dumps(sent))
+    assert sent.module is module
+    assert structure_sha256(came.captured) == structure_sha256(sent.captured)
+    assert came.module.state_dict().keys() == came.captured.state_dict().keys() == module.state_dict().keys()
+    layers = {path for path, layer in module.named_modules(remove_duplicate=False) if isinstance(layer, nn.Conv2d)}
+    found = {path for path, layer in came.module.named_modules(remove_duplicate=False) if isinstance(layer, nn.Conv2d)}
+    assert found == layers
+    with torch.no_grad():
+        assert relative_error(came.module(IMAGES), module(IMAGES)) < LIMIT
+    assert came.captured is not came.module and not came.module.training

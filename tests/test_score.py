@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,56 @@ def test_a_killed_scoring_resumes_where_it_stopped(
         assert np.allclose(again.curves[name].loss, curve.loss, rtol=1e-6)
     score_groups(net, INPUTS, graph, digits.calibration, examples=64, checkpoint=path, criterion="magnitude")
     assert len(path.read_text().splitlines()) == 2 * len(graph.prunable), "another criterion's curves were taken over"
+
+
+def test_curves_are_the_same_wherever_they_are_measured_and_a_kill_loses_none(digits: Digits, tmp_path: Path) -> None:
+    """In workers that cannot import the model's class, of which one layer is none of torch's plain ones."""
+
+    class Local(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular", bias=False)
+            self.norm = nn.BatchNorm2d(8)
+            self.around = nn.Conv2d(8, 8, 3, padding=1)
+            self.inner = nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular")
+            self.outer = nn.Conv2d(12, 8, 3, padding=1)
+            self.linear = nn.Linear(8 * 16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.around(functional.max_pool2d(torch.relu(self.norm(self.stem(x))), 2)))
+            return self.linear((x + self.outer(torch.relu(self.inner(x)))).flatten(1))
+
+    torch.manual_seed(0)
+    net, path = Local().eval(), tmp_path / "importance.jsonl"
+    graph = trace_graph(net, INPUTS)
+    assert graph.branches
+    with torch.no_grad():
+        net.linear.weight *= 20  # so that it is sure of something
+        calibration = [(x, net(x).argmax(1)) for x, _ in digits.calibration]
+    measure = partial(
+        score_groups, net, INPUTS, graph, calibration, criterion="magnitude", levels=3, depth=True
+    )  # fmt: skip
+    here = measure()
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "score: loss curves" and done == 1:
+            raise KeyboardInterrupt
+
+    def look(what: str, done: int, total: int) -> None:
+        written = len(path.read_text().splitlines())
+        assert written == done + (len(graph.prunable) if what == "score: branches" else 0), "kept until later"
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(checkpoint=path, progress=kill)
+    found = measure(checkpoint=path, progress=look, executor="processes:workers=2")
+    names = [each.name for each in (*graph.prunable, *graph.branches)]
+    assert len(path.read_text().splitlines()) == len(names)
+    assert list(found.curves) == list(here.curves) == names
+    for name in names:
+        assert np.array_equal(found.curves[name].widths, here.curves[name].widths)
+        assert np.allclose(found.curves[name].loss, here.curves[name].loss, rtol=1e-4)
+    with pytest.raises(UsageError, match="not an option of processes"):
+        score_groups(net, INPUTS, graph, None, executor="processes:size=2")
 
 
 @pytest.mark.parametrize(

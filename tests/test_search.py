@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from edgeprune.compact import Assembler
 from edgeprune.core.budget import make_budget
 from edgeprune.core.closed_loop import next_request
 from edgeprune.core.cost import predict_cost
-from edgeprune.core.errors import DataError
+from edgeprune.core.errors import DataError, UsageError
 from edgeprune.core.records import Budget, Cost, CurveTrial, Importance, LossCurve, Plan
 from edgeprune.core.store import read_lines
+from edgeprune.executors.here import Here
 from edgeprune.plan import choose_widths, level_losses
 from edgeprune.score import score_groups
 from edgeprune.search import Views, divergence, outputs_of, scatter_weights, search_curves, split_examples, weigh_curves
@@ -68,6 +69,19 @@ def choose(weighed: Importance, near: Mapping[str, int] | None = None) -> Plan:
     )  # fmt: skip
 
 
+class Judges(Here):
+    """A pool of as many as are asked for that works in this process; the last of its items is done first."""
+
+    def __init__(self, judge: Callable[[Plan], float], size: int = 1) -> None:
+        super().__init__(lambda work: work, judge)
+        self.size = size
+
+    def run(self, items: Sequence[Plan]) -> Iterator[tuple[int, float]]:
+        assert len(items) <= self.size
+        for place, loss in super().run(items[::-1]):
+            yield len(items) - 1 - place, loss
+
+
 def truth(weights: tuple[float, ...], together: float = 0.0) -> Callable[[Plan], float]:
     """A net that loses each group's curve times a weight, and more for neighbours that are both cut."""
 
@@ -83,7 +97,7 @@ def truth(weights: tuple[float, ...], together: float = 0.0) -> Callable[[Plan],
 def test_weights_come_close_to_the_best_there_are(weights: tuple[float, ...], seed: int) -> None:
     judge = truth(weights, together=0.5)
     start = judge(choose(importance()))
-    reached = judge(choose(weigh_curves(importance(), choose, judge, trials=24, seed=seed)))
+    reached = judge(choose(weigh_curves(importance(), choose, Judges(judge), trials=24, seed=seed)))
     plan = choose(importance())
     everything = ({name: WIDTHS[v] for name, v in zip(GROUPS, levels, strict=True)} for levels in FITTING)
     best = min(judge(replace(plan, widths=widths)) for widths in everything)
@@ -93,8 +107,8 @@ def test_weights_come_close_to_the_best_there_are(weights: tuple[float, ...], se
 
 def test_curves_that_are_right_stay_as_they_are() -> None:
     given = importance()
-    assert weigh_curves(given, choose, truth((1, 1, 1, 1, 1)), trials=12) is given
-    assert weigh_curves(given, choose, truth((9, 1, 1, 1, 1)), trials=1) is given
+    assert weigh_curves(given, choose, Judges(truth((1, 1, 1, 1, 1))), trials=12) is given
+    assert weigh_curves(given, choose, Judges(truth((9, 1, 1, 1, 1))), trials=1) is given
 
 
 def test_no_widths_are_judged_twice_and_time_ends_the_search() -> None:
@@ -105,10 +119,10 @@ def test_no_widths_are_judged_twice_and_time_ends_the_search() -> None:
         judged.append(tuple(plan.widths.values()))
         return judge(plan)
 
-    weigh_curves(importance(), choose, count, trials=16)
+    weigh_curves(importance(), choose, Judges(count), trials=16)
     assert 1 < len(judged) <= 16 and len(set(judged)) == len(judged)
     judged.clear()
-    weigh_curves(importance(), choose, count, trials=16, seconds=0.0)
+    weigh_curves(importance(), choose, Judges(count), trials=16, seconds=0.0)
     assert len(judged) == 1
 
 
@@ -121,12 +135,12 @@ def test_a_killed_search_goes_on_and_ends_alike(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return judge(plan)
 
-    whole = weigh_curves(importance(), choose, judge, trials=12)
+    whole = weigh_curves(importance(), choose, Judges(judge), trials=12)
     path = tmp_path / "search.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        weigh_curves(importance(), choose, killed, trials=12, checkpoint=path)
+        weigh_curves(importance(), choose, Judges(killed), trials=12, checkpoint=path)
     assert len(path.read_text().splitlines()) == 4
-    again = weigh_curves(importance(), choose, killed, trials=12, checkpoint=path)
+    again = weigh_curves(importance(), choose, Judges(killed), trials=12, checkpoint=path)
     assert next(calls) - 5 <= 12 - 4  # what was judged before the kill was not judged again
     for name in GROUPS:
         assert np.array_equal(again.curves[name].loss, whole.curves[name].loss)
@@ -135,15 +149,48 @@ def test_a_killed_search_goes_on_and_ends_alike(tmp_path: Path) -> None:
     weigh_curves(
         importance(),
         choose,
-        lambda plan: seen.append(plan) or judge(plan),
+        Judges(lambda plan: seen.append(plan) or judge(plan)),
         trials=1,
         judged_with=False,
         checkpoint=path,
     )  # nor of nets that were judged in another way
     assert len(seen) == 1
     seen.clear()
-    weigh_curves(other, choose, lambda plan: seen.append(plan) or judge(plan), trials=1, checkpoint=path)
+    weigh_curves(other, choose, Judges(lambda plan: seen.append(plan) or judge(plan)), trials=1, checkpoint=path)
     assert len(seen) == 1
+
+
+def test_several_judges_take_as_many_nets_at_a_time(tmp_path: Path) -> None:
+    """Each time all that can be drawn before the next is known, and the same ones whoever is ready first."""
+    judge = truth((6, 1, 1, 1, 0.2), together=0.5)
+    rounds: list[list[dict[str, int]]] = []
+
+    class Watched(Judges):
+        def run(self, items: Sequence[Plan]) -> Iterator[tuple[int, float]]:
+            rounds.append([plan.widths for plan in items])
+            return super().run(items)
+
+    found = weigh_curves(importance(), choose, Watched(judge, size=5), trials=12)
+    sizes = [len(each) for each in rounds]
+    assert sizes[0] < sizes[1] == 5 and sum(sizes) <= 12, "first the views alone: nothing is known yet"
+    everything = [tuple(widths.values()) for each in rounds for widths in each]
+    assert len(set(everything)) == len(everything)
+    assert judge(choose(found)) == min(judge(replace(choose(importance()), widths=w)) for r in rounds for w in r)
+    path, calls = tmp_path / "search.jsonl", itertools.count()
+
+    def killed(plan: Plan) -> float:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return judge(plan)
+
+    with pytest.raises(KeyboardInterrupt):
+        weigh_curves(importance(), choose, Judges(killed, size=5), trials=12, checkpoint=path)
+    assert len(path.read_text().splitlines()) == 4
+    again = weigh_curves(importance(), choose, Judges(killed, size=5), trials=12, checkpoint=path)
+    assert next(calls) == sum(sizes) + 1, "what was judged before the kill was judged again"
+    assert again.found == found.found
+    assert all(np.array_equal(again.curves[name].loss, found.curves[name].loss) for name in GROUPS)
+    assert len(path.read_text().splitlines()) == sum(sizes)
 
 
 def test_views_agree_on_how_much_is_lost_and_not_on_where() -> None:
@@ -175,15 +222,17 @@ def test_a_search_finds_what_the_curves_do_not_say() -> None:
 
     everything = [{name: WIDTHS[v] for name, v in zip(GROUPS, levels, strict=True)} for levels in FITTING]
     best = min(judge(replace(choose(importance()), widths=widths)) for widths in everything)
-    assert judge(choose(weigh_curves(importance(), choose, judge, beside=[other], trials=2))) == pytest.approx(best)
+    assert judge(choose(weigh_curves(importance(), choose, Judges(judge), beside=[other], trials=2))) == pytest.approx(
+        best
+    )
     assert judge(choose(importance())) > 2 * best
 
 
 def test_what_cannot_be_weighed_is_refused() -> None:
     with pytest.raises(DataError, match="needs them"):
-        weigh_curves(replace(importance(), curves={}), choose, truth((1,) * 5))
+        weigh_curves(replace(importance(), curves={}), choose, Judges(truth((1,) * 5)))
     with pytest.raises(DataError, match="not finite"):
-        weigh_curves(importance(), choose, lambda plan: float("nan"))
+        weigh_curves(importance(), choose, Judges(lambda plan: float("nan")))
 
 
 def test_scattered_weights_give_neighbours() -> None:
@@ -254,6 +303,15 @@ def test_a_real_net_loses_no_more_than_by_its_plain_curves(tmp_path: Path) -> No
     again = search_curves(net, inputs, graph, profile, scored, budget, batches, **settings)
     assert path.read_text().splitlines() == judged, "a net was judged once more"
     assert all(np.array_equal(again.curves[name].loss, weighed.curves[name].loss) for name in scored.curves)
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    settings |= {"checkpoint": elsewhere, "executor": "processes:workers=1"}
+    there = search_curves(net, inputs, graph, profile, scored, budget, batches, **settings)
+    ours, theirs = ({tuple(t.widths.values()): t.loss for t in read_lines(p, CurveTrial)} for p in (path, elsewhere))
+    assert list(ours)[:3] == list(theirs)[:3], "the views' own plans; what is drawn then depends on every digit"
+    assert all(loss == pytest.approx(theirs.get(widths, loss), rel=1e-3) for widths, loss in ours.items())
+    assert there.found and judge(plan_of(there)) == pytest.approx(min(theirs.values()), rel=1e-3)
+    with pytest.raises(UsageError, match="unknown executors 'nowhere'"):
+        search_curves(net, inputs, graph, profile, scored, budget, batches, executor="nowhere")
     with pytest.raises(DataError, match="needs loss curves"):
         search_curves(net, inputs, graph, profile, replace(scored, curves={}), budget, batches)
     assert predict_cost(graph, plan_of(weighed).widths, profile).latency_s.median <= budget.latency_s
@@ -275,7 +333,7 @@ def test_the_later_nets_are_near_the_best_and_the_best_is_found_again() -> None:
         losses.append(judge(plan))
         return losses[-1]
 
-    weighed = weigh_curves(importance(), watched, count, trials=20)
+    weighed = weigh_curves(importance(), watched, Judges(count), trials=20)
     places = [near is not None for near, _ in asked]
     assert places == sorted(places) and any(places) and not places[0], "first everywhere, then near the best"
     for near, widths in asked:

@@ -40,6 +40,7 @@ RuntimeName = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16, dynamic or int8")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="where to write the result")]
 Source = Annotated[str, typer.Option("--data", help="path.py:function, package.module:function or .npz")]
+Executor = Annotated[str, typer.Option(help="where independent work is done: here, processes:workers=4, ray")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the record as JSON")]
 UNMEASURED = "not measured"
 Limit = Annotated[str | None, typer.Option(help="absolute, such as 12ms or 2MiB, or 0.5x of the dense model")]

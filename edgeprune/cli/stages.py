@@ -13,6 +13,7 @@ from edgeprune.cli.common import (
     AsJson,
     Dtype,
     EffortName,
+    Executor,
     Freeze,
     Inexact,
     Limit,
@@ -38,6 +39,7 @@ from edgeprune.cli.common import (
 from edgeprune.core.effort import Effort, find_effort
 from edgeprune.core.errors import Unmet, UsageError
 from edgeprune.core.family import load_member
+from edgeprune.executors import load_executor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -134,16 +136,18 @@ def score(
     criterion: Annotated[str, typer.Option(help="a name, or name:option=value,...")] = "surgeon",
     curves: Annotated[bool, typer.Option(help="measure the loss of each group at a few widths")] = True,
     depth: Annotated[bool, typer.Option(help="and without each residual branch, so that a plan may drop it")] = False,
+    executor: Executor = "here",
 ) -> None:  # fmt: skip
     """How much each unit matters."""
     name, _, options = criterion.partition(":")
     load_member("criteria", name)
+    load_executor(executor)
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     calibration = load_calibration(data, module, model, weights, shapes, scope)
     with bars() as progress:
         importance = edgeprune.score_groups(
             module, inputs, graph, calibration, criterion=name, options=options, curves=curves, depth=depth,
-            progress=progress,
+            executor=executor, progress=progress,
         )  # fmt: skip
     edgeprune.write_record(out, importance)
     others = f" ({len(importance.by_magnitude)} of them by magnitude)" if importance.by_magnitude else ""
@@ -162,12 +166,14 @@ def plan(
     solver: str = "milp", levels: int = 16, freeze: Freeze = None, only: Only = None, tie: Tie = None, step: Step = 1,
     min_width: MinWidth = 1,
     data: Annotated[str | None, typer.Option(help="search: judge whole nets on its calibration batches")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="nets that a search judges")] = 16, as_json: AsJson = False,
+    trials: Annotated[int, typer.Option(min=1, help="nets that a search judges")] = 16, executor: Executor = "here",
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose the widths that lose least within the budgets."""
     from edgeprune.core.budget import make_budget
     from edgeprune.core.records import Importance, Plan
 
+    load_executor(executor)
     module, inputs, graph = load_graph(model, weights, shapes, allow_inexact, scope)
     graph = rule_widths(graph, freeze, only, tie, step, min_width)
     tables, scores = edgeprune.read_profile(profile, graph), edgeprune.read_record(Importance, importance)
@@ -201,7 +207,7 @@ def plan(
                 if calibration is not None:
                     weighed = edgeprune.search_curves(
                         module, inputs, graph, tables, scores, budget, calibration, trials=trials, solver=solver,
-                        levels=levels, checkpoint=checkpoint, progress=progress,
+                        levels=levels, checkpoint=checkpoint, executor=executor, progress=progress,
                     )  # fmt: skip
                 if session is None:
                     chosen = edgeprune.choose_widths(

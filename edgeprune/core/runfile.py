@@ -205,7 +205,10 @@ class OutputSection(_Section, frozen=True, kw_only=True):
 
 
 class RunFile(_Section, frozen=True, kw_only=True):
-    """A whole run. Paths in it are relative to the folder the file stands in."""
+    """A whole run. Paths in it are relative to the folder the file stands in.
+
+    executor: where independent work is done, a member of `executors/`.
+    """
 
     model: ModelSection
     data: DataSection
@@ -220,6 +223,7 @@ class RunFile(_Section, frozen=True, kw_only=True):
     bundle: BundleSection = BundleSection()
     compare: CompareSection = CompareSection()
     seed: int = 0
+    executor: str = "here"
 
     @property
     def spec(self) -> ModelSpec:

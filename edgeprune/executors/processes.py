@@ -151,7 +151,6 @@ def _end(workers: Iterable[_Worker]) -> None:
     """Ask them to leave, and kill those that do not."""
     workers = list(workers)
     for worker in workers:
-        worker.connection.close()
         worker.process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for worker in workers:
@@ -159,6 +158,7 @@ def _end(workers: Iterable[_Worker]) -> None:
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
+        worker.connection.close()
 
 
 def _count_cores() -> int:
@@ -172,7 +172,7 @@ def _count_cores() -> int:
 def _serve(connection: Connection, threads: int) -> None:
     """Get ready and do items until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the pool's process decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # and `with` blocks are left in order
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         parcel = connection.recv_bytes()
@@ -182,6 +182,12 @@ def _serve(connection: Connection, threads: int) -> None:
         while done:
             item = connection.recv_bytes()
             connection.send_bytes(pack(attempt(lambda item=item: work(unpack(item)))))
+
+
+def _leave(*_: Any) -> None:
+    """Leave `with` blocks in order, undisturbed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _follow_parent() -> None:
