@@ -18,6 +18,7 @@ import pytest
 from edgeprune.core.errors import DataError, DeviceError, UnknownMember, UsageError
 from edgeprune.core.family import MissingLibrary, list_members
 from edgeprune.executors import Pool, load_executor
+from edgeprune.executors._work import pack, unpack
 
 RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'edgeprune[cluster]'")
 CHOSEN = {"here": "here", "processes": "processes:workers=2", "ray": "ray:workers=2"}
@@ -276,6 +277,16 @@ def test_workers_fit_on_the_machines() -> None:
     assert share_cpus([4, 4], 2) == (2, 4)
     with pytest.raises(UsageError, match="2 CPUs, too few for 3 workers"):
         share_cpus([2], 3)
+
+
+def test_of_a_tensor_only_what_it_shows_is_sent() -> None:
+    import torch
+
+    whole = torch.arange(100_000.0).reshape(1000, 100)
+    for part in (whole, whole[:10], whole[::50, 3], whole[:1].expand(5, 100)):
+        parcel = pack({"examples": [part]})
+        assert len(parcel) < 4 * part.numel() + 1000
+        assert torch.equal(unpack(parcel)["examples"][0], part)
 
 
 # --- processes and their parent ------------------------------------------------------------------

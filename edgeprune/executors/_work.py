@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -14,7 +15,21 @@ from edgeprune.core.errors import DeviceError, UsageError
 
 def pack(value: Any) -> bytes:
     """A value as bytes. Plain pickle: multiprocessing's own would put tensors into shared memory, one file each."""
-    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    file = io.BytesIO()
+    _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Of a tensor that shows a part of another, as the first examples of all, torch would write the whole."""
+
+    def reducer_override(self, value: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or type(value) is not torch.Tensor or value.layout is not torch.strided:
+            return NotImplemented
+        if value.untyped_storage().nbytes() <= value.nbytes:
+            return NotImplemented
+        return value.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def unpack(parcel: bytes) -> Any:
