@@ -76,15 +76,15 @@ def compare_recipes(
     run: RunFile,
     base: Path,
     *,
-    executor: str = "here",
+    executor: str | None = None,
     targets: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Comparison:
     """Carry out a run and its recipes, and say which is best.
 
     run: with what to compare in its `compare`. base: the folder that relative paths in it start from.
-    executor: where recipes are carried out, several at a time. targets: boards of a kind that share them; by default
-        the run's own.
+    executor: where recipes are carried out, several at a time. targets: boards of a kind that share them. Both are by
+        default the run's own.
     returns: the comparison, also written as compare.json and compare.html into the run's folder. A recipe that cannot
         be carried out is in it with the reason.
     raises: EdgepruneError when the run itself cannot, or a board fails; UsageError for recipes that cannot be right,
@@ -92,6 +92,7 @@ def compare_recipes(
     """
     boards = tuple(targets) or (run.target.name,)
     recipes = list_recipes(run)
+    executor = executor or run.executor
     start = load_executor(executor)
     model = load_model(run.spec, base)
     data = load_data(run.data.source, base, get_ports(model).inputs)
@@ -180,7 +181,7 @@ def _make_recipe(run: RunFile, name: str, changes: Mapping[str, Any], latency: s
     if latency is not None:
         parse_limit(latency, "time")
         plain["budget"]["latency"] = latency
-    plain["compare"] = {}
+    plain |= {"compare": {}, "executor": "here"}  # what is done at once are recipes
     plain["output"]["dir"] = _folder(run, name, latency)
     shown = name if latency == run.budget.latency else f"{name} at {latency}"
     try:

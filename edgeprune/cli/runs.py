@@ -40,7 +40,9 @@ def run(
 
 def compare(
     file: Annotated[Path, typer.Argument(help="the run file")] = Path("edgeprune.toml"),
-    executor: Annotated[str, typer.Option(help="where recipes are carried out: here, processes, ray")] = "here",
+    executor: Annotated[
+        str | None, typer.Option(help="where recipes are carried out, instead of the run file's: here, processes, ray")
+    ] = None,
     targets: Annotated[str | None, typer.Option(help="boards of a kind that share them, such as pi4-a,pi4-b")] = None,
     as_json: AsJson = False,
 ) -> None:
