@@ -546,4 +546,4 @@ def test_a_run_looks_at_its_model_and_inputs_before_it_starts() -> None:
 
 def test_a_run_without_labels_says_what_to_set() -> None:
     with pytest.raises(UsageError, match=r'start = "pruned" .*, \[recover\] label_smoothing = 0\.'):
-        check_unlabelled(run_of(recover={"start": "scratch", "label_smoothing": 0.1}), "no labels")
+        check_unlabelled(run_of(recover={"start": "scratch", "label_smoothing": 0.1}), "no labels", classifier=True)
