@@ -129,7 +129,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "nets.py").write_text(NETS)
-    (folder / "edgeprune.toml").write_text(RUN_FILE.replace('"magnitude"]', '"magnitude", "near-1"]'))
+    text = RUN_FILE.replace('"magnitude"]', '"magnitude", "near-1"]')
+    (folder / "edgeprune.toml").write_text('executor = "processes:workers=1"\n' + text)
     return folder
 
 
@@ -313,6 +314,13 @@ def test_fewer_channels_and_gates(tmp_path: Path) -> None:
     assert "Latency over real inputs" in page and "latency, worst input" in page
     assert run_pipeline(run, tmp_path) == report
     assert all("already done" in line for line in (folder / "run.log").read_text().splitlines()[-10:])
+
+
+def test_an_executor_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "edgeprune.toml").write_text('executor = "processes:threads=2"\n' + RUN_FILE)
+    with pytest.raises(UsageError, match="not an option of processes"):
+        run_pipeline(read_run_file(tmp_path / "edgeprune.toml"), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
