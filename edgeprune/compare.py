@@ -26,8 +26,9 @@ from edgeprune.core.store import read_record, write_record
 from edgeprune.executors import load_executor
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import load_data, load_model
-from edgeprune.pipeline import SCALED, run_pipeline
+from edgeprune.pipeline import run_pipeline
 from edgeprune.report import write_comparison
+from edgeprune.run_checks import SCALED
 from edgeprune.training.options import SCRATCH
 
 RUN = "run"
@@ -220,7 +221,7 @@ def order_recipes(recipes: Sequence[Recipe], boards: Sequence[str]) -> list[list
         else:
             wave = 0 if recipe.name == RUN else 2 if planning in places else 1
             board = places.setdefault(planning, boards[len(places) % len(boards)])
-        board_of[recipe.run.output.dir] = board
+        board_of[str(Path(recipe.run.output.dir))] = board
         target = msgspec.structs.replace(recipe.run.target, name=board)
         waves[wave].append(Recipe(recipe.name, recipe.asked, msgspec.structs.replace(recipe.run, target=target)))
     return [wave for wave in waves if wave]

@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgeprune.bundle import write_bundle
 from edgeprune.compact import compact_model, save_compact
 from edgeprune.context import first, weights_digest
-from edgeprune.core.budget import check_steps
 from edgeprune.core.cost import predict_cost
 from edgeprune.core.effort import find_effort
-from edgeprune.core.errors import UsageError
-from edgeprune.core.family import load_member
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import (
     Accuracy,
@@ -44,34 +40,27 @@ from edgeprune.core.rules import apply_rules
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import digest, read_record, sha256_file, write_record
-from edgeprune.executors import load_executor
 from edgeprune.export import check_sparse, export_model
 from edgeprune.gate import gate_model, settle_gates
-from edgeprune.gating import load_gating
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import Data, as_arrays, example_inputs, load_data, load_model
-from edgeprune.patterns import load_pattern
 from edgeprune.pivot import plan_pivot
-from edgeprune.planning import Planning, check_contenders
+from edgeprune.planning import Planning
 from edgeprune.precisions import FLOATS, train_in_8_bits
 from edgeprune.profile import read_profile
 from edgeprune.recover import evaluate_accuracy, recover_accuracy
 from edgeprune.report import write_report
+from edgeprune.run_checks import check_recovery, check_run_file, check_unlabelled
 from edgeprune.scope import enter_scope, scope_data
 from edgeprune.sparsify import order_channels, sparsify_model
-from edgeprune.statistics._losses import are_logits
 from edgeprune.trace import trace_graph
-from edgeprune.training.attention import shared_layers
-from edgeprune.training.batch import check_mixable
-from edgeprune.training.launch import check_launcher, launch_recovery
-from edgeprune.training.options import MACS, SCRATCH, check_options
+from edgeprune.training.launch import launch_recovery
+from edgeprune.training.options import MACS
 from edgeprune.training.scratch import epochs_of_equal_work
-from edgeprune.transform import check_run, restore_layers, settle_plan, transform_run
+from edgeprune.transform import restore_layers, settle_plan, transform_run
 from edgeprune.validate import check_branches, collect_examples, validate_artifact
 
 Batches = Iterable[tuple[Any, Tensor]]
-SCALED = "scaled"
-"""The solver that scales another plan's widths."""
 KEPT_ZEROS = "zeros"
 """The pattern of further training: what is zero stays zero."""
 
@@ -85,14 +74,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
     returns: the report; a budget that is not met is a failed check in it.
     raises: EdgepruneError with what was wrong; what was finished stays in the run's folder.
     """
-    check_contenders(run.search.contenders)
-    check_steps(run.prune.steps, run.budget.latency)
-    load_executor(run.executor)  # hours of profiling come before it is used
-    if run.prune.pattern is not None:
-        load_pattern(run.prune.pattern)
-    if run.prune.gating is not None:
-        check_gating(run)
-    check_plans(run)
+    check_run_file(run)
     folder = RunFolder(base / run.output.dir, beside)
     with folder.locked():
         model = load_model(run.spec, base)
@@ -103,9 +85,7 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
             model, inputs, data = take_scope(model, run.model.scope, inputs, data)
         check_recovery(run, model, inputs)
         if not data.labelled:
-            why = "a scope's outputs have no labels" if run.model.scope else "the data have no labels"
-            with torch.no_grad():
-                check_unlabelled(run, why, classifier=are_logits(model(*inputs)))
+            check_unlabelled(run, model, inputs)
             data = replace(data, train=data.train or data.calibration)
             folder.log("no labels: removed channels are refitted for, and training matches the dense outputs")
         stages = Stages(run, base, folder, sources, model, inputs, data, progress, start=model).transformed().pivoted()
@@ -128,28 +108,6 @@ def run_pipeline(run: RunFile, base: Path, progress: Progress = silent, *, besid
         return report
 
 
-def check_plans(run: RunFile) -> None:
-    """raises: UsageError for plans of other runs that do not go with what else is asked for."""
-    if (run.prune.like is None) != (run.prune.solver != SCALED):
-        raise UsageError(f'[prune] solver = "{SCALED}" and like = "plan.json", whose widths it scales, go together')
-    if run.prune.plan is not None and run.prune.like is not None:
-        raise UsageError("[prune] has either plan or like, which is scaled, not both")
-
-
-def check_recovery(run: RunFile, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """raises: UsageError or DataError for what [recover] asks for and this run cannot have."""
-    settings = run.recover
-    check_launcher(settings.launch)
-    check_options(
-        **settings.options, budget=settings.budget, taught=settings.distil, pattern=run.prune.pattern,
-        processes=2 if settings.launch else 1,
-    )  # fmt: skip
-    if settings.mixup:
-        check_mixable(inputs)
-    if settings.features:
-        shared_layers(model, model, inputs)
-
-
 def take_scope(
     model: nn.Module, path: str, inputs: tuple[Tensor, ...], data: Data
 ) -> tuple[nn.Module, tuple[Tensor, ...], Data]:
@@ -157,42 +115,6 @@ def take_scope(
     part, received = enter_scope(model, path, inputs)
     seen = scope_data(model, path, data)
     return part, received, Data(train=seen.train, calibration=seen.calibration, test=seen.test, labelled=False)
-
-
-def check_unlabelled(run: RunFile, why: str, *, classifier: bool) -> None:
-    """raises: UsageError naming every setting that needs labels, or a classifier's outputs where they are none."""
-    prune = run.prune
-    needs = load_member("criteria", prune.criterion.partition(":")[0]).NEEDS
-    statistic = None if needs is None else load_member("statistics", needs)
-    wrong = {
-        '[prune] criterion = "reconstruction" (or another that needs none)': statistic is not None
-        and (statistic.LABELS or (statistic.CLASSIFIER and not classifier)),
-        "[prune] curves = false": prune.curves,
-        "[prune] steps = 1": prune.step_count > 1,
-        "[prune] without regularizer": prune.regularizer is not None,
-        "[prune] without gating": prune.gating is not None,
-        "[recover] distil = true (or epochs = 0)": run.recover.epochs > 0 and not run.recover.distil,
-        '[recover] start = "pruned" (or epochs = 0)': run.recover.epochs > 0 and run.recover.start == SCRATCH,
-        "[recover] launch = []": run.recover.epochs > 0 and bool(run.recover.launch),
-        "[recover] label_smoothing = 0": run.recover.label_smoothing > 0,
-        '[export] dtype = "float32" or "float16"': run.export.dtype not in ("float32", "float16"),
-    }
-    if found := [setting for setting, is_wrong in wrong.items() if is_wrong]:
-        raise UsageError(
-            f"{why}, so the run cannot measure losses, and trains by the dense outputs alone; set {', '.join(found)}. "
-            "Layers that read removed channels are refitted by least squares all the same"
-        )
-
-
-def check_gating(run: RunFile) -> None:
-    """raises: UsageError for what a run with gates cannot have."""
-    load_gating(run.prune.gating or "")
-    if run.export.dtype not in ("float32", "float16"):
-        raise UsageError(
-            f"[prune] gating does not go with [export] dtype = '{run.export.dtype}'; use float32 or float16"
-        )
-    if run.budget.energy is not None and run.budget.power_model is None:
-        raise UsageError("[prune] gating does not go with [budget] energy: a meter cannot tell one input from another")
 
 
 class Stages(Planning):
@@ -203,7 +125,6 @@ class Stages(Planning):
         chosen = self.run.prune.transform
         if chosen is None:
             return self
-        check_run(self.run)
         calibration = first(self.data.require("calibration"), self.run.prune.batches)
         made_from = [*self.sources, self.run.prune.batches]
         model = transform_run(self.model, calibration, self.folder, made_from, chosen)
@@ -217,7 +138,6 @@ class Stages(Planning):
         settings = self.run.prune
         if not settings.pivot:
             return self
-        check_run(self.run)
         calibration = first(self.data.require("calibration"), settings.batches)
         latency = settings.pivot_latency or self.run.budget.latency
         assert latency is not None

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import make_budget, step_budgets
 from edgeprune.core.closed_loop import taken_round
-from edgeprune.core.errors import DataError, InfeasibleBudget, RecordError, Unmet, UsageError
-from edgeprune.core.family import configure, load_member
+from edgeprune.core.errors import DataError, InfeasibleBudget, RecordError, Unmet
 from edgeprune.core.records import (
     FLOAT32,
     Artifact,
@@ -423,19 +422,6 @@ class Planning(Context):
     def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
         """Of its artifact on the host before any training."""
         return self._judge(graph).accuracy(self._assemble(graph, plan), plan.precision)
-
-
-def check_contenders(names: Iterable[str]) -> None:
-    """raises: UsageError for one that is neither of ours nor a criterion: hours of profiling come before it is used."""
-    for name in names:
-        if name not in (CURVES, UNIFORM) and not NEAR.fullmatch(name):
-            criterion, _, options = name.partition(":")
-            try:
-                configure(load_member("criteria", criterion).score, options)
-            except UsageError as error:
-                raise UsageError(
-                    f"[search] contenders: '{name}' is not {CURVES}, {UNIFORM}, near-1 and on, or a criterion ({error})"
-                ) from error
 
 
 def _weighed_file(precision: Precision) -> str:

@@ -138,6 +138,10 @@ def test_what_recipes_share_is_there_before_the_second_begins(tmp_path: Path) ->
         {"lamp fine_tune": "b", "fpgm fine_tune": "a"},
         {"scratch": "a"},
     ]
+    elsewhere = msgspec.structs.replace(run, output=msgspec.structs.replace(run.output, dir="./run"))
+    further = run_file(tmp_path, 'baselines = ["scratch"]\nlatencies = ["0.5x"]').compare
+    waves = order_recipes(list_recipes(msgspec.structs.replace(elsewhere, compare=further)), ["a", "b"])
+    assert {recipe.name: recipe.run.target.name for recipe in waves[-1]} == {"scratch": "a", "scratch at 0.5x": "b"}
     assert all(isinstance(recipe, Recipe) for wave in waves for recipe in wave)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, UsageError
 from edgeprune.load import ArrayBatches
-from edgeprune.planning import check_contenders
+from edgeprune.run_checks import check_contenders
 from edgeprune.tournament import LEAST_STEPS, Contender, hold_tournament, rung_lengths
 
 torch.set_num_threads(1)

@@ -34,8 +34,9 @@ from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.load import ArrayBatches, Data
 from edgeprune.objective import Objective, evaluate_accuracy, evaluate_difference, label_loss, seeded
-from edgeprune.pipeline import Stages, check_recovery, check_unlabelled
+from edgeprune.pipeline import Stages
 from edgeprune.recover import JUDGING_STEPS, recover_accuracy
+from edgeprune.run_checks import check_recovery, check_unlabelled
 from edgeprune.trace import trace_graph
 from edgeprune.training.attention import attention_loss, shared_layers, watch
 from edgeprune.training.batch import Batch, mix_batch
@@ -546,4 +547,4 @@ def test_a_run_looks_at_its_model_and_inputs_before_it_starts() -> None:
 
 def test_a_run_without_labels_says_what_to_set() -> None:
     with pytest.raises(UsageError, match=r'start = "pruned" .*, \[recover\] label_smoothing = 0\.'):
-        check_unlabelled(run_of(recover={"start": "scratch", "label_smoothing": 0.1}), "no labels", classifier=True)
+        check_unlabelled(run_of(recover={"start": "scratch", "label_smoothing": 0.1}), net(), EXAMPLE)
