@@ -210,12 +210,12 @@ TURNED = '[compare.recipes.turned]\nprune = { transform = "kfe" }'
 def test_recipes_on_a_board_share_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], repeats=2, seconds=0.1, precision=None))
     (tmp_path / "nets.py").write_text(NETS)
-    brief = QUICK.replace("epochs = 2", "epochs = 1")
-    run_file(tmp_path, f'baselines = ["scratch"]\n{TURNED}', brief)
+    brief = QUICK.replace("epochs = 2", "epochs = 1").replace("levels = 6", "levels = 6\ncurves = false")
+    run_file(tmp_path, f'baselines = ["reduced"]\n{TURNED}', brief)
     done = edgeprune("compare", "--json", cwd=tmp_path)
     comparison = read_record(Comparison, tmp_path / "run" / "compare.json")
     assert json.loads(done.stdout) == json.loads(json.dumps(to_builtins(comparison)))
-    assert [one.recipe for one in comparison.outcomes] == ["run", "scratch", "turned"]
+    assert [one.recipe for one in comparison.outcomes] == ["run", "reduced", "turned"]
     # A transform takes no relative latency: that recipe cannot be carried out, the others are none the worse.
     *others, turned = comparison.outcomes
     assert "transform" in turned.note and turned.latency_s is None
@@ -227,34 +227,30 @@ def test_recipes_on_a_board_share_what_they_can(tmp_path: Path, monkeypatch: pyt
         assert one.latency_s == report.compact.latency_s
         assert one.met == report.passed
         assert one.seconds > 0
-    assert plan_of(tmp_path, "run/compare/scratch") == plan_of(tmp_path, "run")
     logs = {one.recipe: (tmp_path / one.directory / "run.log").read_text() for one in others}
+    assert "importance: taken from" in logs["reduced"] and "profile-float32.jsonl: begun with" in logs["reduced"]
+    shared = read_measured(tmp_path / "run" / "profile-float32.jsonl")[1]
+    theirs = read_measured(tmp_path / "run/compare/reduced/profile-float32.jsonl")[1]
+    assert theirs[: len(shared)] == shared, "widths were measured again"
+    assert 'href="compare/reduced/report.html"' in (tmp_path / "run" / "compare.html").read_text()
 
-    # What is added is carried out elsewhere; what is done stays.
-    run_file(tmp_path, 'baselines = ["scratch"]\nrecoveries = ["fine_tune"]', brief)
-    edgeprune("compare", "--executor", "processes:workers=2", cwd=tmp_path)
-    grown = read_record(Comparison, tmp_path / "run" / "compare.json")
-    assert [one.recipe for one in grown.outcomes] == ["run", "fine_tune", "scratch"]
-    assert (grown.outcomes[0], grown.outcomes[2]) == (comparison.outcomes[0], comparison.outcomes[1])
-    log = (tmp_path / "run/compare/fine-tune/run.log").read_text()
-    assert "plan: taken from" in log and "plan-float32" not in log and "recovered: started" in log
-    assert plan_of(tmp_path, "run/compare/fine-tune") == plan_of(tmp_path, "run")
+    # What is added is carried out elsewhere; what is done stays. Both have the run's plan.
+    ray = "ray:workers=2" if find_spec("ray") is not None else "processes:workers=2"
+    for executor, added, keys in (
+        ("processes:workers=2", "fine_tune", 'baselines = ["reduced"]\nrecoveries = ["fine_tune"]'),
+        (ray, "scratch", 'baselines = ["scratch", "reduced"]'),
+    ):
+        run_file(tmp_path, keys, brief)
+        done = edgeprune("compare", "--executor", executor, cwd=tmp_path)
+        grown = {one.recipe: one for one in read_record(Comparison, tmp_path / "run" / "compare.json").outcomes}
+        assert grown.keys() == {"run", added, "reduced"}
+        assert [grown["run"], grown["reduced"]] == others
+        assert grown[added].accuracy is not None and "reduced network" in done.stdout
+        log = (tmp_path / grown[added].directory / "run.log").read_text()
+        assert "plan-float32" not in log and "recovered: started" in log
+        assert plan_of(tmp_path, grown[added].directory) == plan_of(tmp_path, "run")
     for one in others:
         assert "started" not in (tmp_path / one.directory / "run.log").read_text().removeprefix(logs[one.recipe])
-
-    run_file(tmp_path, 'baselines = ["reduced"]', brief)
-    chosen = "ray:workers=2" if find_spec("ray") is not None else "processes:workers=2"
-    done = edgeprune("compare", "--executor", chosen, cwd=tmp_path)
-    _, reduced = read_record(Comparison, tmp_path / "run" / "compare.json").outcomes
-    assert reduced.recipe == "reduced" and reduced.accuracy is not None
-    assert "reduced network" in done.stdout
-    log = (tmp_path / reduced.directory / "run.log").read_text()
-    assert "importance: taken from" in log and "profile-float32.jsonl: begun with" in log
-    shared = read_measured(tmp_path / "run" / "profile-float32.jsonl")[1]
-    theirs = read_measured(tmp_path / reduced.directory / "profile-float32.jsonl")[1]
-    assert theirs[: len(shared)] == shared, "widths were measured again"
-    page = (tmp_path / "run" / "compare.html").read_text()
-    assert 'href="compare/reduced/report.html"' in page
 
 
 def plan_of(folder: Path, directory: str) -> Any:

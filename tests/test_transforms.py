@@ -37,6 +37,7 @@ from edgeprune.load import Data
 from edgeprune.pipeline import Stages, weights_digest
 from edgeprune.plan import choose_widths
 from edgeprune.recover import evaluate_accuracy
+from edgeprune.run_checks import check_run_file
 from edgeprune.score import score_groups
 from edgeprune.statistics import kfac
 from edgeprune.trace import trace_graph
@@ -540,5 +541,7 @@ def test_a_run_keeps_its_rewritten_model_and_puts_back_what_does_not_pay(tmp_pat
     ],
 )
 def test_a_run_refuses_what_a_transform_cannot_have(sections: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run = run_file(**sections)
     with pytest.raises(UsageError, match=said):
-        stages_of(run_file(**sections), tmp_path)
+        check_run_file(run)
+        stages_of(run, tmp_path)
