@@ -26,6 +26,7 @@ from edgeprune.core.store import read_record, write_record
 from edgeprune.executors import load_executor
 from edgeprune.graphs.ports import get_ports
 from edgeprune.load import load_data, load_model
+from edgeprune.on_board import choose_runtime
 from edgeprune.pipeline import run_pipeline
 from edgeprune.report import write_comparison
 from edgeprune.run_checks import SCALED
@@ -92,6 +93,8 @@ def compare_recipes(
         and for data without labels.
     """
     boards = tuple(targets) or (run.target.name,)
+    for name in boards:
+        choose_runtime(name, run.target.runtime, run.export.format)  # hours come before the second is used
     recipes = list_recipes(run)
     executor = executor or run.executor
     start = load_executor(executor)

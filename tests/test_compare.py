@@ -257,6 +257,20 @@ def plan_of(folder: Path, directory: str) -> Any:
     return to_builtins(read_record(Plan, folder / directory / "plan.json"))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--targets", "embedded,nosuch", "nosuch"), ("--executor", "nosuch", "unknown executors 'nosuch'")],
+)
+def test_boards_and_executors_are_known_before_anything_starts(
+    tmp_path: Path, option: str, value: str, said: str
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    run_file(tmp_path, "")
+    done = edgeprune("compare", option, value, cwd=tmp_path)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_comparison_without_labels_is_refused(tmp_path: Path) -> None:
     unlabelled = NETS + "\n\ndef source():\n    made = Source()\n    made.test = None\n    return made\n"
     (tmp_path / "nets.py").write_text(unlabelled)

@@ -105,7 +105,7 @@ class RunFolder:
             taken = {name: entry}
             for each in (waiting := list(entry["within"])):
                 taken[each] = ledger[each]
-                waiting += ledger[each]["within"]
+                waiting += ledger[each].get("within", ())
             if not all(other._unaltered(each["files"], list(each["files"])) for each in taken.values()):
                 continue
             for file in {file for each in taken.values() for file in each["files"]}:
