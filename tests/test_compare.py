@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 from command import edgeprune
+from evidence import make_evidence
 from test_pipeline import NETS, QUICK
 
-from edgeprune.compare import CONFIDENCE, Recipe, judge, list_recipes, margin, order_recipes
+from edgeprune.compare import CONFIDENCE, Recipe, judge, list_recipes, margin, order_recipes, share_of_dense
 from edgeprune.core.effort import EFFORTS
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import Comparison, Outcome, Plan, Quantity, Report
@@ -196,6 +197,19 @@ def test_the_verdict_is_of_one_latency() -> None:
     assert judge(both, "0.5x", 1000, 5).startswith("At 0.5x: pruning beat")
     assert judge(both, "0.3x", 1000, 5).startswith("At 0.3x: pruning did not beat")
     assert "The most accurate was 'reduced' with 70.0%" in judge(both, "0.3x", 1000, 5)
+
+
+def test_a_latency_is_told_as_it_was_held_against_its_limit() -> None:
+    report = make_evidence().report
+    dense, compact = report.dense.latency_s, report.compact.latency_s
+    check = next(check for check in report.checks if check.name == "latency (median)")
+    assert dense is not None and compact is not None and check.measured is not None and check.limit is not None
+    absolute = replace(report, budget=replace(report.budget, latency_share=None))
+    assert share_of_dense(absolute) == pytest.approx(compact.median / dense.median)
+    relative = replace(report, budget=replace(report.budget, latency_share=0.4))
+    assert share_of_dense(relative) == pytest.approx(0.4 * check.measured / check.limit)
+    assert share_of_dense(relative) != pytest.approx(compact.median / dense.median)
+    assert share_of_dense(replace(relative, checks=())) == pytest.approx(compact.median / dense.median)
 
 
 # --- the whole -----------------------------------------------------------------------------------
