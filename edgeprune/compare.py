@@ -310,14 +310,18 @@ def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -
         return f"{said[0]} No recipe met its limits."
     winner, best = max(judged.items(), key=lambda item: item[1].accuracy or 0.0)
     assert best.accuracy is not None
-    level = [
-        name
+    level = {
+        name: other
         for name, other in judged.items()
         if other is not best
         and best.accuracy - (other.accuracy or 0.0) <= margin(best.accuracy, other.accuracy, examples)
-    ]
+    }
     said.append(f"The most accurate was '{winner}' with {best.accuracy:.1%}")
-    said[-1] += f"; {examples} test images do not tell it from {_listed(level)}." if level else "."
+    said[-1] += f"; {examples} test images do not tell it from {_listed(list(level))}." if level else "."
+    if best.latency_share and (shares := {name: one.latency_share for name, one in level.items() if one.latency_share}):
+        fastest = min(shares, key=lambda name: shares[name])
+        if (ratio := shares[fastest] / best.latency_share) < 1 - FASTER:
+            said.append(f"Of these '{fastest}' is {1 - ratio:.0%} faster.")
     return " ".join(said)
 
 

@@ -181,6 +181,12 @@ def test_the_verdict_names_the_best_and_those_that_are_level_with_it() -> None:
     assert "lamp" not in said and "missed" not in said
 
 
+def test_the_verdict_names_what_is_as_accurate_and_faster() -> None:
+    rest = [outcome("uniform", 0.895, 0.40), outcome("lamp", 0.896, 0.45), outcome("poor", 0.5, 0.1)]
+    assert judge([outcome("run", 0.90, 0.5), *rest], "0.5x", 1000, 5).endswith("Of these 'uniform' is 20% faster.")
+    assert "faster" not in judge([outcome("run", 0.90, 0.5), outcome("lamp", 0.896, 0.49)], "0.5x", 1000, 5)
+
+
 def test_the_verdict_tells_latencies_that_are_not_the_same() -> None:
     slower = judge([outcome("run", 0.9, 0.5), outcome("reduced", 0.8, 0.4)], "0.5x", 1000, 5)
     assert "The reduced network is 20% faster besides" in slower
