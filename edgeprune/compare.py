@@ -40,13 +40,12 @@ CHANGEABLE = ("prune", "search", "recover", "export")
 """Tables of the run file that a recipe may change."""
 COPYCAT = "copycat"
 WHOLE = {"steps": 1, "regularizer": None}
-PLAIN = {**WHOLE, "depth": False}
 ONE_PLAN = {"trials": 0, "contenders": []}
 BASELINES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "uniform": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN},
+    "uniform": {"prune": {**WHOLE, "solver": "uniform"}, "search": ONE_PLAN},
     SCRATCH: {"prune": WHOLE, "recover": {"start": SCRATCH}},
-    "reduced": {"prune": {**PLAIN, "solver": "uniform"}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
-    COPYCAT: {"prune": {**PLAIN, "solver": SCALED}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
+    "reduced": {"prune": {**WHOLE, "solver": "uniform"}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
+    COPYCAT: {"prune": {**WHOLE, "solver": SCALED}, "search": ONE_PLAN, "recover": {"start": SCRATCH}},
 }
 """What pruning is held against.
 
@@ -301,7 +300,7 @@ def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -
     of other examples, which on the same ones asks for more than it has to.
     """
     here = [outcome for outcome in outcomes if outcome.asked == asked]
-    by_name = {outcome.recipe.removesuffix(f" at {asked}"): outcome for outcome in here}
+    by_name = {outcome.way: outcome for outcome in here}
     at = f"At {asked}" if asked else "Within the budget"
     pruned, reduced = by_name.get(RUN), by_name.get("reduced")
     said = [f"{at}: {_against(pruned, reduced, examples, epochs)}"]

@@ -119,7 +119,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     recipes: dict[str, list[tuple[float, Outcome]]] = {}
     for one in comparison.outcomes:
         if one.latency_share is not None and one.accuracy is not None:
-            recipes.setdefault(one.recipe.removesuffix(f" at {one.asked}"), []).append((one.latency_share, one))
+            recipes.setdefault(one.way, []).append((one.latency_share, one))
     traces: list[dict[str, Any]] = []
     for name, found in recipes.items():
         points = sorted(found, key=lambda point: point[0])

@@ -14,7 +14,7 @@ from command import edgeprune
 from evidence import make_evidence
 from test_pipeline import NETS, QUICK
 
-from edgeprune.compare import CONFIDENCE, Recipe, judge, list_recipes, margin, order_recipes, share_of_dense
+from edgeprune.compare import CONFIDENCE, judge, list_recipes, margin, order_recipes, share_of_dense
 from edgeprune.core.effort import EFFORTS
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import Comparison, Outcome, Plan, Quantity, Report
@@ -53,6 +53,8 @@ def test_what_a_run_file_without_compare_is_held_against(tmp_path: Path) -> None
     assert changed(run, recipes["uniform"]) == {"prune": {"solver": "uniform"}}
     assert changed(run, recipes["scratch"]) == {"prune": {"plan": "run/plan.json"}, "recover": {"start": "scratch"}}
     assert changed(run, recipes["reduced"]) == {"prune": {"solver": "uniform"}, "recover": {"start": "scratch"}}
+    depth = recipes_of(tmp_path, "", QUICK.replace("levels = 6", "levels = 6\ndepth = true"))
+    assert all(recipe.prune.depth for recipe in depth.values()), "or the losses of branches would be measured twice"
     folders = [recipe.output.dir for recipe in recipes.values()]
     assert folders == ["run", "run/compare/uniform", "run/compare/scratch", "run/compare/reduced"]
 
@@ -143,7 +145,6 @@ def test_what_recipes_share_is_there_before_the_second_begins(tmp_path: Path) ->
     further = run_file(tmp_path, 'baselines = ["scratch"]\nlatencies = ["0.5x"]').compare
     waves = order_recipes(list_recipes(msgspec.structs.replace(elsewhere, compare=further)), ["a", "b"])
     assert {recipe.name: recipe.run.target.name for recipe in waves[-1]} == {"scratch": "a", "scratch at 0.5x": "b"}
-    assert all(isinstance(recipe, Recipe) for wave in waves for recipe in wave)
 
 
 # --- the verdict ---------------------------------------------------------------------------------

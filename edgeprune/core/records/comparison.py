@@ -34,6 +34,11 @@ class Outcome:
     met: bool = False
     note: str = ""
 
+    @property
+    def way(self) -> str:
+        """The recipe's name without the latency that it was carried out to."""
+        return self.recipe.removesuffix(f" at {self.asked}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
