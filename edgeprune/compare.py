@@ -10,8 +10,9 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ import msgspec
 from edgeprune.core.budget import parse_limit
 from edgeprune.core.errors import InputError, Unmet, UsageError
 from edgeprune.core.progress import Progress, silent
-from edgeprune.core.records import Accuracy, Comparison, Outcome, Report
+from edgeprune.core.records import Accuracy, Comparison, Outcome, Report, most_accurate
 from edgeprune.core.runfile import RunFile
 from edgeprune.core.runfolder import RunFolder
 from edgeprune.core.store import read_record, write_record
@@ -66,11 +67,15 @@ FASTER = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One way to a latency. run: what to do, with a folder of its own. asked: the latency limit, as text."""
+    """One way to a latency. run: what to do, with a folder of its own. asked: the latency limit, as text.
+
+    repeats: the recipe that this is once more, with another seed for what is trained after pruning.
+    """
 
     name: str
     asked: str
     run: RunFile
+    repeats: str | None = None
 
 
 def compare_recipes(
@@ -112,7 +117,7 @@ def compare_recipes(
                 progress("compare: recipes done", len(done), len(recipes))
     folder = base / run.output.dir
     report = read_record(Report, folder / "report.json")
-    outcomes = tuple(done[recipe.name] for recipe in recipes)
+    outcomes = join_repeats(recipes, done)
     scratch = run.compare.scratch_epochs or run.recover.epochs
     comparison = Comparison(
         conditions=report.conditions,
@@ -122,6 +127,7 @@ def compare_recipes(
         epochs=run.recover.epochs,
         scratch_epochs=scratch,
         outcomes=outcomes,
+        seeds=run.compare.seeds if run.recover.epochs else 1,
         verdict=tuple(judge(outcomes, asked, examples, scratch) for asked in dict.fromkeys(r.asked for r in recipes)),
     )
     write_record(folder / "compare.json", comparison)
@@ -135,9 +141,14 @@ def compare_recipes(
 def list_recipes(run: RunFile) -> list[Recipe]:
     """The run itself and what its `compare` asks for beside it, each with a folder of its own; none twice.
 
-    raises: UsageError for a recipe that is no run file, two folders of one name, and latencies that cannot be read.
+    raises: UsageError for a recipe that is no run file, two folders of one name, latencies that cannot be read, and
+        what can come to nothing.
     """
     settings, own = run.compare, run.budget.latency
+    if settings.seeds < 1:
+        raise UsageError(f"[compare] seeds = {settings.seeds}: every recipe is trained at least once")
+    if COPYCAT in settings.baselines and not settings.latencies:
+        raise UsageError("[compare] copycat scales the run's widths to further latencies; give some, or leave it out")
     changes: dict[str, Mapping[str, Any]] = {RUN: {}}
     for criterion, solver, recovery in itertools.product(
         settings.criteria or ("",), settings.solvers or ("",), settings.recoveries or ("",)
@@ -161,7 +172,9 @@ def list_recipes(run: RunFile) -> list[Recipe]:
             if name == COPYCAT and latency == own:
                 continue  # that is `scratch`
             recipe = _make_recipe(run, name, change, latency)
-            known.setdefault(_identify(recipe.run), recipe)
+            if known.setdefault(_identify(recipe.run), recipe) is recipe and recipe.run.recover.epochs:
+                again = [_repeat(recipe, number) for number in range(1, settings.seeds)]
+                known |= {_identify(repeated.run): repeated for repeated in again}
     found = list(known.values())
     if len({recipe.run.output.dir for recipe in found}) < len(found):
         raise UsageError("two recipes would have the same folder; give them names that differ in letters or digits")
@@ -191,6 +204,37 @@ def _make_recipe(run: RunFile, name: str, changes: Mapping[str, Any], latency: s
         return Recipe(shown, latency or "", msgspec.convert(plain, RunFile))
     except msgspec.ValidationError as error:
         raise UsageError(f"[compare] recipe '{name}': {error}") from error
+
+
+def _repeat(recipe: Recipe, number: int) -> Recipe:
+    """The same with another seed for its training; all else is taken over from it."""
+    run = msgspec.to_builtins(recipe.run)
+    run["recover"]["seed"] = recipe.run.training_seed + number
+    parent = f"{recipe.run.output.dir}/{FOLDER}/{RUN}" if recipe.name == RUN else recipe.run.output.dir
+    run["output"]["dir"] = f"{parent}-seed-{number}"
+    return Recipe(f"{recipe.name}, seed {number}", recipe.asked, msgspec.convert(run, RunFile), recipe.name)
+
+
+def join_repeats(recipes: Sequence[Recipe], done: Mapping[str, Outcome]) -> tuple[Outcome, ...]:
+    """An outcome for each recipe, with what its repeats came to."""
+    outcomes = []
+    for recipe in recipes:
+        if recipe.repeats is not None:
+            continue
+        own = done[recipe.name]
+        again = [done[other.name] for other in recipes if other.repeats == recipe.name]
+        if again:
+            found = [one.accuracy for one in (own, *again) if one.accuracy is not None]
+            notes = [own.note, *(f"{one.recipe}: {one.note}" for one in again if one.note)]
+            own = replace(
+                own,
+                accuracy=None if own.accuracy is None else fmean(found),
+                accuracies=tuple(found),
+                repeats=tuple(one.directory for one in again if one.latency_s is not None),
+                note="; ".join(filter(None, notes)),
+            )
+        outcomes.append(own)
+    return tuple(outcomes)
 
 
 def _folder(run: RunFile, name: str, latency: str | None) -> str:
@@ -225,7 +269,7 @@ def order_recipes(recipes: Sequence[Recipe], boards: Sequence[str]) -> list[list
             board = places.setdefault(planning, boards[len(places) % len(boards)])
         board_of[str(Path(recipe.run.output.dir))] = board
         target = msgspec.structs.replace(recipe.run.target, name=board)
-        waves[wave].append(Recipe(recipe.name, recipe.asked, msgspec.structs.replace(recipe.run, target=target)))
+        waves[wave].append(replace(recipe, run=msgspec.structs.replace(recipe.run, target=target)))
     return [wave for wave in waves if wave]
 
 
@@ -296,26 +340,26 @@ def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -
     """Whether pruning beat the smaller network at one latency, and what was best there, in a few sentences.
 
     examples: that accuracies are of. epochs: that the smaller network was trained for.
-    Two accuracies a and b of n examples differ where |a - b| > 1.96 sqrt((a (1 - a) + b (1 - b)) / n): as if they were
-    of other examples, which on the same ones asks for more than it has to.
+    Two accuracies differ where they are further apart than `margin` says.
     """
     here = [outcome for outcome in outcomes if outcome.asked == asked]
+    scatter = seed_variance(here)
     by_name = {outcome.way: outcome for outcome in here}
     at = f"At {asked}" if asked else "Within the budget"
     pruned, reduced = by_name.get(RUN), by_name.get("reduced")
-    said = [f"{at}: {_against(pruned, reduced, examples, epochs)}"]
-    judged = {name: outcome for name, outcome in by_name.items() if outcome.accuracy is not None and outcome.met}
-    if not judged:
+    said = [f"{at}: {_against(pruned, reduced, examples, epochs, scatter)}"]
+    best = most_accurate(here, asked)
+    if best is None:
         return f"{said[0]} No recipe met its limits."
-    winner, best = max(judged.items(), key=lambda item: item[1].accuracy or 0.0)
-    assert best.accuracy is not None
     level = {
         name: other
-        for name, other in judged.items()
+        for name, other in by_name.items()
         if other is not best
-        and best.accuracy - (other.accuracy or 0.0) <= margin(best.accuracy, other.accuracy, examples)
+        and other.met
+        and other.accuracy is not None
+        and (best.accuracy or 0.0) - other.accuracy <= margin(best, other, examples, scatter)
     }
-    said.append(f"The most accurate was '{winner}' with {best.accuracy:.1%}")
+    said.append(f"The most accurate was '{best.way}' with {best.accuracy:.1%}")
     said[-1] += f"; {examples} test images do not tell it from {_listed(list(level))}." if level else "."
     if best.latency_share and (shares := {name: one.latency_share for name, one in level.items() if one.latency_share}):
         fastest = min(shares, key=lambda name: shares[name])
@@ -324,7 +368,7 @@ def judge(outcomes: Sequence[Outcome], asked: str, examples: int, epochs: int) -
     return " ".join(said)
 
 
-def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epochs: int) -> str:
+def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epochs: int, scatter: float) -> str:
     for name, outcome in (("pruned", pruned), ("reduced", reduced)):
         if outcome is None:
             return f"there is no {name} network to compare."
@@ -334,7 +378,7 @@ def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epo
             return f"the {name} network does not meet its limits ({outcome.note}), so that the two cannot be compared."
     assert pruned is not None and reduced is not None
     a, b = pruned.accuracy or 0.0, reduced.accuracy or 0.0
-    least = margin(a, b, examples)
+    least = margin(pruned, reduced, examples, scatter)
     at = f"at {pruned.latency_share:.2f} and {reduced.latency_share:.2f} of the dense latency"
     nothing = f"the reduced network, trained from nothing for {epochs} epochs"
     if a - b > least:
@@ -352,10 +396,26 @@ def _against(pruned: Outcome | None, reduced: Outcome | None, examples: int, epo
     return result
 
 
-def margin(a: float, b: float | None, examples: int) -> float:
-    """The least difference of two accuracies in [0, 1] that so many examples tell from none."""
-    b = b or 0.0
-    return CONFIDENCE * math.sqrt((a * (1 - a) + b * (1 - b)) / max(examples, 1))
+def margin(one: Outcome, other: Outcome, examples: int, scatter: float = 0.0) -> float:
+    """The least difference of two accuracies that is told from none: 1.96 standard errors.
+
+    The variance of an accuracy a is a (1 - a) / n for the n examples, as if those of the other were different ones,
+    which on the same asks for more than it has to; and that of the seeds over the number of trainings.
+    scatter: as `seed_variance` gives it.
+    """
+
+    def variance_of(outcome: Outcome) -> float:
+        a = outcome.accuracy or 0.0
+        return a * (1 - a) / max(examples, 1) + scatter / max(len(outcome.accuracies), 1)
+
+    return CONFIDENCE * math.sqrt(variance_of(one) + variance_of(other))
+
+
+def seed_variance(outcomes: Sequence[Outcome]) -> float:
+    """Of an accuracy over seeds, taken to be one for all recipes, since each has few; 0 with one training of each."""
+    several = [one.accuracies for one in outcomes if len(one.accuracies) > 1]
+    freedom = sum(len(found) - 1 for found in several)
+    return sum((len(found) - 1) * variance(found) for found in several) / freedom if freedom else 0.0
 
 
 def _listed(names: Sequence[str]) -> str:

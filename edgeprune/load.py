@@ -66,6 +66,34 @@ class Data:
         return None
 
 
+class PortableData:
+    """What a data source gives, which can be pickled, and costs nothing where it is not: it is loaded anew where it
+    arrives. That takes the same files there.
+
+    source, base, names: as for `load_data`.
+    """
+
+    def __init__(self, data: Data, source: str, base: Path, names: Sequence[str] = ()) -> None:
+        self._data, self._given = data, (source, base, tuple(names))
+
+    @property
+    def train(self) -> Batches | None:
+        """Training batches."""
+        return self._data.train
+
+    @property
+    def calibration(self) -> Batches:
+        """Calibration batches. raises: DataError where there are none."""
+        return self._data.require("calibration")
+
+    def __reduce__(self) -> tuple[Callable[..., PortableData], tuple[Any, ...]]:
+        return _load_again, self._given
+
+
+def _load_again(source: str, base: Path, names: Sequence[str]) -> PortableData:
+    return PortableData(load_data(source, base, names), source, base, names)
+
+
 class ArrayBatches:
     """Batches of arrays in memory; shuffled anew by torch's global generator in each pass if asked to."""
 

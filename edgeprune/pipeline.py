@@ -279,7 +279,7 @@ class Stages(Planning):
                     epochs=epochs,
                     lr=settings.lr,
                     checkpoint=checkpoint,
-                    seed=self.run.seed,
+                    seed=self.run.training_seed,
                     pattern=self.run.prune.pattern,
                     match_outputs=not self.data.labelled,
                     progress=self.progress,
@@ -293,7 +293,7 @@ class Stages(Planning):
             checkpoint.unlink(missing_ok=True)
             return replace(accuracy, after_recovery=result.accuracy_after)
 
-        made_from = [digest(plan), digest(accuracy), *self.sources, settings.decisive, self.run.seed]
+        made_from = [digest(plan), digest(accuracy), *self.sources, settings.decisive, self.run.training_seed]
         made_from += [pattern] if (pattern := self.run.prune.pattern) is not None else []
         files = ["recovered.pt2", "recovered.safetensors"]
         accuracy = self.folder.record(Accuracy, "recovered.json", made_from, make, also=files)
@@ -324,7 +324,7 @@ class Stages(Planning):
                 epochs=settings.gating_epochs,
                 lr=self.run.recover.lr,
                 checkpoint=checkpoint,
-                seed=self.run.seed,
+                seed=self.run.training_seed,
                 gating=gating,
                 progress=self.progress,
             )
@@ -338,7 +338,7 @@ class Stages(Planning):
             return replace(accuracy, after_recovery=self._accuracy(gated))
 
         made_from = [weights_digest(smaller), digest(accuracy), *self.sources, gating, settings.gating_epochs]
-        made_from += [self.run.recover.decisive, self.run.seed]
+        made_from += [self.run.recover.decisive, self.run.training_seed]
         files = ["gating.json", "gated.pt2", "gated.safetensors"]
         accuracy = self.folder.record(Accuracy, "gated.json", made_from, make, also=files)
         gated.load_state_dict(load_file(self.folder / "gated.safetensors"))
@@ -364,7 +364,7 @@ class Stages(Planning):
                 lr=self.run.recover.lr / 10,
                 teacher=self.dense if self.run.recover.distil else None,
                 checkpoint=checkpoint,
-                seed=self.run.seed,
+                seed=self.run.training_seed,
                 pattern=None if self.run.prune.pattern is None else KEPT_ZEROS,
                 progress=self.progress,
             )
@@ -479,7 +479,8 @@ def file_digest(path: Path) -> list[str]:
 def report_run(directory: Path, path: Path) -> Path:
     """Write the HTML page of a finished run from the records in its folder. returns: `path`."""
     folder = RunFolder(directory)
-    scored = sorted(directory.glob("importance-[0-9].json"))  # of the steps of a schedule
+    # Of the steps of a schedule; a contender's criterion has a name.
+    scored = sorted(directory.glob("importance-[0-9]*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
     write_report(
         path,
         report=read_record(Report, folder / "report.json"),

@@ -9,8 +9,7 @@ import copy
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ import msgspec
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from edgeprune.compact import Assembler
 from edgeprune.context import Context, first, weights_digest
 from edgeprune.core.budget import make_budget, step_budgets
 from edgeprune.core.closed_loop import taken_round
@@ -36,7 +36,10 @@ from edgeprune.core.records import (
 )
 from edgeprune.core.store import digest, read_record, sha256_file, write_atomic, write_record
 from edgeprune.device.session import Session
+from edgeprune.graphs.portable import Portable
+from edgeprune.graphs.ports import get_ports
 from edgeprune.graphs.slice import expand_tensors
+from edgeprune.load import PortableData
 from edgeprune.on_board import dense_cost, plan_on_board
 from edgeprune.plan import choose_widths
 from edgeprune.precisions import leave_in_float, try_precisions, worth_planning
@@ -370,20 +373,23 @@ class Planning(Context):
             Contender(
                 name=name,
                 made_from=[digest(plan), *self.sources, run.prune.compensate],
-                make=partial(self._assemble, graph, plan),
+                plan=plan,
             )
             for name, plan in plans.items()
         ]
+        data = PortableData(self.data, run.data.source, self.base, get_ports(self.dense).inputs)
 
         def make() -> Bracket:
             bracket = hold_tournament(
                 contenders,
-                train,
-                teacher=self.dense if run.recover.distil else None,
+                _Nets(Portable(self.start, self.inputs), graph, data, refit=run.prune.compensate),
+                data,
+                teacher=Portable(self.dense, self.inputs) if run.recover.distil else None,
                 epochs=run.recover.epochs,
                 lr=run.recover.lr,
                 checkpoint=self.folder / "tournament.jsonl",
                 seed=run.seed,
+                executor=run.executor,
                 progress=self.progress,
             )
             latency = {name: taken.measured.median for name, plan in plans.items() if (taken := taken_round(plan))}
@@ -422,6 +428,20 @@ class Planning(Context):
     def _accuracy_of_plan(self, graph: Graph, plan: Plan) -> float:
         """Of its artifact on the host before any training."""
         return self._judge(graph).accuracy(self._assemble(graph, plan), plan.precision)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nets:
+    """Makes the net of a plan, in a worker too."""
+
+    model: Portable
+    graph: Graph
+    data: PortableData
+    refit: bool
+
+    def __call__(self, plan: Plan) -> nn.Module:
+        assembler = Assembler.of(self.model.captured, self.graph)
+        return assembler.assemble(plan, self.data.calibration if self.refit else None)
 
 
 def _weighed_file(precision: Precision) -> str:

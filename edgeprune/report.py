@@ -27,6 +27,7 @@ from edgeprune.core.records import (
     Plan,
     Profile,
     Report,
+    most_accurate,
 )
 from edgeprune.core.store import to_builtins, write_atomic
 from edgeprune.figures import DENSE, PRUNED, STAGE, Figure, Run, Table, axis, bars_height, names_axis, time_scale
@@ -95,23 +96,26 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         f"{len(comparison.outcomes)} ways to be fast on {first.target}",
         comparison=comparison,
         conditions=comparison.conditions,
-        outcomes=Table(header=header, rows=rows, marked=frozenset(_best_places(comparison))),
+        outcomes=Table(header=header, rows=rows, marked=_best_places(comparison)),
         figure=draw_comparison(comparison),
-        pages=[(one.recipe, f"{Path(one.directory).relative_to(first.directory)}/report.html") for one in finished],
+        pages=[
+            (name, f"{Path(directory).relative_to(first.directory)}/report.html")
+            for one in finished
+            for name, directory in zip(
+                [one.recipe, *(f"{one.recipe}, seed {number}" for number, _ in enumerate(one.repeats, 1))],
+                [one.directory, *one.repeats],
+                strict=True,
+            )
+        ],
         facts_of_run=_facts(to_builtins(comparison.conditions)),
     )
     write_atomic(path, page.encode())
 
 
-def _best_places(comparison: Comparison) -> list[int]:
+def _best_places(comparison: Comparison) -> frozenset[int]:
     """Rows of the most accurate outcome at each latency; the first row is the dense model's."""
-    best: dict[str, int] = {}
-    for place, outcome in enumerate(comparison.outcomes):
-        if outcome.accuracy is not None and outcome.met:
-            known = best.get(outcome.asked)
-            if known is None or outcome.accuracy > (comparison.outcomes[known].accuracy or 0.0):
-                best[outcome.asked] = place
-    return [place + 1 for place in best.values()]
+    best = [most_accurate(comparison.outcomes, asked) for asked in {one.asked for one in comparison.outcomes}]
+    return frozenset(place for place, one in enumerate(comparison.outcomes, 1) if one in best)
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
@@ -128,6 +132,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
             "x": [share for share, _ in points], "y": [100 * (one.accuracy or 0.0) for _, one in points],
             "text": [one.recipe if one.met else f"{one.recipe}: limits not met" for _, one in points],
             "hovertemplate": "%{text}: %{y:.2f} % at %{x:.3f}<extra></extra>", "line": {"width": 1},
+            **_seed_bars([one for _, one in points]),
             "marker": {"size": 11, "symbol": ["circle" if one.met else "x" for _, one in points]},
         })  # fmt: skip
     before = [
@@ -158,6 +163,17 @@ def draw_comparison(comparison: Comparison) -> Figure:
         },
         table=Table(header=header, rows=rows),
     )  # fmt: skip
+
+
+def _seed_bars(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """From the worst to the best training of each, where there were several."""
+    if not any(len(one.accuracies) > 1 for one in outcomes):
+        return {}
+    ranges = [(one.accuracy or 0.0, one.accuracies or (one.accuracy or 0.0,)) for one in outcomes]
+    return {"error_y": {
+        "type": "data", "symmetric": False, "array": [100 * (max(found) - mean) for mean, found in ranges],
+        "arrayminus": [100 * (mean - min(found)) for mean, found in ranges], "thickness": 1, "width": 4,
+    }}  # fmt: skip
 
 
 def _render(name: str, title: str, **values: Any) -> str:

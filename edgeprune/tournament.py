@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ from edgeprune.core.errors import DataError
 from edgeprune.core.progress import Progress, silent
 from edgeprune.core.records import Bracket, Heat
 from edgeprune.core.store import append_record, digest, read_lines
+from edgeprune.executors import load_executor
+from edgeprune.graphs.portable import Portable
 from edgeprune.objective import seeded
 from edgeprune.recover import recover_accuracy
 
@@ -37,66 +39,84 @@ FAILED = -1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A plan in a tournament. made_from: what decides its net, in plain values. make: that net, untrained."""
+    """A plan in a tournament. made_from: what decides its net, in plain values. plan: what that net is made of."""
 
     name: str
     made_from: Any
-    make: Callable[[], nn.Module]
+    plan: Any
+
+
+class Data(Protocol):
+    """What a tournament reads of a data source; for workers it can be pickled, as `load.PortableData`."""
+
+    @property
+    def train(self) -> Batches | None: ...
 
 
 def hold_tournament(
     contenders: Sequence[Contender],
-    train: Batches,
+    make: Callable[[Any], nn.Module],
+    data: Data,
     *,
-    teacher: nn.Module | None = None,
+    teacher: Portable | None = None,
     epochs: int = 5,
     lr: float = 0.02,
     checkpoint: Path | None = None,
     seed: int = 0,
+    executor: str = "here",
     progress: Progress = silent,
 ) -> Bracket:
     """Train contenders a little and keep the best.
 
-    contenders: in the order of preference where accuracies tie. train: batches (inputs, labels) with a length,
-        the same in every pass under the same seed; the first are held back to judge by.
+    contenders: in the order of preference where accuracies tie. make: of a contender's plan its net, untrained.
+    data: with training batches (inputs, labels) that have a length and are the same in every pass under the same seed;
+        the first are held back to judge by.
     teacher, lr: as for `recover_accuracy`. epochs: of the training that is to follow: the last rung has a third of
         it, at most one epoch.
     checkpoint: JSONL file that finished heats are appended to and taken from.
+    executor: where the heats of a rung are run; a member of `executors/`, as `processes:workers=2`. `make`, `data` and
+        the plans travel there.
     returns: the bracket. Where training fails for a contender it is last.
-    raises: DataError for training data without a length or with too few batches, or when every training failed.
+    raises: DataError for training data without a length or with too few batches, or when every training failed; as
+        `load_executor`.
     """
-    judging, longest = check_training(train, epochs, seed)
-    judged = len(judging)
+    judging, longest = check_training(data.train, epochs, seed)
     lengths = rung_lengths(len(contenders), longest)
-    settings = [judged, epochs, lr, teacher is not None, seed]
+    settings = [len(judging), epochs, lr, teacher is not None, seed]
     known = _read_heats(checkpoint)
     rungs: list[tuple[Heat, ...]] = []
     entered = list(contenders)
-    for steps in lengths:
-        heats: list[Heat] = []
-        for done, contender in enumerate(entered):
-            progress(f"tournament: rung {len(rungs) + 1} of {len(lengths)}", done, len(entered))
-            key = digest([contender.made_from, steps, *settings])
-            if (heat := known.get((contender.name, key))) is None:
-                heat = _run(contender, key, _Slice(train, judged, steps), judging, teacher, lr, seed)
+    start = load_executor(executor)
+    with start(_prepare, _Field(make=make, data=data, teacher=teacher, epochs=epochs, lr=lr, seed=seed)) as pool:
+        for steps in lengths:
+            keys = [digest([contender.made_from, steps, *settings]) for contender in entered]
+            heats = [known.get((contender.name, key)) for contender, key in zip(entered, keys, strict=True)]
+            new = [place for place, heat in enumerate(heats) if heat is None]
+            done = len(entered) - len(new)
+            what = f"tournament: rung {len(rungs) + 1} of {len(lengths)}"
+            progress(what, done, len(entered))
+            for item, heat in pool.run([_Entry(entered[place], keys[place], steps) for place in new]):
+                heats[new[item]] = heat
                 if checkpoint is not None:
                     append_record(checkpoint, heat)
-            heats.append(heat)
-        order = sorted(range(len(heats)), key=lambda index: -heats[index].accuracy)  # stable: the first of a tie
-        rungs.append(tuple(heats[index] for index in order))
-        entered = [entered[index] for index in order[: math.ceil(len(entered) / KEPT)]]
+                done += 1
+                progress(what, done, len(entered))
+            run = [heat for heat in heats if heat is not None]
+            order = sorted(range(len(run)), key=lambda index: -run[index].accuracy)  # stable: the first of a tie
+            rungs.append(tuple(run[index] for index in order))
+            entered = [entered[index] for index in order[: math.ceil(len(entered) / KEPT)]]
     if rungs and rungs[0][0].accuracy < 0:
         raise DataError("the training of every contender failed; try a lower [recover] lr")
     return Bracket(rungs=tuple(rungs), winner=entered[0].name)
 
 
-def check_training(train: Batches, epochs: int, seed: int = 0) -> tuple[list[tuple[Any, Tensor]], int]:
+def check_training(train: Batches | None, epochs: int, seed: int = 0) -> tuple[list[tuple[Any, Tensor]], int]:
     """Whether training data does for a tournament.
 
     returns: batches held back to judge by, and the most steps of a heat on what follows them in the pass.
     raises: DataError without a length or with too few batches.
     """
-    if not isinstance(train, Sized):
+    if train is None or not isinstance(train, Sized):
         raise DataError("a tournament needs training batches with a length; or set [search] contenders = []")
     held: list[tuple[Any, Tensor]] = []
     with seeded(seed + 1):  # as recovery seeds its first epoch
@@ -146,27 +166,50 @@ class _Split:
     test: Batches
 
 
-def _run(
-    contender: Contender,
-    key: str,
-    train: _Slice,
-    judging: list[tuple[Any, Tensor]],
-    teacher: nn.Module | None,
-    lr: float,
-    seed: int,
-) -> Heat:
-    started = time.monotonic()
-    result = recover_accuracy(
-        contender.make(), _Split(train, judging), teacher=teacher, epochs=1, lr=lr, autocast=False, seed=seed
-    )
-    failed = bool(result.note) or result.accuracy_after is None
-    return Heat(
-        contender=contender.name,
-        made_from=key,
-        steps=train.count,
-        accuracy=FAILED if failed else result.accuracy_after or 0.0,
-        seconds=time.monotonic() - started,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Field:
+    """What all heats have in common."""
+
+    make: Callable[[Any], nn.Module]
+    data: Data
+    teacher: Portable | None
+    epochs: int
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One heat to run."""
+
+    contender: Contender
+    key: str
+    steps: int
+
+
+def _prepare(field: _Field) -> Callable[[_Entry], Heat]:
+    """What runs a heat, in a worker. What judges is read there, as it may be large."""
+    train = field.data.train
+    assert train is not None
+    judging, _ = check_training(train, field.epochs, field.seed)
+    teacher = None if field.teacher is None else field.teacher.module
+
+    def run(entry: _Entry) -> Heat:
+        started = time.monotonic()
+        result = recover_accuracy(
+            field.make(entry.contender.plan), _Split(_Slice(train, len(judging), entry.steps), judging),
+            teacher=teacher, epochs=1, lr=field.lr, autocast=False, seed=field.seed,
+        )  # fmt: skip
+        failed = bool(result.note) or result.accuracy_after is None
+        return Heat(
+            contender=entry.contender.name,
+            made_from=entry.key,
+            steps=entry.steps,
+            accuracy=FAILED if failed else result.accuracy_after or 0.0,
+            seconds=time.monotonic() - started,
+        )
+
+    return run
 
 
 def _read_heats(checkpoint: Path | None) -> dict[tuple[str, str], Heat]:

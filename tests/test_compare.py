@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -14,7 +15,16 @@ from command import edgeprune
 from evidence import make_evidence
 from test_pipeline import NETS, QUICK
 
-from edgeprune.compare import CONFIDENCE, judge, list_recipes, margin, order_recipes, share_of_dense
+from edgeprune.compare import (
+    CONFIDENCE,
+    join_repeats,
+    judge,
+    list_recipes,
+    margin,
+    order_recipes,
+    seed_variance,
+    share_of_dense,
+)
 from edgeprune.core.effort import EFFORTS
 from edgeprune.core.errors import UsageError
 from edgeprune.core.records import Comparison, Outcome, Plan, Quantity, Report
@@ -109,9 +119,40 @@ def test_the_same_recipe_is_carried_out_once_and_untrained_nets_not_at_all(tmp_p
     assert list(untrained) == ["run", "uniform"]
 
 
+def test_every_recipe_is_repeated_with_other_seeds(tmp_path: Path) -> None:
+    recipes = recipes_of(tmp_path, 'seeds = 3\nbaselines = ["uniform", "scratch"]\nlatencies = ["0.5x"]')
+    assert list(recipes)[:4] == ["run", "run, seed 1", "run, seed 2", "uniform"]
+    run = recipes["run"]
+    assert changed(run, recipes["run, seed 2"]) == {"recover": {"seed": 2}}
+    assert (run.training_seed, recipes["run, seed 2"].training_seed) == (0, 2)
+    assert recipes["run, seed 2"].output.dir == "run/compare/run-seed-2"
+    assert recipes["scratch at 0.5x, seed 1"].output.dir == "run/compare/scratch-at-0.5x-seed-1"
+    assert recipes["scratch at 0.5x, seed 1"].prune.plan == "run/compare/run-at-0.5x/plan.json"
+    assert len({recipe.output.dir for recipe in recipes.values()}) == len(recipes) == 2 * 3 * 3
+    waves = order_recipes(list_recipes(run_file(tmp_path, 'seeds = 2\nbaselines = ["scratch"]')), ["a", "b"])
+    assert [[recipe.name for recipe in wave] for wave in waves] == [
+        ["run"], ["run, seed 1"], ["scratch", "scratch, seed 1"],
+    ]  # fmt: skip
+    untrained = recipes_of(tmp_path, "seeds = 3", QUICK.replace("epochs = 2", "epochs = 0"))
+    assert list(untrained) == ["run", "uniform"]
+
+
+def test_repeats_are_one_outcome(tmp_path: Path) -> None:
+    recipes = list_recipes(run_file(tmp_path, 'seeds = 3\nbaselines = ["uniform"]'))
+    accuracies = {"run": 0.9, "run, seed 1": 0.8, "run, seed 2": None, "uniform": None, "uniform, seed 1": 0.7}
+    done = {recipe.name: outcome(recipe.name, accuracies.get(recipe.name, 0.6)) for recipe in recipes}
+    done["run, seed 2"] = replace(done["run, seed 2"], latency_s=None, met=False, note="the loss was not finite")
+    run, uniform = join_repeats(recipes, done)
+    assert (run.recipe, run.accuracies, run.accuracy, run.met) == ("run", (0.9, 0.8), pytest.approx(0.85), True)
+    assert run.repeats == ("run, seed 1",) and run.note == "run, seed 2: the loss was not finite"
+    assert uniform.accuracy is None and uniform.repeats == ("uniform, seed 1", "uniform, seed 2")
+
+
 @pytest.mark.parametrize(
     ("compare", "said"),
     [
+        ("seeds = 0", "trained at least once"),
+        ('baselines = ["copycat"]', "further latencies"),
         ('[compare.recipes.a]\nbudget = { latency = "1 ms" }', "recipe 'a' changes 'budget'"),
         ("[compare.recipes.a]\nprune = { criteria = 1 }", "recipe 'a'.*criteria"),
         ("[compare.recipes.run]\nprune = { levels = 3 }", "two recipes called 'run'"),
@@ -157,8 +198,23 @@ def outcome(recipe: str, accuracy: float | None, share: float = 0.5, **more: Any
 
 
 def test_the_least_difference_is_that_of_two_samples() -> None:
-    assert margin(0.5, 0.5, 5000) == pytest.approx(CONFIDENCE * (2 * 0.25 / 5000) ** 0.5)
-    assert margin(0.9, None, 100) == pytest.approx(CONFIDENCE * (0.09 / 100) ** 0.5)
+    half = outcome("run", 0.5)
+    assert margin(half, half, 5000) == pytest.approx(CONFIDENCE * (2 * 0.25 / 5000) ** 0.5)
+    assert margin(outcome("run", 0.9), outcome("lamp", None), 100) == pytest.approx(CONFIDENCE * (0.09 / 100) ** 0.5)
+
+
+def test_what_seeds_change_is_part_of_the_difference() -> None:
+    run, lamp = outcome("run", 0.90, accuracies=(0.88, 0.92)), outcome("lamp", 0.80, accuracies=(0.79, 0.81))
+    scatter = seed_variance([run, lamp, outcome("once", 0.5, accuracies=(0.5,))])
+    assert scatter == pytest.approx((2 * 0.02**2 + 2 * 0.01**2) / 2)
+    images = (0.09 + 0.16) / 5000
+    assert margin(run, lamp, 5000, scatter) == pytest.approx(CONFIDENCE * (images + scatter) ** 0.5)
+    assert seed_variance([outcome("run", 0.9), outcome("lamp", 0.8)]) == 0
+    # A reduced network that is as far behind as seeds of one recipe are apart is not told from it.
+    behind = outcome("reduced", 0.87, accuracies=(0.85, 0.89))
+    assert "no difference was found" in judge([run, behind], "0.5x", 50_000, 5)
+    once = [replace(one, accuracies=()) for one in (run, behind)]
+    assert "pruning beat" in judge(once, "0.5x", 50_000, 5)
 
 
 @pytest.mark.parametrize(
@@ -257,19 +313,23 @@ def test_recipes_on_a_board_share_what_they_can(tmp_path: Path, monkeypatch: pyt
 
     # What is added is carried out elsewhere; what is done stays. Both have the run's plan.
     ray = "ray:workers=2" if find_spec("ray") is not None else "processes:workers=2"
-    for executor, added, keys in (
-        ("processes:workers=2", "fine_tune", 'baselines = ["reduced"]\nrecoveries = ["fine_tune"]'),
-        (ray, "scratch", 'baselines = ["scratch", "reduced"]'),
-    ):
-        run_file(tmp_path, keys, brief)
-        done = edgeprune("compare", "--executor", executor, cwd=tmp_path)
-        grown = {one.recipe: one for one in read_record(Comparison, tmp_path / "run" / "compare.json").outcomes}
-        assert grown.keys() == {"run", added, "reduced"}
-        assert [grown["run"], grown["reduced"]] == others
-        assert grown[added].accuracy is not None and "reduced network" in done.stdout
-        log = (tmp_path / grown[added].directory / "run.log").read_text()
+    run_file(tmp_path, "baselines = []\nseeds = 2", brief)
+    edgeprune("compare", "--executor", "processes:workers=2", cwd=tmp_path)
+    repeated = read_record(Comparison, tmp_path / "run" / "compare.json")
+    (run,) = repeated.outcomes
+    assert repeated.seeds == 2 and run.repeats == ("run/compare/run-seed-1",)
+    again = read_record(Report, tmp_path / run.repeats[0] / "report.json").accuracy.after_recovery
+    assert run.accuracies == (others[0].accuracy, again) and run.accuracy == pytest.approx(fmean(run.accuracies))
+    run_file(tmp_path, 'baselines = ["scratch", "reduced"]', brief)
+    done = edgeprune("compare", "--executor", ray, cwd=tmp_path)
+    grown = {one.recipe: one for one in read_record(Comparison, tmp_path / "run" / "compare.json").outcomes}
+    assert list(grown) == ["run", "scratch", "reduced"]
+    assert [grown["run"], grown["reduced"]] == others
+    assert grown["scratch"].accuracy is not None and "reduced network" in done.stdout
+    for added in (run.repeats[0], grown["scratch"].directory):
+        log = (tmp_path / added / "run.log").read_text()
         assert "plan-float32" not in log and "recovered: started" in log
-        assert plan_of(tmp_path, grown[added].directory) == plan_of(tmp_path, "run")
+        assert plan_of(tmp_path, added) == plan_of(tmp_path, "run")
     for one in others:
         assert "started" not in (tmp_path / one.directory / "run.log").read_text().removeprefix(logs[one.recipe])
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgeprune.core.errors import DataError, UsageError
-from edgeprune.load import ArrayBatches
+from edgeprune.graphs.portable import Portable
+from edgeprune.load import ArrayBatches, Data, PortableData, load_data
 from edgeprune.run_checks import check_contenders
 from edgeprune.tournament import LEAST_STEPS, Contender, hold_tournament, rung_lengths
 
@@ -34,13 +37,17 @@ def train() -> ArrayBatches:
     return ArrayBatches(X, Y, batch=20, shuffle=True)
 
 
+def data(batches: Any = None) -> Data:
+    return Data(train=train() if batches is None else batches)
+
+
 def net(width: int, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def contender(name: str, width: int) -> Contender:
-    return Contender(name=name, made_from=["net", width], make=lambda: net(width))
+    return Contender(name=name, made_from=["net", width], plan=width)
 
 
 FIELD = [contender(f"width-{width}", width) for width in (1, 2, 3, 64, 4)]
@@ -55,7 +62,7 @@ def test_rungs_grow_threefold() -> None:
 
 
 def test_the_net_that_learns_best_wins_wherever_it_stands() -> None:
-    bracket = hold_tournament(FIELD, train(), epochs=3, lr=0.2)
+    bracket = hold_tournament(FIELD, net, data(), epochs=3, lr=0.2)
     assert bracket.winner == "width-64"
     assert [len(rung) for rung in bracket.rungs] == [5, 2]
     assert bracket.rungs[1][0].steps > 2 * bracket.rungs[0][0].steps
@@ -66,16 +73,15 @@ def test_the_net_that_learns_best_wins_wherever_it_stands() -> None:
 
 
 def test_a_single_contender_is_not_trained() -> None:
-    def fail() -> nn.Module:
+    def fail(_: int) -> nn.Module:
         raise AssertionError("was made")
 
-    bracket = hold_tournament([Contender(name="only", made_from=[], make=fail)], train())
+    bracket = hold_tournament([contender("only", 1)], fail, data())
     assert bracket.winner == "only" and bracket.rungs == ()
 
 
 def test_equal_nets_do_equally_and_the_first_wins() -> None:
-    twins = [Contender(name=name, made_from=name, make=lambda: net(16)) for name in ("first", "second")]
-    bracket = hold_tournament(twins, train(), epochs=1, lr=0.1)
+    bracket = hold_tournament([contender("first", 16), contender("second", 16)], net, data(), epochs=1, lr=0.1)
     assert bracket.rungs[0][0].accuracy == bracket.rungs[0][1].accuracy
     assert bracket.winner == "first"
 
@@ -83,28 +89,51 @@ def test_equal_nets_do_equally_and_the_first_wins() -> None:
 def test_a_killed_tournament_goes_on_and_ends_alike(tmp_path: Path) -> None:
     made = itertools.count()
 
-    def killed(at: int, width: int) -> nn.Module:
-        if next(made) == at:
-            raise KeyboardInterrupt
-        return net(width)
+    def killed(at: int) -> Callable[[int], nn.Module]:
+        def make(width: int) -> nn.Module:
+            if next(made) == at:
+                raise KeyboardInterrupt
+            return net(width)
 
-    def field(at: int) -> list[Contender]:
-        widths = {c.name: c.made_from[1] for c in FIELD}
-        return [Contender(name=n, made_from=["net", w], make=lambda w=w: killed(at, w)) for n, w in widths.items()]
+        return make
 
     path = tmp_path / "heats.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        hold_tournament(field(3), train(), epochs=3, lr=0.2, checkpoint=path)
+        hold_tournament(FIELD, killed(3), data(), epochs=3, lr=0.2, checkpoint=path)
     made = itertools.count()
-    again = hold_tournament(field(-1), train(), epochs=3, lr=0.2, checkpoint=path)
+    again = hold_tournament(FIELD, killed(-1), data(), epochs=3, lr=0.2, checkpoint=path)
     assert next(made) == 2 + 2  # two of five in the first rung, two in the second
-    whole = hold_tournament(FIELD, train(), epochs=3, lr=0.2)
+    whole = hold_tournament(FIELD, net, data(), epochs=3, lr=0.2)
     assert again.winner == whole.winner
     for one, other in zip(again.rungs, whole.rungs, strict=True):
         assert [(heat.contender, heat.accuracy) for heat in one] == [(heat.contender, heat.accuracy) for heat in other]
     made = itertools.count()
-    hold_tournament(field(-1), train(), epochs=3, lr=0.1, checkpoint=path)  # another training has other heats
+    hold_tournament(FIELD, killed(-1), data(), epochs=3, lr=0.1, checkpoint=path)  # another training has other heats
     assert next(made) == 7
+
+
+def test_heats_in_other_processes_end_alike(tmp_path: Path) -> None:
+    """There the data are loaded anew and the teacher arrives as a program."""
+    np.savez(tmp_path / "data.npz", x=X.numpy(), y=Y.numpy())
+    source = PortableData(load_data("data.npz", tmp_path), "data.npz", tmp_path)
+    teacher = Portable(net(64, seed=1).eval(), (X[:2],))
+    path = tmp_path / "heats.jsonl"
+    apart = hold_tournament(
+        FIELD, net, source, teacher=teacher, epochs=3, lr=0.2, checkpoint=path, executor="processes:workers=2"
+    )
+    alone = hold_tournament(FIELD, net, source, teacher=teacher, epochs=3, lr=0.2)
+    assert apart.winner == alone.winner
+    for one, other in zip(apart.rungs, alone.rungs, strict=True):
+        assert {heat.contender for heat in one} == {heat.contender for heat in other}
+        found = {heat.contender: heat.accuracy for heat in other}
+        for heat in one:
+            assert heat.accuracy == pytest.approx(found[heat.contender], abs=0.02)
+
+    def fail(_: int) -> nn.Module:
+        raise AssertionError("was made again")
+
+    again = hold_tournament(FIELD, fail, source, teacher=teacher, epochs=3, lr=0.2, checkpoint=path)
+    assert again == apart
 
 
 class Recorded:
@@ -126,7 +155,7 @@ class Recorded:
 
 def test_nobody_is_trained_on_what_judges() -> None:
     recorded = Recorded()
-    hold_tournament([contender("a", 8), contender("b", 9)], recorded, epochs=1, lr=0.1)
+    hold_tournament([contender("a", 8), contender("b", 9)], net, data(recorded), epochs=1, lr=0.1)
     judging, heats = recorded.passes[0], [p for p in recorded.passes[1:] if len(p) > len(recorded.passes[0])]
     assert len(heats) == 2 and heats[0] == heats[1]
     # A heat's pass begins with what was held back, and trains on what follows.
@@ -135,32 +164,35 @@ def test_nobody_is_trained_on_what_judges() -> None:
 
 
 def test_a_contender_whose_training_diverges_is_last() -> None:
-    def broken() -> nn.Module:
-        module = net(64)
-        with torch.no_grad():
-            module[0].weight.fill_(float("nan"))
+    def broken(width: int) -> nn.Module:
+        module = net(width)
+        if width == 64:
+            with torch.no_grad():
+                module[0].weight.fill_(float("nan"))
         return module
 
-    bracket = hold_tournament([Contender(name="broken", made_from=0, make=broken), FIELD[0]], train(), epochs=1)
+    bracket = hold_tournament([contender("broken", 64), FIELD[0]], broken, data(), epochs=1)
     assert bracket.winner == FIELD[0].name and bracket.rungs[0][-1].accuracy < 0
     with pytest.raises(DataError, match="every contender failed"):
-        hold_tournament([Contender(name=n, made_from=n, make=broken) for n in "ab"], train(), epochs=1)
+        hold_tournament([contender("a", 64), contender("b", 64)], broken, data(), epochs=1)
 
 
 def test_training_data_that_does_not_do_is_refused() -> None:
     with pytest.raises(DataError, match="with a length"):
-        hold_tournament(FIELD, (batch for batch in train()), epochs=1)
+        hold_tournament(FIELD, net, data(batch for batch in train()), epochs=1)
+    with pytest.raises(DataError, match="with a length"):
+        hold_tournament(FIELD, net, Data(), epochs=1)
     few = ArrayBatches(X[:60], Y[:60], batch=20)
     with pytest.raises(DataError, match=f"needs {LEAST_STEPS} training batches"):
-        hold_tournament(FIELD, few, epochs=1)
+        hold_tournament(FIELD, net, data(few), epochs=1)
 
 
 def test_a_teacher_is_listened_to() -> None:
     teacher = net(64, seed=1)
     before = copy.deepcopy(teacher.state_dict())
     field = [contender("a", 8), contender("b", 9)]
-    alone = hold_tournament(field, train(), epochs=1, lr=0.1)
-    taught = hold_tournament(field, train(), epochs=1, lr=0.1, teacher=teacher)
+    alone = hold_tournament(field, net, data(), epochs=1, lr=0.1)
+    taught = hold_tournament(field, net, data(), epochs=1, lr=0.1, teacher=Portable(teacher, (X[:2],)))
     accuracies = [[heat.accuracy for heat in bracket.rungs[0]] for bracket in (alone, taught)]
     assert accuracies[0] != accuracies[1]
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())

@@ -132,6 +132,7 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
 
     start: from the pruned weights, or from scratch. budget: of a training from scratch: so many epochs, or as many more
     as the compact model has fewer MACs. ema, label_smoothing, mixup, features: as for `recover_accuracy`; 0 is off.
+    seed: of what is trained after pruning, by default the run's.
     launch: what starts the training in several processes, such as ["accelerate", "launch", "--num_processes", "2"].
     """
 
@@ -144,12 +145,13 @@ class RecoverSection(_Section, frozen=True, kw_only=True):
     label_smoothing: float = 0.0
     mixup: float = 0.0
     features: float = 0.0
+    seed: int | None = None
     launch: tuple[str, ...] = ()
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What decides the outcome, in plain values: everything but who computes it."""
-        return {name: value for name, value in msgspec.to_builtins(self).items() if name != "launch"}
+        """What decides the outcome, in plain values: everything but the seed and who computes it."""
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in ("launch", "seed")}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,7 +187,7 @@ class CompareSection(_Section, frozen=True, kw_only=True):
 
     criteria, solvers, recoveries: every combination of them; one that is not given is as in the run. baselines: see
     `compare.BASELINES`. latencies: further limits; everything is carried out for each.
-    scratch_epochs: of what is trained from nothing; 0: as many as recovery has.
+    scratch_epochs: of what is trained from nothing; 0: as many as recovery has. seeds: trainings of every recipe.
     recipes: further ones by name, each some keys of the run file's tables that are other than in the run.
     """
 
@@ -195,6 +197,7 @@ class CompareSection(_Section, frozen=True, kw_only=True):
     baselines: tuple[Literal["uniform", "scratch", "reduced", "copycat"], ...] = ("uniform", "scratch", "reduced")
     latencies: tuple[str, ...] = ()
     scratch_epochs: int = 0
+    seeds: int = 1
     recipes: dict[str, dict[str, dict[str, Any]]] = {}
 
 
@@ -224,6 +227,11 @@ class RunFile(_Section, frozen=True, kw_only=True):
     compare: CompareSection = CompareSection()
     seed: int = 0
     executor: str = "here"
+
+    @property
+    def training_seed(self) -> int:
+        """Of what is trained after pruning."""
+        return self.seed if self.recover.seed is None else self.recover.seed
 
     @property
     def spec(self) -> ModelSpec:

@@ -29,7 +29,7 @@ def recover_command(run: RunFile, model: Path, out: Path, epochs: int) -> list[s
     model: a .pt2 file. out: the folder that it writes into.
     """
     settings, dense = run.recover, run.model
-    options = {"data": run.data.source, "out": out, "epochs": epochs, "lr": settings.lr, "seed": run.seed}
+    options = {"data": run.data.source, "out": out, "epochs": epochs, "lr": settings.lr, "seed": run.training_seed}
     options |= settings.options
     if settings.distil:
         options |= {"teacher": dense.factory or dense.file}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.core.budget import format_bytes
 from edgeprune.core.describe.text import interval, table
 from edgeprune.core.records import Comparison
@@ -22,13 +24,18 @@ def comparison_rows(comparison: Comparison) -> tuple[tuple[str, ...], tuple[tupl
             "" if one.latency_s is None else interval(one.latency_s),
             "" if one.latency_share is None else f"{one.latency_share:.3f}",
             share(one.before_recovery),
-            share(one.accuracy),
+            share(one.accuracy) + _range(one.accuracies),
             "" if one.artifact_bytes is None else format_bytes(one.artifact_bytes),
             f"{one.seconds:.0f} s" if one.seconds else "",
             one.note if one.met or not one.note else f"NOT MET: {one.note}",
         ))  # fmt: skip
     header = ("recipe", "measured latency", "of dense", "before training", "accuracy", "size", "time spent", "note")
     return header, tuple(rows)
+
+
+def _range(accuracies: Sequence[float]) -> str:
+    """From the worst to the best of several trainings, after their mean."""
+    return f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(accuracies) > 1 else ""
 
 
 def describe_comparison(comparison: Comparison) -> str:

@@ -24,6 +24,7 @@ from edgeprune.core.records.board import StepResult as StepResult
 from edgeprune.core.records.board import Target as Target
 from edgeprune.core.records.comparison import Comparison as Comparison
 from edgeprune.core.records.comparison import Outcome as Outcome
+from edgeprune.core.records.comparison import most_accurate as most_accurate
 from edgeprune.core.records.costs import Budget as Budget
 from edgeprune.core.records.costs import Cost as Cost
 from edgeprune.core.records.costs import EnergyModel as EnergyModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgeprune.core.records.board import Conditions
@@ -15,7 +16,8 @@ class Outcome:
     recipe: its name. asked: the latency limit as text, "" where there is none. directory: of its run, beside the
     comparison. target: the board it was measured on.
     latency_s, latency_share: as validated, and over the dense model's in the same turns. before_recovery, accuracy:
-    top-1 in [0, 1] before any training, and of what was exported.
+    top-1 in [0, 1] before any training, and of what was exported; with several trainings the mean of `accuracies`.
+    accuracies: of trainings that differ in their seed, the recipe's own first. repeats: where the others are.
     seconds: spent on it, what it shares with other recipes included. met: every check of its report passed.
     note: why something is missing.
     """
@@ -28,6 +30,8 @@ class Outcome:
     latency_share: float | None = None
     before_recovery: float | None = None
     accuracy: float | None = None
+    accuracies: tuple[float, ...] = ()
+    repeats: tuple[str, ...] = ()
     artifact_bytes: int | None = None
     parameters: int | None = None
     seconds: float = 0.0
@@ -45,7 +49,8 @@ class Comparison:
     """Recipes that were carried out to the same measured latency, each a run of its own.
 
     dense, dense_accuracy: what all start from. test_examples: that accuracies are of. epochs, scratch_epochs: of
-    training, after pruning and from nothing. verdict: sentences, one for each latency that was asked for.
+    training, after pruning and from nothing. seeds: trainings of each recipe. verdict: sentences, one for each latency
+    that was asked for.
     """
 
     conditions: Conditions
@@ -56,3 +61,10 @@ class Comparison:
     scratch_epochs: int
     outcomes: tuple[Outcome, ...]
     verdict: tuple[str, ...]
+    seeds: int = 1
+
+
+def most_accurate(outcomes: Iterable[Outcome], asked: str) -> Outcome | None:
+    """Of those for a latency that meet their limits; the first of several."""
+    met = [one for one in outcomes if one.asked == asked and one.met and one.accuracy is not None]
+    return max(met, key=lambda one: one.accuracy or 0.0, default=None)
