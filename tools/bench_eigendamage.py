@@ -4,13 +4,13 @@
     python tools/bench_eigendamage.py --speed-up 1.5 [--board embedded|icount|icount-a76] [...]
 
 ResNet-20 and WRN-16-2 with a half, a quarter and an eighth of their parameters, or with --speed-up that many times
-faster as measured on the board (ONNX Runtime, one thread; widths on multiples of four). Every method ranks all units
-by its own score, in one list for the whole net, and removes the lowest, at most 95 % of a group: c_obd, c_obs, kron_obd
-and kron_obs the channels of the net, eigen_damage those between the three layers that the transform kfe makes of one, and
-so does kfe+kron_obd, whose score knows that the taps of a window are not independent. Layers that save nothing so are
-put back whole. Layers behind removed channels are refitted by least squares (`--no-refit`: only batch-norm statistics
-are taken anew, as in the paper), accuracy is measured, and then all get the same training, distilling from the dense
-net. `--rounds` prunes in steps and trains in between; then the bases are turned again.
+faster as measured on the board (ONNX Runtime, one thread; widths on multiples of four). Every method ranks all units by
+its own score, in one list for the whole net, and removes the lowest, at most 95 % of a group: c_obd, c_obs, kron_obd
+and kron_obs the channels of the net, eigen_damage those between the three layers that the transform kfe makes of one,
+and so does kfe+kron_obd, whose score knows that the taps of a window are not independent. Layers that save nothing so
+are put back whole. Layers behind removed channels are refitted by least squares (`--no-refit`: only batch-norm
+statistics are taken anew, as in the paper), accuracy is measured, and then all get the same training, distilling from
+the dense net. `--rounds` prunes in steps and trains in between; then the bases are turned again.
 Needs `pip install .[bench,demo]`.
 """
 
