@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 from torch import nn
 
-from edgeprune.core.errors import Unmet
+from edgeprune.core.errors import RecordError, Unmet
 from edgeprune.core.progress import silent
 from edgeprune.core.records import FLOAT32, Artifact, Bracket, Budget, Cost, Importance, Plan, PrecisionChoice
 from edgeprune.core.runfile import RunFile
@@ -82,3 +83,22 @@ def test_the_log_says_which_groups_went_by_magnitude(tmp_path: Path) -> None:
         f"importance: surgeon cannot score {', '.join(importance.by_magnitude)}: their units go by magnitude"
     )
     assert 0 < len(importance.by_magnitude) < len(graph.prunable)
+
+
+def test_another_runs_plan_is_of_this_model_and_has_its_profile(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), (torch.zeros(1, 2),)
+    graph, other = trace_graph(net, x), tmp_path / "other"
+    planning = replace(stages(tmp_path, prune={"plan": "other/plan.json"}), model=net, start=net, inputs=x)
+    plan = replace(PLAN, graph_sha256=graph.model_sha256)
+    for known, lines in ((PLAN, "{}"), (plan, None)):  # a plan of another model, and one without its profile
+        write_record(other / "plan.json", known)
+        (other / "profile.jsonl").unlink(missing_ok=True)
+        if lines is not None:
+            (other / "profile.jsonl").write_text(lines)
+        with pytest.raises(RecordError, match="no plan of this model with its profile"):
+            planning.profile_and_plan(graph, IMPORTANCE, DENSE)
+        assert not (tmp_path / "plan.json").exists()
+    (other / "profile.jsonl").write_text("measured")
+    assert planning.profile_and_plan(graph, IMPORTANCE, DENSE) == plan
+    assert read_record(Plan, tmp_path / "plan.json") == plan
+    assert (tmp_path / "profile.jsonl").read_text() == "measured"
