@@ -3,6 +3,7 @@
     python tools/bench_sparse.py [--quick] [--data DIR] [--net wrn16_2|resnet20] [--speed-up 2] [--epochs 5]
                                  [--board embedded|icount|icount-a76] [--row n_m:n=2,m=4 ...] [--out DIR]
                                  [--images 50000] [--dense-epochs N] [--inputs 256] [--no-pointwise]
+                                 [--planned-for embedded]
 
 A row is one net; all have the same training after they were made, which also distils from the dense net:
 
@@ -21,7 +22,8 @@ runtime: a share below 1 is faster. Gated nets are timed on test images, each on
 them, `worst` that of those for which the same gates run as for the slowest. A second table times a small net of
 depthwise and pointwise layers, not trained, whose pointwise layers are sparse: of them alone LiteRT has kernels that
 skip zeros (`edgeprune export --sparse`). The default trains 5 epochs on 50 000 images, `--quick` one epoch on 2 560.
-With --out a row that was made is kept and not made again.
+With --out a row that was made is kept and not made again. With --planned-for the nets that a run on another board
+planned, and kept there, are only measured.
 """
 
 from __future__ import annotations
@@ -105,6 +107,9 @@ def main() -> None:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--net", choices=sorted(NETS), default="wrn16_2")
     parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
+    parser.add_argument(
+        "--planned-for", choices=["embedded", "icount", "icount-a76"], help="instead of --board's plans"
+    )
     parser.add_argument("--row", action="append", help="only this row (repeatable)")
     parser.add_argument("--speed-up", type=float, help="of the structured rows' measured latency, above 1")
     parser.add_argument("--epochs", type=int, help="of training (default 5, quick 1); 0: none")
@@ -146,11 +151,15 @@ def make_rows(options: argparse.Namespace, net: nn.Module, data: Cifar, target: 
         stem = file_stem(options.net, name)
         made_from = [name, epochs_of(name, options), len(data.train.y), len(data.test.y)]
         # A plan is of its board; everything else is only measured on it.
-        made_from += [models.structured_limit, options.board] if name.startswith((STRUCTURED, PLANNED)) else []
+        planned_for = options.planned_for or options.board
+        planned = name.startswith((STRUCTURED, PLANNED))
+        made_from += [models.structured_limit, planned_for] if planned else []
         note = kept / f"{stem}.json"
         if note.is_file() and (known := json.loads(note.read_text()))["made_from"] == made_from:
             rows.append(Row(**known["row"]))
             continue
+        if planned and planned_for != options.board:
+            raise SystemExit(f"{kept} has no {name} of these options that was planned for {planned_for}")
         start = time.perf_counter()
         row = make_row(name, models, kept / stem)
         note.write_text(json.dumps({"made_from": made_from, "row": asdict(row)}))
