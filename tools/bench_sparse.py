@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--net", choices=sorted(NETS), default="wrn16_2")
     parser.add_argument("--board", choices=["embedded", "icount", "icount-a76"], default="embedded")
     parser.add_argument(
-        "--planned-for", choices=["embedded", "icount", "icount-a76"], help="not --board"
+        "--planned-for", choices=["embedded", "icount", "icount-a76"], help="its plans, not those of --board"
     )
     parser.add_argument("--row", action="append", help="only this row (repeatable)")
     parser.add_argument("--speed-up", type=float, help="of the structured rows' measured latency, above 1")
