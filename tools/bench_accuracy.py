@@ -314,6 +314,8 @@ class Ours:
                 self.net, INPUTS, self.graph, profile, importance, self.budget, self.session, path,
                 solver=solver, effort=self.effort, progress=show,
             )  # fmt: skip
+        if made.solver != solver:
+            log(f"  {solver} found nothing in time: the plan is {made.solver}'s")
         self.widths = made.widths
         return made
 
