@@ -9,6 +9,7 @@ thread), unless --speed-up and --board say otherwise. A row is one net:
 
     curves             measured loss curves, as `[search] trials = 0` plans
     weighed            the same after the search, which mixes them with magnitudes and equal shares
+    depth              the curves and the loss without each residual branch, which the plan may drop whole
     criterion:NAME     summed scores of a criterion instead of curves
     solver:NAME        the curves, with another search for widths
     regularizer:NAME   the dense net trained first with a regularizer that drives units to zero, as long as the recovery
@@ -70,7 +71,7 @@ ROUND_TO = {"wrn16_2": 16, "resnet20": 8}
 OURS = ("curves", "weighed")
 QUICK_ROWS = ["weighed", "curves", "uniform", "criterion:magnitude", "tp:magnitude", "tp:taylor"]
 ALL_ROWS = [
-    *QUICK_ROWS, "reduced", "tp:bn_scale", "tp:hessian",
+    *QUICK_ROWS, "depth", "reduced", "tp:bn_scale", "tp:hessian",
     *(f"criterion:{name}" for name in list_members("criteria") if name != "magnitude"),
     *(f"solver:{name}" for name in ("dp", "greedy", "knapsack", "bandit")),
     "trained", *(f"regularizer:{name}" for name in list_members("regularizers")),
@@ -255,10 +256,14 @@ class Ours:
 
     @cached_property
     def curves(self) -> Importance:
+        return self.measure_curves()
+
+    def measure_curves(self, *, depth: bool = False) -> Importance:
+        """What is measured for one row is there for the next."""
         log("  measuring loss curves")
         examples = 128 if self.quick else 512
         return score_groups(
-            self.net, INPUTS, self.graph, self.data.calibration, examples=examples,
+            self.net, INPUTS, self.graph, self.data.calibration, examples=examples, depth=depth,
             checkpoint=self.path.with_name(f"{self.path.stem}-curves-{examples}.jsonl"), progress=show,
         )  # fmt: skip
 
@@ -278,8 +283,9 @@ class Ours:
         model = self.assemble(self.plan(self.importance(way, which, start), solver), start)
         if way == "reduced":
             start_anew(model)
-        kept = " ".join(f"{width}/{self.graph.units[group]}" for group, width in self.widths.items()
-                        if width < self.graph.units[group])  # fmt: skip
+        # Of a branch that is dropped the width is 0.
+        kept = " ".join(f"{width}/{self.graph.units[name]}" if name in self.graph.units else f"no {name}"
+                        for name, width in self.widths.items() if width < self.graph.units.get(name, 1))  # fmt: skip
         return Row(kind, board.share(model), evaluate_accuracy(model, self.data.test), widths=kept), model
 
     def train(self, regularizer: str) -> nn.Module:
@@ -296,6 +302,8 @@ class Ours:
         """What a row plans with. start: the net whose units go."""
         if way == "weighed":
             return self.weighed
+        if way == "depth":
+            return self.measure_curves(depth=True)
         if way in ("curves", "solver"):
             return self.curves
         criterion = which if way == "criterion" else "magnitude" if start is not self.net else "magnitude:p=1"

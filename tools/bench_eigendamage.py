@@ -57,6 +57,7 @@ OURS = {"eigen_damage": "eigen_damage", "kfe+kron_obd": "kron_obd"}
 INPUTS = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),)
 MOST = 0.95
 """Share of a group that may go, as in the paper."""
+Train = Callable[[nn.Module], float | None]
 STEP = 4
 """Channels of a layer are multiples of it where latency counts: others leave ONNX Runtime's blocked layout."""
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=[*OURS, *RIVALS], help="only this one (repeatable)")
     parser.add_argument("--quick", action="store_true", help="one net, two ratios, one epoch of 6 400 images")
     parser.add_argument("--epochs", type=int, help="epochs of training (default 5, quick 1; 0: none)")
+    parser.add_argument("--lr", type=float, default=0.02, help="of that training")
     parser.add_argument("--rounds", type=int, default=1, help="steps in which to prune")
     parser.add_argument(
         "--refit", action=argparse.BooleanOptionalAction, default=True, help="refit layers behind removed channels"
@@ -104,25 +106,32 @@ def main() -> None:
         net = load_net(name, folder)
         dense = evaluate_accuracy(net, data.test)
         rows: list[Row] = []
+
+        def train(model: nn.Module, teacher: nn.Module = net) -> float | None:
+            if not epochs:
+                return None
+            settings = {"teacher": teacher, "epochs": epochs, "lr": options.lr}
+            return recover_accuracy(model, data, progress=show, **settings).accuracy_after
+
         methods = options.method or [*OURS, *RIVALS]
         with open_board(options.board) if options.speed_up else nullcontext() as target:
             if target is None:
                 for ratio in options.ratio or ([2.0, 4.0] if options.quick else [2.0, 4.0, 8.0]):
                     for method in methods:
-                        rows.append(bench(net, data, method, ratio, epochs, options.rounds, refit=options.refit))
+                        rows.append(bench(net, data, method, ratio, train, options.rounds, refit=options.refit))
                         log(f"  {name} {rows[-1]}")
             else:
                 with open_session(target, space="bench-eigendamage") as session:
                     board = Board(session, net, EFFORTS["quick"] if options.board == "embedded" else NOISELESS)
                     for method in methods:
-                        rows += bench_latency(net, data, method, options.speed_up, epochs, board, refit=options.refit)
+                        rows += bench_latency(net, data, method, options.speed_up, train, board, refit=options.refit)
         rows.sort(key=lambda row: row.ratio)
         print_table(name, dense, rows)
         aims |= compare(name, rows)
     print("RESULT " + json.dumps({"aims": aims}))
 
 
-def bench(net: nn.Module, data: Cifar, method: str, ratio: float, epochs: int, rounds: int, *, refit: bool) -> Row:
+def bench(net: nn.Module, data: Cifar, method: str, ratio: float, train: Train, rounds: int, *, refit: bool) -> Row:
     """Prune and train one net by one method."""
     start, model, graph = time.perf_counter(), net, trace_graph(net, INPUTS)
     dense, after = count_parameters(graph, {}), None
@@ -130,13 +139,12 @@ def bench(net: nn.Module, data: Cifar, method: str, ratio: float, epochs: int, r
         pruner = Pruner(model, data, method)
         model = pruner.make(pruner.fewest(pruner.has_parameters(int(dense / ratio ** (step / rounds)))), refit=refit)
         before = evaluate_accuracy(model, data.test)
-        if epochs:
-            after = recover_accuracy(model, data, teacher=net, epochs=epochs, lr=0.02, progress=show).accuracy_after
+        after = train(model)
     return describe(graph, model, method, ratio, before, after, time.perf_counter() - start)
 
 
 def bench_latency(
-    net: nn.Module, data: Cifar, method: str, speed_ups: list[float], epochs: int, board: Board, *, refit: bool
+    net: nn.Module, data: Cifar, method: str, speed_ups: list[float], train: Train, board: Board, *, refit: bool
 ) -> list[Row]:
     """Prune one net by one method to several latencies that the board measures, and train what is left."""
     pruner, graph, rows = Pruner(net, data, method, step=STEP), trace_graph(net, INPUTS), []
@@ -151,9 +159,8 @@ def bench_latency(
         start = time.perf_counter()
         widths = pruner.fewest(lambda removed, limit=1 / speed_up: share(removed) <= limit)
         model = pruner.make(widths, refit=refit)
-        latency, before, after = board.share(model), evaluate_accuracy(model, data.test), None
-        if epochs:
-            after = recover_accuracy(model, data, teacher=net, epochs=epochs, lr=0.02, progress=show).accuracy_after
+        latency, before = board.share(model), evaluate_accuracy(model, data.test)
+        after = train(model)
         rows.append(describe(graph, model, method, speed_up, before, after, time.perf_counter() - start, latency))
         log(f"  {rows[-1]}")
     return rows
