@@ -101,11 +101,10 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         pages=[
             (name, f"{Path(directory).relative_to(first.directory)}/report.html")
             for one in finished
-            for name, directory in zip(
-                [one.recipe, *(f"{one.recipe}, seed {number}" for number, _ in enumerate(one.repeats, 1))],
-                [one.directory, *one.repeats],
-                strict=True,
-            )
+            for name, directory in [
+                (one.recipe, one.directory),
+                *((f"{one.recipe}, seed {again.rpartition('-')[2]}", again) for again in one.repeats),
+            ]
         ],
         facts_of_run=_facts(to_builtins(comparison.conditions)),
     )

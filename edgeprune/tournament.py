@@ -83,6 +83,8 @@ def hold_tournament(
     judging, longest = check_training(data.train, epochs, seed)
     lengths = rung_lengths(len(contenders), longest)
     settings = [len(judging), epochs, lr, teacher is not None, seed]
+    if not lengths:
+        return Bracket(rungs=(), winner=contenders[0].name)
     known = _read_heats(checkpoint)
     rungs: list[tuple[Heat, ...]] = []
     entered = list(contenders)
@@ -105,7 +107,7 @@ def hold_tournament(
             order = sorted(range(len(run)), key=lambda index: -run[index].accuracy)  # stable: the first of a tie
             rungs.append(tuple(run[index] for index in order))
             entered = [entered[index] for index in order[: math.ceil(len(entered) / KEPT)]]
-    if rungs and rungs[0][0].accuracy < 0:
+    if rungs[0][0].accuracy < 0:
         raise DataError("the training of every contender failed; try a lower [recover] lr")
     return Bracket(rungs=tuple(rungs), winner=entered[0].name)
 
