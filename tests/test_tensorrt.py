@@ -146,6 +146,19 @@ def test_layers_of_an_engine() -> None:
     assert layers["__myl_FcAdd_myl0_1"][0].startswith("__myl_FcAdd_myl0_1 [ONNX Layer: node_linear]")
 
 
+def test_layers_whose_kernels_skip_zeros_are_told_from_those_whose_weights_would_allow_it() -> None:
+    engine = json.loads(read("10/layers.json"))
+    conv = next(layer for layer in engine["Layers"] if layer["Name"] == "node_conv2d + node_relu")
+    for tactic, kind in (
+        ("sm80_xmma_fprop_sparse_conv_interleaved_i8i8i8i32_f32_nchw_vect_c_32kcrs", "CaskConvolution, sparse"),
+        ("sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs", "CaskConvolution"),
+    ):
+        conv |= {"HasSparseWeights": 1, "TacticName": tactic}
+        found = runtime.parse_layers(json.dumps(engine))
+        assert found["node_conv2d + node_relu"][1] == kind
+        assert found.keys() == runtime.parse_layers(read("10/layers.json")).keys()
+
+
 # --- layers and operations -------------------------------------------------------------------------
 
 QUANTISED = ["QuantizeLinear_25", "Conv_29", "Clip_33"]

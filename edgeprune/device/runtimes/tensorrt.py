@@ -265,7 +265,7 @@ def bind(context: Any, addresses: Sequence[tuple[str, int]], stream: int) -> Cal
 
 
 def describe_layers(tensorrt: Any, engine: Any) -> dict[str, tuple[str, str]]:
-    """Layer -> (name with the ONNX nodes it says it covers, its type)."""
+    """As `parse_layers`."""
     inspector = engine.create_engine_inspector()
     return parse_layers(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))
 
@@ -273,8 +273,9 @@ def describe_layers(tensorrt: Any, engine: Any) -> dict[str, tuple[str, str]]:
 def parse_layers(text: str) -> dict[str, tuple[str, str]]:
     """Layer -> (name with the ONNX nodes it says it covers, its type) in the engine inspector's JSON.
 
-    An engine without detailed verbosity has names only; since 8.6 `Metadata` names the nodes even of layers
-    whose own name is of the compiler's making (`__myl_...`).
+    The type ends in ", sparse" where the kernel skips the zeros of 2:4, as its own name says: `HasSparseWeights`
+    tells only that the weights would allow it. An engine without detailed verbosity has names only; since 8.6
+    `Metadata` names the nodes even of layers whose own name is of the compiler's making (`__myl_...`).
     """
     try:
         layers = json.loads(text, strict=False)["Layers"]
@@ -285,7 +286,8 @@ def parse_layers(text: str) -> dict[str, tuple[str, str]]:
         if isinstance(layer, dict):
             name, metadata = layer.get("Name", ""), layer.get("Metadata", "")
             nodes = "".join(re.findall(r"\[ONNX Layer: [^\]]+\]", metadata))
-            described[name] = (f"{name} {nodes}" if nodes else name, layer.get("LayerType", ""))
+            sparse = ", sparse" if "sparse" in str(layer.get("TacticName", "")) else ""
+            described[name] = (f"{name} {nodes}" if nodes else name, layer.get("LayerType", "") + sparse)
     return described
 
 
